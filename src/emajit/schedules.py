@@ -1,0 +1,308 @@
+r"""Decay as a function of the step.
+
+A schedule maps the step, which counts the updates that the shadow has already taken (0 on the first
+call), to the decay $\beta$, the share of the old shadow that is kept. A Python int gives a float. A
+0-d integer tensor gives a 0-d float64 tensor on its device, without being read back, so that a
+schedule can be traced by `torch.compile` and captured in a CUDA graph.
+
+Every factory here raises ValueError for an argument outside its range.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Step = int | Tensor
+Decay = float | Tensor
+Schedule = Callable[[Step], Decay]
+
+
+def constant(decay: float) -> Schedule:
+    r"""The same decay at every step: $\beta_t = \beta$.
+
+    >>> schedule = constant(0.999)
+    >>> [schedule(step) for step in range(3)]
+    [0.999, 0.999, 0.999]
+    """
+    _check_share("decay", decay)
+    return lambda _step: decay
+
+
+def warmup(decay: Decay) -> Schedule:
+    r"""A short average at first: $\beta_t = \min(\beta, (1 + n) / (10 + n))$, $n = t + 1$.
+
+    The warm-up of latent-diffusion's `LitEma` and of TensorFlow's `ExponentialMovingAverage`. It
+    reaches 0.999 at step 8989 and 0.9999 at step 89989. `decay` may be a 0-d float64 tensor.
+
+    >>> schedule = warmup(0.9999)
+    >>> [round(schedule(step), 4) for step in (0, 1, 2, 89_988, 89_989)]
+    [0.1818, 0.25, 0.3077, 0.9999, 0.9999]
+    """
+    if not isinstance(decay, Tensor):
+        _check_share("decay", decay)
+
+    def schedule(step: Step) -> Decay:
+        n = _real(step) + 1
+        return _minimum((1 + n) / (10 + n), decay)
+
+    return schedule
+
+
+def inverse_gamma(
+    gamma: float = 1.0, power: float = 2 / 3, min_decay: float = 0.0, max_decay: float = 0.9999
+) -> Schedule:
+    r"""An average that lengthens as a power of the step: $\beta_t = 1 - (1 + t/\gamma)^{-p}$.
+
+    Clamped to [`min_decay`, `max_decay`]. From Katherine Crowson's k-diffusion; also in diffusers,
+    timm and ema-pytorch. `power` 2/3 suits runs of a million steps and more, 3/4 shorter ones.
+
+    >>> schedule = inverse_gamma()
+    >>> [round(schedule(step), 4) for step in range(4)]
+    [0.0, 0.37, 0.5193, 0.6031]
+    """
+    _check(gamma > 0, "gamma", "a number > 0", gamma)
+    _check(power > 0, "power", "a number > 0", power)
+    _check(
+        0 <= min_decay <= max_decay <= 1,
+        "min_decay and max_decay",
+        "0 <= min_decay <= max_decay <= 1",
+        (min_decay, max_decay),
+    )
+
+    def schedule(step: Step) -> Decay:
+        decay = 1 - (1 + _real(step) / gamma) ** -power
+        return _maximum(_minimum(decay, max_decay), min_decay)
+
+    return schedule
+
+
+def power_function(sigma_rel: float | None = None, gamma: float | None = None) -> Schedule:
+    r"""An average whose length is a share of the run: $\beta_t = (1 - 1/n)^{\gamma+1}$, $n = t+1$.
+
+    Section 3.1 of Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion
+    Models" (arXiv 2312.02696). The weight of the parameters of time $\tau$ in the average of time
+    $t$ is proportional to $\tau^\gamma$. Give either $\gamma \ge 0$ or `sigma_rel`, the standard
+    deviation of that profile relative to its length, at most $1/\sqrt{12} = 0.2886$ (which is
+    $\gamma = 0$, the equal average):
+
+    $\sigma_{rel} = (\gamma + 1)^{1/2} (\gamma + 2)^{-1} (\gamma + 3)^{-1/2}$
+
+    >>> schedule = power_function(sigma_rel=0.10)
+    >>> [round(schedule(step), 4) for step in (0, 1, 2, 999)]
+    [0.0, 0.0041, 0.04, 0.9921]
+    """
+    if sigma_rel is not None and gamma is None:
+        exponent = _sigma_rel_to_gamma(sigma_rel) + 1
+    elif gamma is not None and sigma_rel is None:
+        _check(0 <= gamma < math.inf, "gamma", "a number >= 0", gamma)
+        exponent = gamma + 1
+    else:
+        raise ValueError(f"expected one of sigma_rel and gamma, found {sigma_rel} and {gamma}")
+
+    def schedule(step: Step) -> Decay:
+        n = _real(step) + 1
+        return (1 - 1 / n) ** exponent
+
+    return schedule
+
+
+def _sigma_rel_to_gamma(sigma_rel: float) -> float:
+    r"""The largest root of $\gamma^3 + 7\gamma^2 + (16 - \sigma^{-2})\gamma + (12 - \sigma^{-2})$.
+
+    >>> round(_sigma_rel_to_gamma(0.05), 2), round(_sigma_rel_to_gamma(0.10), 2)
+    (16.97, 6.94)
+    """
+    uniform_width = 12**-0.5
+    in_range = 0 < sigma_rel < uniform_width or math.isclose(sigma_rel, uniform_width)
+    _check(in_range, "sigma_rel", "0 < sigma_rel <= 12 ** -0.5", sigma_rel)
+    t = sigma_rel**-2
+    gamma = 1 / sigma_rel  # above the root, from where Newton's method falls monotonically
+    while True:
+        value = ((gamma + 7) * gamma + 16 - t) * gamma + 12 - t
+        following = gamma - value / ((3 * gamma + 14) * gamma + 16 - t)
+        if not following < gamma:
+            return max(gamma, 0.0)
+        gamma = following
+
+
+def half_life(images: float, batch_size: int, rampup_ratio: float | None = 0.05) -> Schedule:
+    r"""A half-life in training images, $\beta_t = 2^{-B/h}$ with $h = \min(H, r B t)$.
+
+    From StyleGAN2 and EDM (arXiv 2206.00364): `images` is $H$ in images, `batch_size` is $B$, and
+    `rampup_ratio` $r$ keeps the half-life below that share of the images seen so far; None means no
+    such limit. The first update copies the parameters.
+
+    >>> schedule = half_life(500_000, batch_size=512)
+    >>> [round(schedule(step), 4) for step in (0, 1, 100, 100_000)]
+    [0.0, 0.0, 0.8706, 0.9993]
+    """
+    _check(images > 0, "images", "a number > 0", images)
+    _check(batch_size > 0, "batch_size", "a number > 0", batch_size)
+    _check(rampup_ratio is None or rampup_ratio > 0, "rampup_ratio", "a number > 0", rampup_ratio)
+
+    def schedule(step: Step) -> Decay:
+        if rampup_ratio is None:
+            return _half_to_the(batch_size / images)
+        life = _minimum(rampup_ratio * batch_size * _real(step), images)
+        return _half_to_the(batch_size / _maximum(life, 1e-8))
+
+    return schedule
+
+
+def debiased(decay: float) -> Schedule:
+    r"""Without the bias of the start: $\beta_t = \beta (1 - \beta^t) / (1 - \beta^{t+1})$.
+
+    The shadow equals the average that starts from zero and is divided by $1 - \beta^{t+1}$, as in
+    Adam (arXiv 1412.6980, section 3) and optax: its first value is not special.
+
+    >>> schedule = debiased(0.9)
+    >>> [round(schedule(step), 4) for step in range(4)]
+    [0.0, 0.4737, 0.631, 0.7092]
+    """
+    _check_share("decay", decay)
+    if decay == 0:
+        return constant(0.0)
+    if decay == 1:
+        return uniform()
+    log = math.log(decay)
+
+    def schedule(step: Step) -> Decay:
+        t = _real(step)
+        return decay * _expm1(t * log) / _expm1((t + 1) * log)
+
+    return schedule
+
+
+def uniform() -> Schedule:
+    r"""The equal average of all parameters seen (SWA, Polyak): $\beta_t = t / (t + 1)$.
+
+    >>> schedule = uniform()
+    >>> [round(schedule(step), 4) for step in range(4)]
+    [0.0, 0.5, 0.6667, 0.75]
+    """
+
+    def schedule(step: Step) -> Decay:
+        t = _real(step)
+        return t / (t + 1)
+
+    return schedule
+
+
+def cosine(start: float, end: float, steps: int) -> Schedule:
+    r"""Half a cosine from `start` to `end`: $\beta_t = e - (e - s)(\cos(\pi t/T) + 1)/2$, then $e$.
+
+    The target network of BYOL (arXiv 2006.07733) and the teacher of DINO (arXiv 2104.14294).
+
+    >>> schedule = cosine(0.996, 1.0, steps=100)
+    >>> [round(schedule(step), 4) for step in (0, 50, 100, 200)]
+    [0.996, 0.998, 1.0, 1.0]
+    """
+    _check_ramp(start, end, steps)
+
+    def schedule(step: Step) -> Decay:
+        t = _minimum(_real(step), float(steps))
+        return end - (end - start) * (_cos(math.pi / steps * t) + 1) / 2
+
+    return schedule
+
+
+def linear(start: float, end: float, steps: int) -> Schedule:
+    r"""A straight line from `start` to `end` over `steps`, then `end`; data2vec (arXiv 2202.03555).
+
+    >>> schedule = linear(0.999, 0.9999, steps=100)
+    >>> [round(schedule(step), 5) for step in (0, 50, 100, 200)]
+    [0.999, 0.99945, 0.9999, 0.9999]
+    """
+    _check_ramp(start, end, steps)
+
+    def schedule(step: Step) -> Decay:
+        return end - (end - start) * (1 - _minimum(_real(step), float(steps)) / steps)
+
+    return schedule
+
+
+def delay(schedule: Schedule, start: int) -> Schedule:
+    r"""The shadow is the parameters ($\beta_t = 0$) before `start`, then `schedule(step - start)`.
+
+    >>> delayed = delay(constant(0.99), start=2)
+    >>> [delayed(step) for step in range(4)]
+    [0.0, 0.0, 0.99, 0.99]
+    """
+    _check(start >= 0, "start", "an integer >= 0", start)
+
+    def delayed(step: Step) -> Decay:
+        if isinstance(step, Tensor):
+            decay = schedule((step - start).clamp(min=0))
+            return torch.where(step < start, 0.0, torch.as_tensor(decay, dtype=torch.float64))
+        return 0.0 if step < start else schedule(step - start)
+
+    return delayed
+
+
+def every(schedule: Schedule, interval: int) -> Schedule:
+    r"""For a shadow updated at each `interval`-th step only: the product of that many decays.
+
+    $\beta'_t = \prod_{i<k} \beta_{kt + i}$, where $t$ counts the updates of the shadow and $\beta$
+    is written for an update at each training step. What the parameters did within an interval
+    counts as if they had stood still at its end.
+
+    >>> sparse = every(constant(0.99), interval=10)
+    >>> [round(sparse(step), 4) for step in range(3)]
+    [0.9044, 0.9044, 0.9044]
+    """
+    _check(interval >= 1, "interval", "an integer >= 1", interval)
+
+    def product(step: Step) -> Decay:
+        decay: Decay = 1.0
+        for i in range(interval):
+            decay = decay * schedule(step * interval + i)
+        return decay
+
+    return product
+
+
+def _real(step: Step) -> Decay:
+    return step.to(torch.float64) if isinstance(step, Tensor) else float(step)
+
+
+def _half_to_the(x: Decay) -> Decay:
+    return torch.exp2(-x) if isinstance(x, Tensor) else math.exp2(-x)
+
+
+def _minimum(a: Decay, b: Decay) -> Decay:
+    if isinstance(a, Tensor):
+        return torch.clamp(a, max=b)
+    if isinstance(b, Tensor):
+        return torch.clamp(b, max=a)
+    return min(a, b)
+
+
+def _maximum(a: Decay, b: float) -> Decay:
+    return torch.clamp(a, min=b) if isinstance(a, Tensor) else max(a, b)
+
+
+def _expm1(x: Decay) -> Decay:
+    return torch.expm1(x) if isinstance(x, Tensor) else math.expm1(x)
+
+
+def _cos(x: Decay) -> Decay:
+    return torch.cos(x) if isinstance(x, Tensor) else math.cos(x)
+
+
+def _check(holds: bool, name: str, expected: str, found: object) -> None:
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}, found {found}")
+
+
+def _check_share(name: str, share: float) -> None:
+    _check(0 <= share <= 1, name, "a number in [0, 1]", share)
+
+
+def _check_ramp(start: float, end: float, steps: int) -> None:
+    _check_share("start", start)
+    _check_share("end", end)
+    _check(steps >= 1, "steps", "an integer >= 1", steps)

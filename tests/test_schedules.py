@@ -1,0 +1,172 @@
+"""Every schedule against an independent formula, in Python numbers and in tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+import emajit
+from emajit import schedules
+from emajit.schedules import Schedule
+
+# Name, schedule, and its value at step t, written down independently.
+CASES: list[tuple[str, Schedule, Callable[[int], float]]] = [
+    ("constant", schedules.constant(0.99), lambda _: 0.99),
+    ("warmup", schedules.warmup(0.999), lambda t: min(0.999, (t + 2) / (t + 11))),
+    ("inverse_gamma", schedules.inverse_gamma(), lambda t: min(0.9999, 1 - 1 / (1 + t) ** (2 / 3))),
+    (
+        "inverse_gamma clamped",
+        schedules.inverse_gamma(2.0, 0.75, 0.5, 0.9),
+        lambda t: sorted((0.5, 1 - (1 + t / 2) ** -0.75, 0.9))[1],
+    ),
+    ("power_function", schedules.power_function(gamma=6.94), lambda t: (t / (t + 1)) ** 7.94),
+    (
+        "half_life",
+        schedules.half_life(500, 32, 0.1),
+        lambda t: math.exp(-math.log(2) * 32 / min(500, 3.2 * t)) if t else 0.0,
+    ),
+    ("half_life without ramp", schedules.half_life(500, 32, None), lambda _: 0.5 ** (32 / 500)),
+    ("debiased", schedules.debiased(0.9), lambda t: 0.9 * (1 - 0.9**t) / (1 - 0.9 ** (t + 1))),
+    ("debiased 0", schedules.debiased(0.0), lambda _: 0.0),
+    ("debiased 1", schedules.debiased(1.0), lambda t: 1 - 1 / (t + 1)),
+    ("uniform", schedules.uniform(), lambda t: 1 - 1 / (t + 1)),
+    (
+        "cosine",
+        schedules.cosine(0.9, 1.0, 40),
+        lambda t: 1.0 - 0.1 * math.cos(math.pi * min(t, 40) / 80) ** 2,
+    ),
+    ("linear", schedules.linear(0.9, 0.99, 40), lambda t: 0.9 + 0.09 * min(t / 40, 1)),
+    (
+        "delay",
+        schedules.delay(schedules.uniform(), 5),
+        lambda t: 0.0 if t < 5 else (t - 5) / (t - 4),
+    ),
+    (
+        "every",
+        schedules.every(schedules.power_function(gamma=3.0), 10),
+        lambda t: (1 - 1 / (t + 1)) ** 4,
+    ),
+    ("every constant", schedules.every(schedules.constant(0.99), 7), lambda _: 0.99**7),
+]
+
+
+@pytest.mark.parametrize(("schedule", "formula"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
+class TestEachSchedule:
+    STEPS = (0, 1, 2, 3, 4, 5, 6, 39, 40, 41, 1000, 10**6)
+
+    def test_equals_its_formula(self, schedule: Schedule, formula: Callable[[int], float]) -> None:
+        for step in self.STEPS:
+            found = schedule(step)
+            assert isinstance(found, float)
+            assert found == pytest.approx(formula(step), rel=1e-12, abs=1e-12)
+
+    def test_tensor_steps_give_the_same(
+        self, schedule: Schedule, formula: Callable[[int], float]
+    ) -> None:
+        for step in self.STEPS:
+            found = schedule(torch.tensor(step, dtype=torch.int32))
+            assert_close(float(found), formula(step), rtol=1e-12, atol=1e-12)
+            assert not isinstance(found, torch.Tensor) or found.dtype == torch.float64
+
+    def test_traces_into_one_graph(
+        self, schedule: Schedule, formula: Callable[[int], float]
+    ) -> None:
+        compiled = torch.compile(schedule, fullgraph=True, backend="aot_eager")
+        compiled(torch.tensor(0))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for step in self.STEPS:
+                assert_close(float(compiled(torch.tensor(step))), formula(step))
+
+    def test_is_a_share(self, schedule: Schedule, formula: Callable[[int], float]) -> None:
+        assert all(0 <= float(schedule(step)) <= 1 >= formula(step) for step in range(200))
+
+
+def test_published_values() -> None:
+    """arXiv 2312.02696: sigma_rel 0.05 is gamma 16.97, and 0.10 is 6.94; 0.15 is 3.56."""
+    gammas = [schedules._sigma_rel_to_gamma(s) for s in (0.05, 0.10, 0.15, 12**-0.5)]
+    assert [round(g, 2) for g in gammas] == [16.97, 6.94, 3.56, 0.0]
+    first = schedules.warmup(0.9999)(0)
+    assert first == pytest.approx(2 / 11)
+    reached = [step for step in (89_988, 89_989) if schedules.warmup(0.9999)(step) == 0.9999]
+    assert reached == [89_989]
+
+
+@given(st.floats(0.0, 200.0))
+def test_sigma_rel_is_inverted(gamma: float) -> None:
+    sigma = math.sqrt(gamma + 1) / (gamma + 2) / math.sqrt(gamma + 3)
+    assert schedules._sigma_rel_to_gamma(sigma) == pytest.approx(gamma, rel=1e-9, abs=1e-6)
+
+
+def test_sigma_rel_is_the_width_of_the_profile() -> None:
+    weights = torch.zeros(2000, dtype=torch.float64)
+    schedule = schedules.power_function(sigma_rel=0.1)
+    for step in range(2000):
+        beta = schedule(step)
+        weights = weights * beta
+        weights[step] = 1 - beta
+    t = torch.arange(1, 2001, dtype=torch.float64) / 2000
+    mean = (weights * t).sum()
+    assert ((weights * (t - mean) ** 2).sum().sqrt()).item() == pytest.approx(0.1, rel=1e-3)
+
+
+def average(values: torch.Tensor, schedule: Schedule) -> torch.Tensor:
+    shadow = torch.full_like(values[0], 123.0)
+    for step, value in enumerate(values):
+        shadow = emajit.update(shadow, value, step, decay=schedule)
+    return shadow
+
+
+def test_uniform_is_the_mean() -> None:
+    values = torch.randn(100, 3, dtype=torch.float64)
+    assert_close(average(values, schedules.uniform()), values.mean(0))
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9, 0.9999, 1 - 1e-9])
+def test_debiased_is_adams_average(decay: float) -> None:
+    values = torch.randn(100, 3, dtype=torch.float64)
+    zero = torch.zeros(3, dtype=torch.float64)
+    for value in values:
+        zero = decay * zero + (1 - decay) * value
+    expected = zero / -math.expm1(100 * math.log(decay))
+    assert_close(average(values, schedules.debiased(decay)), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_every_equals_the_dense_average_of_held_parameters() -> None:
+    held = torch.randn(5, 3, dtype=torch.float64)
+    dense = average(held.repeat_interleave(4, 0), schedules.uniform())
+    sparse = average(held, schedules.every(schedules.uniform(), 4))
+    assert_close(sparse, dense)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: schedules.constant(1.5), r"decay: expected a number in \[0, 1\], found 1.5"),
+        (lambda: schedules.warmup(math.nan), r"decay: expected a number in \[0, 1\], found nan"),
+        (lambda: schedules.debiased(-0.1), "decay: expected a number"),
+        (lambda: schedules.inverse_gamma(gamma=0), "gamma: expected a number > 0, found 0"),
+        (lambda: schedules.inverse_gamma(power=-1), "power: expected a number > 0, found -1"),
+        (lambda: schedules.inverse_gamma(min_decay=0.9, max_decay=0.8), "min_decay <= max_decay"),
+        (schedules.power_function, "expected one of sigma_rel and gamma, found None"),
+        (lambda: schedules.power_function(0.1, 3.0), "expected one of sigma_rel and gamma"),
+        (lambda: schedules.power_function(0.3), "sigma_rel: expected 0 < sigma_rel"),
+        (lambda: schedules.power_function(gamma=-1.0), "gamma: expected a number >= 0, found -1"),
+        (lambda: schedules.half_life(0, 1), "images: expected a number > 0, found 0"),
+        (lambda: schedules.half_life(1, 0), "batch_size: expected a number > 0, found 0"),
+        (lambda: schedules.half_life(1, 1, 0), "rampup_ratio: expected a number > 0, found 0"),
+        (lambda: schedules.cosine(0, 2, 1), r"end: expected a number in \[0, 1\], found 2"),
+        (lambda: schedules.linear(-1, 1, 1), r"start: expected a number in \[0, 1\], found -1"),
+        (lambda: schedules.linear(0, 1, 0), "steps: expected an integer >= 1, found 0"),
+        (lambda: schedules.delay(schedules.uniform(), -1), "start: expected an integer >= 0"),
+        (lambda: schedules.every(schedules.uniform(), 0), "interval: expected an integer >= 1"),
+    ],
+)
+def test_bad_arguments(make: Callable[[], Schedule], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
