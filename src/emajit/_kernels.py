@@ -1,0 +1,71 @@
+"""The arithmetic of the average, on flat lists of tensors.
+
+Nothing here knows a tree, a schedule or a compiler. The weight is `w = 1 - beta`: a Python float,
+or a 0-d float64 tensor that is never read back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Weight = float | Tensor
+
+
+def blend(shadow: Tensor, param: Tensor, weight: Weight, skip: bool) -> Tensor:
+    """One leaf: `s + w (p - s)` in float32 or wider, rounded once to the shadow's dtype.
+
+    `torch.lerp` evaluates the equation from the nearer end, as `p - (1 - w) (p - s)` where
+    `w >= 1/2`: `w = 0` gives exactly `s` and `w = 1` exactly `p`. With `skip`, an element whose
+    parameter is NaN or infinite keeps its old average. An integer or bool parameter is copied.
+    """
+    if not (param.is_floating_point() or param.is_complex()):
+        return param.to(shadow.dtype, copy=True)
+    precision = torch.promote_types(torch.promote_types(shadow.dtype, param.dtype), torch.float32)
+    s, p = shadow.to(precision), param.to(precision)
+    w = weight.to(s.device, precision) if isinstance(weight, Tensor) else weight
+    average = torch.lerp(s, p, w)
+    if skip:
+        average = torch.where(torch.isfinite(p), average, s)
+    return average.to(shadow.dtype)
+
+
+def average(
+    shadows: Sequence[Tensor], params: Sequence[Tensor], weight: Weight, skip: bool
+) -> list[Tensor]:
+    """Blend every leaf; the form to compile and to trace."""
+    return [blend(s, p, weight, skip) for s, p in zip(shadows, params, strict=True)]
+
+
+def average_(
+    shadows: Sequence[Tensor], params: Sequence[Tensor], weight: Weight, skip: bool
+) -> None:
+    """Blend every leaf in place; the form to compile and to trace."""
+    for s, p in zip(shadows, params, strict=True):
+        s.copy_(blend(s, p, weight, skip))
+
+
+def lerps(shadows: list[Tensor], params: list[Tensor], weight: Weight, skip: bool) -> bool:
+    """Whether `_foreach_lerp_` is the whole update of these leaves, without a temporary.
+
+    It is not for a weight that is a tensor, for which it launches one kernel a leaf.
+    """
+    dtypes = {s.dtype for s in shadows}
+    return (
+        not skip
+        and isinstance(weight, float)
+        and dtypes <= {torch.float32, torch.float64}
+        and [s.dtype for s in shadows] == [p.dtype for p in params]
+    )
+
+
+def foreach_average(shadows: list[Tensor], params: list[Tensor], weight: float) -> list[Tensor]:
+    """`average` of leaves that `lerps`, in one call."""
+    return list(torch._foreach_lerp(shadows, params, weight))
+
+
+def foreach_average_(shadows: list[Tensor], params: list[Tensor], weight: float) -> None:
+    """`average_` of leaves that `lerps`, in one call."""
+    torch._foreach_lerp_(shadows, params, weight)

@@ -1,0 +1,173 @@
+r"""The average as a pure function of (shadow, params, step), and its in-place twin.
+
+$s \leftarrow s + w (p - s)$ with $w = 1 - \beta(t)$, for each leaf $s$ of the shadow and $p$ of the
+parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from emajit import _compile, _tree
+from emajit._kernels import Weight
+
+Step = int | Tensor
+Decay = float | Tensor
+Tree = TypeVar("Tree")
+
+
+def init(params: Tree, *, dtype: torch.dtype | None = None) -> Tree:
+    """The first shadow of `params`: a detached copy of each leaf, in the same structure.
+
+    Args:
+        params: a pytree whose leaves are tensors or None: a dict of named parameters, a
+            `state_dict()`, nested tuples, a registered dataclass.
+        dtype: the dtype of the floating-point leaves (complex leaves take its complex partner).
+            Default: that of each parameter. Parameters in bfloat16 or float16 want float32 here,
+            since at a decay near 1 a step of the average is below the resolution of 16 bits.
+
+    Leaves that are tied in `params` are tied in the shadow. Strides are kept.
+
+    Raises:
+        TypeError: a leaf is neither a tensor nor None.
+        ValueError: `dtype` is not a real floating-point dtype.
+    """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype: expected a floating-point dtype, found {dtype}")
+    with torch.no_grad():
+        return _tree.copy(params, dtype)  # type: ignore[no-any-return]
+
+
+def update(
+    shadow: Tree,
+    params: Any,
+    step: Step,
+    *,
+    decay: Decay | Callable[[Step], Decay],
+    rounding: Literal["nearest"] = "nearest",
+    nonfinite: Literal["propagate", "skip"] = "propagate",
+    backend: str = "auto",
+) -> Tree:
+    r"""The shadow after one more step, in new tensors: $s + w (p - s)$, $w = 1 - \beta(t)$.
+
+    The weight is computed in float64. The leaves are averaged in float64 if one of the two is,
+    else in float32, and rounded once to the shadow's dtype. Integer and bool leaves are copied
+    from `params`, None stays None, a leaf that occurs twice stays tied. Nothing is differentiated.
+
+    Args:
+        shadow: the averages so far, from `init` or an earlier update.
+        params: the parameters, a pytree of the same structure, shapes and devices. The dtypes may
+            differ: a float32 shadow of bfloat16 parameters is the normal case.
+        step: how many updates the shadow has already taken, 0 on the first call. An int, or a 0-d
+            integer tensor on any device, which is never read back to the host. Within your own
+            `torch.compile` give a tensor: an int recompiles as it grows.
+        decay: $\beta$, the share of the old shadow that is kept, in [0, 1]: a float, a 0-d tensor,
+            or a schedule, `step -> decay` (see `emajit.schedules`).
+        rounding: "nearest".
+        nonfinite: "propagate" does the arithmetic as written. With "skip" an element whose
+            parameter is NaN or infinite keeps its old average.
+        backend: "eager" uses `torch._foreach` operators, "inductor" (or the name of another
+            `torch.compile` backend) one compiled kernel, "auto" for each leaf the faster. Inside
+            your own `torch.compile` the call is traced and `backend` has no effect.
+
+    Raises:
+        ValueError: structure, shape, device or kind of number differ, named by path; decay or step
+            is out of range (a Python number only; a tensor is not read back); an unknown option.
+        TypeError: a leaf is neither a tensor nor None, or the step is not an integer.
+
+    >>> shadow = {"w": torch.tensor([0.0])}
+    >>> update(shadow, {"w": torch.tensor([1.0])}, 0, decay=0.75)
+    {'w': tensor([0.2500])}
+    """
+    weight, skip = _weight(decay, step), _skip(rounding, nonfinite, backend)
+    pairs = _tree.align(shadow, params)
+    with torch.no_grad():
+        new = _compile.average(pairs.shadows, pairs.params, weight, skip, backend)
+    return pairs.rebuild(new)  # type: ignore[no-any-return]
+
+
+def update_(
+    shadow: Tree,
+    params: Any,
+    step: Step,
+    *,
+    decay: Decay | Callable[[Step], Decay],
+    rounding: Literal["nearest"] = "nearest",
+    nonfinite: Literal["propagate", "skip"] = "propagate",
+    backend: str = "auto",
+) -> Tree:
+    """`update` written into the shadow's own memory; returns `shadow`.
+
+    The results are those of `update`. Everything is checked before the first leaf is written.
+
+    Raises:
+        ValueError: as `update`; also where a leaf of the shadow overlaps the memory of another
+            leaf, of a parameter, or its own. Inside `torch.compile` overlap cannot be seen and is
+            not checked.
+        TypeError: as `update`.
+
+    >>> shadow = {"w": torch.tensor([0.0])}
+    >>> update_(shadow, {"w": torch.tensor([1.0])}, 0, decay=0.75) is shadow
+    True
+    >>> shadow
+    {'w': tensor([0.2500])}
+    """
+    weight, skip = _weight(decay, step), _skip(rounding, nonfinite, backend)
+    pairs = _tree.align(shadow, params)
+    if not _compile.is_traced():
+        _tree.check_writable(pairs)
+    with torch.no_grad():
+        _compile.average_(pairs.shadows, pairs.params, weight, skip, backend)
+    return shadow
+
+
+def _weight(decay: Decay | Callable[[Step], Decay], step: Step) -> Weight:
+    """`w = 1 - beta(step)` in float64: in float32, 1 - 0.9999 is off by 1.7e-4 of itself."""
+    if isinstance(decay, list | tuple):
+        message = "decay: lists of decays are not supported yet; expected one decay"
+        raise ValueError(message)  # noqa: TRY004
+    _check_step(step)
+    beta = decay(step) if callable(decay) else decay
+    if isinstance(beta, Tensor):
+        if beta.ndim != 0 or not beta.is_floating_point():
+            found = f"shape {tuple(beta.shape)} and {beta.dtype}"
+            raise ValueError(f"decay: expected a 0-d floating-point tensor, found {found}")
+        return 1.0 - beta.detach().to(torch.float64)
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"decay: expected a number in [0, 1], found {beta} at step {step}")
+    return 1.0 - float(beta)
+
+
+def _check_step(step: Step) -> None:
+    if isinstance(step, Tensor):
+        integer = not (step.is_floating_point() or step.is_complex() or step.dtype == torch.bool)
+        if step.ndim != 0 or not integer:
+            found = f"shape {tuple(step.shape)} and {step.dtype}"
+            raise ValueError(f"step: expected an int or a 0-d integer tensor, found {found}")
+    elif not hasattr(step, "__index__"):
+        raise TypeError(f"step: expected an int or a 0-d integer tensor, found {step!r}")
+    elif step < 0:
+        raise ValueError(f"step: expected the number of updates so far, >= 0, found {step}")
+
+
+def _skip(rounding: str, nonfinite: str, backend: str) -> bool:
+    """Check the options; whether non-finite elements are skipped."""
+    if rounding == "stochastic":
+        raise ValueError("rounding: 'stochastic' is not supported yet; expected 'nearest'")
+    _check_option("rounding", rounding, ("nearest",))
+    _check_option("nonfinite", nonfinite, ("propagate", "skip"))
+    if backend not in ("auto", "eager", "inductor"):
+        known = torch.compiler.list_backends(exclude_tags=())
+        _check_option("backend", backend, ("auto", "eager", *known))
+    return nonfinite == "skip"
+
+
+def _check_option(name: str, found: str, expected: tuple[str, ...]) -> None:
+    if found not in expected:
+        raise ValueError(
+            f"{name}: expected one of {', '.join(map(repr, expected))}, found {found!r}"
+        )

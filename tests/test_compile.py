@@ -1,0 +1,249 @@
+"""Compilation: equal results, one graph for each structure, the user's own compiled step."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad
+from torch.testing import assert_close
+
+import emajit
+from emajit import _compile, schedules
+from tests import strategies
+
+
+class Counting:
+    """A `torch.compile` backend that counts its graphs and runs them as they are."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, module: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        self.graphs += 1
+        return module.forward
+
+
+@pytest.fixture
+def counting() -> Any:
+    """The name of a backend that counts, for `backend=`, and the counter."""
+    counter = Counting()
+    name = f"counting_{id(counter)}"
+    torch._dynamo.register_backend(counter, name)
+    return name, counter
+
+
+def trees(sizes: list[int], dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    shadow = {f"{i}": torch.randn(n) for i, n in enumerate(sizes)}
+    return shadow, {name: torch.randn_like(s).to(dtype) for name, s in shadow.items()}
+
+
+def test_one_graph_over_1000_steps(counting: tuple[str, Counting]) -> None:
+    name, counter = counting
+    shadow, params = trees([3, 4, 5])
+    decay = schedules.warmup(0.999)
+    emajit.update_(shadow, params, 0, decay=decay, backend=name)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for step in range(1, 500):
+            emajit.update_(shadow, params, step, decay=decay, backend=name)
+        for step in range(500, 1000):
+            count = torch.tensor(step)
+            emajit.update_(shadow, params, count, decay=decay, backend=name)
+    assert counter.graphs == 1
+
+
+def test_new_tensors_of_one_structure_share_a_graph(counting: tuple[str, Counting]) -> None:
+    name, counter = counting
+    for _ in range(20):
+        shadow, params = trees([3, 4])
+        shadow = emajit.update(shadow, params, 0, decay=0.9, backend=name)
+    assert counter.graphs == 1
+
+
+def test_twelve_structures_in_one_process(counting: tuple[str, Counting]) -> None:
+    name, counter = counting
+    models = [trees([2] * i + [i]) for i in range(1, 13)]
+    for step in range(3):
+        for shadow, params in models:
+            expected = emajit.update(shadow, params, step, decay=0.9, backend="eager")
+            emajit.update_(shadow, params, step, decay=0.9, backend=name)
+            assert_close(shadow, expected)
+    assert counter.graphs == 12
+
+
+def test_a_mixed_tree_is_one_graph(counting: tuple[str, Counting]) -> None:
+    name, counter = counting
+    shadow = [torch.zeros(2, dtype=d) for d in strategies.DTYPES]
+    params = [torch.ones(2, dtype=d) for d in strategies.DTYPES]
+    found = emajit.update(shadow, params, 0, decay=0.75, backend=name)
+    assert counter.graphs == 1
+    for leaf in found:
+        whole = leaf.dtype in (torch.int64, torch.bool)
+        assert leaf.tolist() == ([1, 1] if whole else [0.25, 0.25])
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+def test_inductor_equals_eager(nonfinite: Any) -> None:
+    kinds = ("dense", "transposed", "channels_last", "sliced")
+    half = {torch.bfloat16, torch.float16}  # Inductor warns where the two are mixed
+    mixes = [(s, p) for s in strategies.FLOATS for p in strategies.FLOATS if {s, p} != half]
+    leaves = [
+        (
+            strategies.layout(strategies.random((2, 3, 4, 8), s, i), kinds[i % 4]),
+            strategies.layout(strategies.random((2, 3, 4, 8), p, i + 99), kinds[i // 2 % 4]),
+        )
+        for i, (s, p) in enumerate(mixes)
+    ]
+    leaves += [(torch.zeros(()), torch.ones(())), (torch.zeros(0), torch.ones(0))]
+    leaves[0][1].view(-1)[:2] = torch.tensor([torch.nan, torch.inf])
+    shadow, params = [s for s, _ in leaves], [p for _, p in leaves]
+    for step in (0, torch.tensor(7)):
+        options: Any = {"decay": schedules.warmup(0.99), "nonfinite": nonfinite}
+        expected = emajit.update(shadow, params, step, backend="eager", **options)
+        found = emajit.update(shadow, params, step, backend="inductor", **options)
+        for e, f in zip(expected, found, strict=True):
+            # One unit in the last place of the arithmetic, seen through the dtype of the leaf.
+            assert_close(f, e, rtol=torch.finfo(e.dtype).eps, atol=1e-6, equal_nan=True)
+            assert f.stride() == e.stride()
+        emajit.update_(shadow, params, step, backend="inductor", **options)
+        assert_close(shadow, found, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.inductor
+def test_auto_compiles_what_would_need_temporaries() -> None:
+    shadow = torch.zeros(_compile._WORTH_COMPILING)
+    before = _compile._compiled.cache_info().misses
+    emajit.update_(shadow, torch.ones_like(shadow), 0, decay=0.5)
+    assert _compile._compiled.cache_info().misses == before
+    emajit.update_(shadow, torch.ones_like(shadow).bfloat16(), 0, decay=0.5)
+    assert _compile._compiled.cache_info().misses > before
+    assert shadow[:2].tolist() == [0.75, 0.75]
+
+
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)]
+)
+def test_compiled_train_step(compiler: str) -> None:
+    """One graph, no recompile over 200 steps, and the shadow of the uncompiled loop."""
+    model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1))
+    x = torch.randn(32, 4)
+    y = x.sum(1, keepdim=True).sin()
+
+    def train_step(params: Any, shadow: Any, step: Tensor) -> tuple[Any, Any]:
+        grads = grad(lambda q: (functional_call(model, q, (x,)) - y).pow(2).mean())(params)
+        params = {name: p - 0.1 * grads[name] for name, p in params.items()}
+        return params, emajit.update(shadow, params, step, decay=schedules.warmup(0.99))
+
+    def run(train: Callable[..., tuple[Any, Any]]) -> tuple[Any, Any]:
+        params = {name: p.detach().clone() for name, p in model.named_parameters()}
+        shadow = emajit.init(params)
+        for step in range(200):
+            params, shadow = train(params, shadow, torch.tensor(step))
+            if step == 0:
+                torch.compiler.set_stance("fail_on_recompile")
+        return params, shadow
+
+    try:
+        compiled = run(torch.compile(train_step, fullgraph=True, backend=compiler))
+    finally:
+        torch.compiler.set_stance("default")
+    plain = run(train_step)
+    torch.compiler.set_stance("default")
+    assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(plain[1]["0.weight"], plain[0]["0.weight"])
+
+
+def test_in_place_and_ties_inside_a_trace() -> None:
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(shadow: Any, params: Any, n: Tensor) -> Any:
+        emajit.update_(shadow, params, n, decay=schedules.warmup(0.9))
+        return emajit.update(shadow, params, n, decay=0.5), emajit.init(params)
+
+    leaf, param = torch.zeros(3), nn.Parameter(torch.ones(3))
+    shadow, params = {"a": leaf, "b": leaf, "n": None}, {"a": param, "b": param, "n": None}
+    new, fresh = step(shadow, params, torch.tensor(0))
+    assert_close(leaf, torch.full((3,), 9 / 11))
+    assert new["a"] is new["b"]
+    assert_close(new["a"], torch.full((3,), 10 / 11))
+    assert fresh["a"].tolist() == [1.0] * 3
+
+
+def test_mismatch_inside_a_trace_raises() -> None:
+    step = torch.compile(lambda s, p: emajit.update(s, p, 0, decay=0.5), backend="aot_eager")
+    with pytest.raises(Exception, match=r"expected shape \(2,\)"):
+        step({"a": torch.zeros(2)}, {"a": torch.zeros(3)})
+
+
+WITHOUT_COMPILER = """
+import torch, warnings, emajit
+from emajit import _compile
+shadow = torch.zeros(_compile._WORTH_COMPILING)
+params = torch.ones_like(shadow).bfloat16()
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for step in range(3):
+        emajit.update_(shadow, params, step, decay=0.5)
+told = [str(w.message) for w in caught if "emajit" in str(w.message)]
+assert len(told) == 1 and "without a compiler on cpu" in told[0], told
+assert shadow[:2].tolist() == [0.875, 0.875]
+try:
+    emajit.update_(shadow, params, 3, decay=0.5, backend="inductor")
+except Exception as error:
+    print("raised", type(error).__name__)
+"""
+
+
+def test_without_a_compiler_auto_warns_once(tmp_path: Path) -> None:
+    env = os.environ | {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_COMPILER],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("raised")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("backend", ["auto", "eager", "inductor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_synchronisation_on_cuda(backend: str, dtype: torch.dtype) -> None:
+    shadow = {"a": torch.zeros(2**20, device="cuda"), "b": torch.zeros(3, device="cuda")}
+    params = {name: torch.ones_like(s, dtype=dtype) for name, s in shadow.items()}
+    step = torch.tensor(0, device="cuda")
+    emajit.update_(shadow, params, step, decay=schedules.warmup(0.9), backend=backend)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            emajit.update_(shadow, params, step, decay=schedules.warmup(0.9), backend=backend)
+            emajit.update(shadow, params, 5, decay=schedules.warmup(0.9), backend=backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = torch.full_like(shadow["b"], 1 - (2 / 11) ** 4)
+    assert_close(shadow["b"], expected)
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import torch, sys; before = set(sys.modules); import emajit;"
+        "print([m for m in set(sys.modules) - before if not m.startswith('emajit')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = ("torch._dynamo", "torch._inductor", "numpy", "typer", "rich", "matplotlib")
+    assert not [name for name in heavy if name in done.stdout]
+
+
+def test_warnings_are_errors_here() -> None:
+    with pytest.raises(UserWarning, match="seen"):
+        warnings.warn("seen", UserWarning, stacklevel=1)

@@ -1,0 +1,445 @@
+"""What `init`, `update` and `update_` promise."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import OrderedDict
+from typing import Any, ClassVar, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils import _pytree as pytree
+
+import emajit
+from emajit import schedules
+from tests import reference, strategies
+
+BACKENDS = ("eager", "aot_eager")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if leaf is not None]
+
+
+def clone(tree: Any) -> Any:
+    """A copy that keeps strides; `Tensor.clone` makes some layouts dense."""
+    return pytree.tree_map(
+        lambda t: (
+            None if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t)
+        ),
+        tree,
+    )
+
+
+def assert_equal(expected: Any, found: Any) -> None:
+    assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+# Two roundings in the precision of the arithmetic, then one to the shadow's dtype.
+def assert_near(expected: Any, found: Any) -> None:
+    assert pytree.tree_structure(expected) == pytree.tree_structure(found)
+    for e, f in zip(tensors(expected), tensors(found), strict=True):
+        assert e.dtype == f.dtype
+        eps = torch.finfo(e.dtype).eps if e.dtype.is_floating_point or e.is_complex() else 0
+        assert_close(f, e, rtol=2 * eps, atol=8 * 2.0**-24 if eps > 1e-10 else 8 * 2.0**-53)
+
+
+class TestUpdate:
+    @given(strategies.tree_pairs(), strategies.betas)
+    def test_equals_the_float64_reference(self, trees: tuple[Any, Any], beta: float) -> None:
+        shadow, params = trees
+        expected = reference.update(shadow, params, beta)
+        assert_near(expected, emajit.update(shadow, params, 0, decay=beta, backend="eager"))
+
+    @given(strategies.tree_pairs(), strategies.betas)
+    def test_in_place_equals_pure_bit_for_bit(self, trees: tuple[Any, Any], beta: float) -> None:
+        shadow, params = trees
+        before = clone(shadow), clone(params)
+        pure = emajit.update(shadow, params, 3, decay=beta)
+        assert_equal(before, (shadow, params))
+        strides = [t.stride() for t in tensors(shadow)]
+        assert emajit.update_(shadow, params, 3, decay=beta) is shadow
+        assert_equal(pure, shadow)
+        assert_equal(before[1], params)
+        assert strides == [t.stride() for t in tensors(shadow)]
+
+    @given(strategies.tree_pairs(), strategies.betas)
+    def test_tensor_decay_and_step_equal_numbers(self, trees: tuple[Any, Any], beta: float) -> None:
+        shadow, params = trees
+        expected = emajit.update(shadow, params, 3, decay=beta, backend="eager")
+        found = emajit.update(
+            shadow, params, torch.tensor(3), decay=torch.tensor(beta, dtype=torch.float64)
+        )
+        assert_equal(expected, found)
+
+    @given(strategies.tree_pairs())
+    def test_beta_0_copies_and_beta_1_keeps(self, trees: tuple[Any, Any]) -> None:
+        shadow, params = trees
+        floats = pytree.tree_map(
+            lambda s, p: s if s is None or p.is_floating_point() or p.is_complex() else p,
+            shadow,
+            params,
+        )
+        assert_equal(floats, emajit.update(shadow, params, 0, decay=1.0))
+        copied = pytree.tree_map(lambda s, p: None if s is None else p.to(s.dtype), shadow, params)
+        assert_equal(copied, emajit.update(shadow, params, 0, decay=0.0))
+
+    @given(strategies.tree_pairs(), strategies.betas)
+    def test_equal_parameters_are_a_fixed_point(self, trees: tuple[Any, Any], beta: float) -> None:
+        params = trees[1]
+        assert_equal(params, emajit.update(params, params, 0, decay=beta))
+
+    @given(strategies.seeds, strategies.betas)
+    def test_is_convex_and_linear(self, seed: int, beta: float) -> None:
+        s, p = (strategies.random((50,), torch.float32, seed + i) for i in range(2))
+        new = emajit.update(s, p, 0, decay=beta)
+        assert bool(((new >= torch.minimum(s, p)) & (new <= torch.maximum(s, p))).all())
+        assert_equal(emajit.update(4 * s, 4 * p, 0, decay=beta), 4 * new)
+
+    def test_a_flipped_sign_or_decay_would_show(self) -> None:
+        new = emajit.update(torch.tensor([10.0]), torch.tensor([20.0]), 0, decay=0.9)
+        assert new.item() == pytest.approx(11.0)
+
+    def test_closed_form_over_a_schedule(self, backend: str) -> None:
+        betas = torch.rand(50, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        values = torch.randn(51, 3, dtype=torch.float64)
+        shadow = values[0].clone()
+        for t in range(50):
+            shadow = emajit.update(
+                shadow, values[t + 1], t, decay=lambda s: betas[int(s)].item(), backend=backend
+            )
+        kept = betas.flip(0).cumprod(0).flip(0)
+        later = torch.cat([kept[1:], torch.ones(1, dtype=torch.float64)])
+        expected = kept[0] * values[0] + (((1 - betas) * later)[:, None] * values[1:]).sum(0)
+        assert_close(shadow, expected, rtol=1e-13, atol=1e-13)
+
+    def test_weight_is_computed_in_float64(self, backend: str) -> None:
+        shadow, params = torch.zeros(1), torch.ones(1)
+        weight = emajit.update(shadow, params, 0, decay=0.99999, backend=backend).item()
+        assert weight == pytest.approx(1e-5, rel=1e-7)
+        assert 1 - torch.tensor(0.99999).item() != pytest.approx(1e-5, rel=1e-4)
+
+    def test_low_precision_is_rounded_once(self, backend: str) -> None:
+        s, p = torch.randn(2, 10_000).bfloat16()
+        exact = s.double() * 0.9 + p.double() * 0.1
+        found = emajit.update(s, p, 0, decay=0.9, backend=backend)
+        nearest = exact.bfloat16()
+        assert (found == nearest).float().mean() > 0.9999
+        assert_close(found, nearest, rtol=2**-7, atol=0)
+
+    def test_float32_shadow_of_bfloat16_parameters_moves(self, backend: str) -> None:
+        params = torch.ones(4, dtype=torch.bfloat16)
+        shadow = emajit.init(torch.zeros(4, dtype=torch.bfloat16), dtype=torch.float32)
+        for step in range(100):
+            emajit.update_(shadow, params, step, decay=0.9999, backend=backend)
+        assert_close(shadow, torch.full((4,), 1 - 0.9999**100), rtol=1e-4, atol=0)
+
+    @pytest.mark.parametrize("dtype", strategies.FLOATS)
+    def test_nonfinite(self, dtype: torch.dtype, backend: str) -> None:
+        bad = torch.tensor([math.nan, math.inf, -math.inf, 1.0]).to(dtype)
+        s = torch.tensor([1.0, 2.0, math.inf, 0.0]).to(dtype)
+        kept = emajit.update(s, bad, 0, decay=0.5, nonfinite="skip", backend=backend)
+        assert kept.tolist() == [1.0, 2.0, math.inf, 0.5]
+        spread = emajit.update(s, bad, 0, decay=0.5, backend=backend)
+        assert spread.isfinite().tolist() == [False, False, False, True]
+        emajit.update_(s, bad, 0, decay=0.5, nonfinite="skip", backend=backend)
+        assert s.tolist() == kept.tolist()
+
+    def test_nonfinite_complex_is_one_number(self) -> None:
+        s, p = torch.tensor([1 + 1j]), torch.tensor([complex(math.nan, 5)])
+        assert emajit.update(s, p, 0, decay=0.5, nonfinite="skip").tolist() == [1 + 1j]
+
+    def test_result_never_requires_grad(self, backend: str) -> None:
+        params = {"a": nn.Parameter(torch.ones(2)), "b": nn.Parameter(torch.ones(2).bfloat16())}
+        shadow = emajit.init(params)
+        pure = emajit.update(shadow, params, 0, decay=0.5, backend=backend)
+        emajit.update_(shadow, params, 0, decay=0.5, backend=backend)
+        for leaf in tensors((shadow, pure)):
+            assert not leaf.requires_grad
+            assert leaf.grad_fn is None
+
+    def test_pure_result_shares_no_memory(self) -> None:
+        params = {"a": torch.ones(2), "n": torch.tensor([1, 2])}
+        new = emajit.update(params, params, 0, decay=0.5)
+        assert not {t.data_ptr() for t in tensors(new)} & {t.data_ptr() for t in tensors(params)}
+
+
+class Point(NamedTuple):
+    x: Tensor
+    y: Tensor
+
+
+@dataclasses.dataclass
+class Segment:
+    start: Point
+    length: Tensor
+
+
+pytree.register_dataclass(Segment)
+
+
+class TestTrees:
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda t: t,
+            lambda t: {"a": t, "b": {"c": (t + 1, [t - 1])}},
+            lambda t: Point(t, 2 * t),
+            lambda t: Segment(Point(t, t + 1), t - 1),
+            lambda t: OrderedDict(b=t, a=t + 1),
+            lambda t: {"a": None, "b": [t, None]},
+            lambda _: {},
+        ],
+        ids=["leaf", "nested", "namedtuple", "dataclass", "ordered", "none", "empty"],
+    )
+    def test_any_structure(self, make: Any, backend: str) -> None:
+        shadow, params = make(torch.zeros(3)), make(torch.ones(3))
+        expected = reference.update(shadow, params, 0.75)
+        found = emajit.update(shadow, params, 0, decay=0.75, backend=backend)
+        assert type(found) is type(shadow)
+        assert_near(expected, found)
+        assert_near(expected, emajit.update_(shadow, params, 0, decay=0.75, backend=backend))
+
+    def test_dicts_match_by_key(self, backend: str) -> None:
+        shadow = {"a": torch.zeros(2), "b": torch.ones(3)}
+        params = {"b": torch.ones(3), "a": torch.ones(2)}
+        new = emajit.update(shadow, params, 0, decay=0.75, backend=backend)
+        assert {k: v.tolist() for k, v in new.items()} == {"a": [0.25] * 2, "b": [1.0] * 3}
+        assert list(new) == ["a", "b"]
+
+    def test_state_dict_with_integer_buffers(self, backend: str) -> None:
+        model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+        shadow = emajit.init(model.state_dict())
+        model(torch.randn(5, 2))
+        emajit.update_(shadow, model.state_dict(), 0, decay=0.5, backend=backend)
+        assert shadow["1.num_batches_tracked"].item() == 1
+        assert_close(shadow["1.running_mean"], model.state_dict()["1.running_mean"] / 2)
+
+    def test_ensemble_of_stack_module_state(self, backend: str) -> None:
+        models = [nn.Linear(2, 3) for _ in range(4)]
+        params, buffers = torch.func.stack_module_state(models)
+        new = emajit.update(emajit.init(params), params, 0, decay=0.5, backend=backend)
+        assert new["weight"].shape == (4, 3, 2)
+        assert emajit.update(buffers, buffers, 0, decay=0.5) == {}
+
+    def test_under_vmap(self) -> None:
+        s, p = torch.zeros(3, 2), torch.arange(6.0).reshape(3, 2)
+        found = torch.vmap(lambda a, b: emajit.update({"x": a}, {"x": b}, 0, decay=0.5)["x"])(s, p)
+        assert_equal(p / 2, found)
+
+
+class TestTies:
+    def test_a_tied_leaf_is_updated_once_and_stays_tied(self, backend: str) -> None:
+        weight = nn.Parameter(torch.ones(3))
+        params = {"in": weight, "out": weight}
+        shadow = emajit.init({"in": torch.zeros(3), "out": torch.zeros(3)})
+        shadow["out"] = shadow["in"]
+        pure = emajit.update(shadow, params, 0, decay=0.75, backend=backend)
+        emajit.update_(shadow, params, 0, decay=0.75, backend=backend)
+        for tree in (pure, shadow):
+            assert tree["in"] is tree["out"]
+            assert tree["in"].tolist() == [0.25] * 3
+
+    def test_ties_of_a_state_dict_survive(self, backend: str) -> None:
+        model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+        model["b"].weight = model["a"].weight
+        state = model.state_dict()
+        assert state["a.weight"] is not state["b.weight"]
+        shadow = emajit.init(state)
+        assert shadow["a.weight"] is shadow["b.weight"]
+        new = emajit.update(shadow, model.state_dict(), 0, decay=0.5, backend=backend)
+        assert new["a.weight"] is new["b.weight"]
+        views = {name: leaf.view_as(leaf) for name, leaf in new.items()}
+        emajit.update_(views, model.state_dict(), 0, decay=0.5, backend=backend)
+
+    def test_tied_shadow_of_untied_params_raises(self) -> None:
+        leaf = torch.zeros(2)
+        for update in (emajit.update, emajit.update_):
+            with pytest.raises(ValueError, match=r"shadow\['b'\] and shadow\['a'\] are tied"):
+                update({"a": leaf, "b": leaf}, {"a": leaf + 1, "b": leaf + 2}, 0, decay=0.5)
+        assert leaf.tolist() == [0.0, 0.0]
+
+    def test_empty_leaves_are_not_tied(self) -> None:
+        params = {"a": torch.zeros(0), "b": torch.zeros(0)}
+        shadow = emajit.update_(emajit.init(params), params, 0, decay=0.5)
+        assert shadow["a"] is not shadow["b"]
+
+
+class TestErrors:
+    SHADOW: ClassVar[Any] = {"w": torch.zeros(2, 3), "n": None, "list": [torch.zeros(2)]}
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            (
+                {"w": torch.zeros(3, 2)},
+                ValueError,
+                r"params\['w'\]: expected shape \(2, 3\) as in shadow, found \(3, 2\)",
+            ),
+            ({"w": torch.zeros(1, 3)}, ValueError, r"params\['w'\]: expected shape \(2, 3\)"),
+            (
+                {"w": torch.zeros(2, 3, device="meta")},
+                ValueError,
+                r"params\['w'\]: expected device cpu as in shadow, found meta",
+            ),
+            (
+                {"w": torch.zeros(2, 3) * 1j},
+                ValueError,
+                r"params\['w'\]: expected a dtype that torch.float32 can hold .* found .*complex64",
+            ),
+            ({"w": None}, ValueError, r"params\['w'\]: expected a tensor as in shadow, found None"),
+            ({"n": torch.zeros(1)}, ValueError, r"params\['n'\]: expected None .* found a tensor"),
+            ({"w": 1.0}, TypeError, r"params\['w'\]: expected a tensor or None, found float"),
+            ({"more": torch.zeros(1)}, ValueError, r"found that it has \['more'\] too"),
+            ({"list": [torch.zeros(2)] * 2}, ValueError, r"found that it has \['list'\]\[1\] too"),
+            ({"list": []}, ValueError, r"found that it lacks \['list'\]\[0\]"),
+            ({"list": (torch.zeros(2),)}, ValueError, r"structure of shadow, found another.*tuple"),
+        ],
+    )
+    def test_mismatch(self, change: Any, error: type[Exception], message: str) -> None:
+        params = {"w": torch.ones(2, 3), "n": None, "list": [torch.ones(2)]} | change
+        for update in (emajit.update, emajit.update_):
+            with pytest.raises(error, match=message):
+                update(self.SHADOW, params, 0, decay=0.5)
+            assert not any(leaf.any() for leaf in tensors(self.SHADOW))
+
+    def test_missing_leaf(self) -> None:
+        params = {"w": torch.ones(2, 3), "list": [torch.ones(2)]}
+        with pytest.raises(ValueError, match=r"found that it lacks \['n'\]"):
+            emajit.update(self.SHADOW, params, 0, decay=0.5)
+
+    def test_integer_shadow_of_a_float_parameter(self) -> None:
+        with pytest.raises(ValueError, match=r"torch.int64 can hold .* found torch.float32"):
+            emajit.update(torch.zeros(2, dtype=torch.int64), torch.zeros(2), 0, decay=0.5)
+
+    @pytest.mark.parametrize(
+        ("shadow", "params", "message"),
+        [
+            (
+                lambda b: [b[:6], b[4:]],
+                lambda _: [torch.ones(6), torch.ones(6)],
+                r"shadow\[0\]: expected memory of its own, found that it overlaps shadow\[1\]",
+            ),
+            (lambda b: [b[:6]], lambda b: [b[2:8]], r"shadow\[0\]: .* overlaps params\[0\]"),
+            (lambda b: [b[:2]], lambda b: [b[:2]], r"shadow\[0\]: .* overlaps params\[0\]"),
+            (
+                lambda b: [b[:1].expand(3)],
+                lambda _: [torch.ones(3)],
+                r"shadow\[0\]: .* found shape \(3,\) with strides \(0,\)",
+            ),
+            (
+                lambda b: [b.as_strided((3, 4), (2, 1))],
+                lambda _: [torch.ones(3, 4)],
+                r"with strides \(2, 1\)",
+            ),
+        ],
+    )
+    def test_overlap(self, shadow: Any, params: Any, message: str) -> None:
+        base = torch.zeros(10)
+        with pytest.raises(ValueError, match=message):
+            emajit.update_(shadow(base), params(base), 0, decay=0.5)
+        assert not base.any()
+
+    def test_interleaved_views_do_not_overlap(self, backend: str) -> None:
+        base = torch.zeros(4, 4)
+        shadow = [base[:, :2], base[:, 2:]]
+        params = [torch.ones(4, 2), torch.full((4, 2), 2.0)]
+        emajit.update_(shadow, params, 0, decay=0.0, backend=backend)
+        assert base.tolist() == [[1.0, 1.0, 2.0, 2.0]] * 4
+
+    def test_pure_update_may_read_what_overlaps(self) -> None:
+        base = torch.arange(4.0)
+        new = emajit.update([base[:3], base[1:]], [base[1:], base[:3]], 0, decay=0.5)
+        assert [leaf.tolist() for leaf in new] == [[0.5, 1.5, 2.5]] * 2
+
+    @pytest.mark.parametrize("decay", [-0.1, 1.1, math.nan, math.inf])
+    def test_decay_out_of_range(self, decay: float) -> None:
+        for given_decay in (decay, lambda _: decay):
+            with pytest.raises(ValueError, match=r"decay: expected a number in \[0, 1\], found"):
+                emajit.update(torch.zeros(1), torch.zeros(1), 0, decay=given_decay)
+
+    def test_decay_tensor_that_is_no_scalar(self) -> None:
+        with pytest.raises(ValueError, match=r"decay: expected a 0-d .* found shape \(1,\)"):
+            emajit.update(torch.zeros(1), torch.zeros(1), 0, decay=torch.tensor([0.5]))
+
+    @pytest.mark.parametrize(
+        ("step", "error", "message"),
+        [
+            (-1, ValueError, "step: expected the number of updates so far, >= 0, found -1"),
+            (1.0, TypeError, "step: expected an int or a 0-d integer tensor, found 1.0"),
+            (torch.tensor(1.0), ValueError, "step: .* found shape .* torch.float32"),
+            (torch.tensor([1]), ValueError, r"step: .* found shape \(1,\)"),
+        ],
+    )
+    def test_step(self, step: Any, error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            emajit.update(torch.zeros(1), torch.zeros(1), step, decay=0.5)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"rounding": "up"}, "rounding: expected one of 'nearest', found 'up'"),
+            ({"rounding": "stochastic"}, "not supported yet"),
+            ({"nonfinite": "zero"}, "nonfinite: expected one of 'propagate', 'skip', found 'zero'"),
+            ({"backend": "fast"}, "backend: expected one of 'auto', 'eager', .* found 'fast'"),
+            ({"decay": [0.9, 0.99]}, "lists of decays are not supported yet"),
+        ],
+    )
+    def test_options(self, options: Any, message: str) -> None:
+        for update in (emajit.update, emajit.update_):
+            with pytest.raises(ValueError, match=message):
+                update(torch.zeros(1), torch.zeros(1), 0, **({"decay": 0.5} | options))
+
+    def test_meta_and_missing_decay(self) -> None:
+        with pytest.raises(TypeError, match="decay"):
+            emajit.update(torch.zeros(1), torch.zeros(1), 0)  # type: ignore[call-arg]
+
+
+class TestInit:
+    @given(strategies.tree_pairs())
+    def test_copies_values_and_dtypes(self, trees: tuple[Any, Any]) -> None:
+        params = trees[1]
+        shadow = emajit.init(params)
+        assert_equal(params, shadow)
+        ours = {t.data_ptr() for t in tensors(shadow) if t.numel()}
+        assert not ours & {t.data_ptr() for t in tensors(params)}
+
+    def test_dtype_is_for_numbers_with_a_fraction(self) -> None:
+        params = [torch.ones(1).half(), torch.ones(1, dtype=torch.complex128), torch.tensor([1])]
+        dtypes = [leaf.dtype for leaf in emajit.init(params, dtype=torch.float32)]
+        assert dtypes == [torch.float32, torch.complex64, torch.int64]
+
+    def test_keeps_strides(self) -> None:
+        p = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+        assert emajit.init(p).stride() == p.stride()
+        assert emajit.update(emajit.init(p), p, 0, decay=0.5).stride() == p.stride()
+
+    def test_errors(self) -> None:
+        with pytest.raises(ValueError, match="dtype: expected a floating-point dtype, found"):
+            emajit.init(torch.ones(1), dtype=torch.int32)
+        with pytest.raises(TypeError, match=r"params\['a'\]: expected a tensor .* found int"):
+            emajit.init({"a": 1})
+
+    def test_detached(self) -> None:
+        shadow = emajit.init({"a": nn.Parameter(torch.ones(2))})
+        assert type(shadow["a"]) is Tensor
+        assert not shadow["a"].requires_grad
+
+
+@given(st.integers(0, 10_000), strategies.seeds)
+def test_schedule_is_asked_for_the_step(step: int, seed: int) -> None:
+    s, p = (strategies.random((4,), torch.float64, seed + i) for i in range(2))
+    beta = schedules.warmup(0.9999)(step)
+    assert isinstance(beta, float)
+    expected = reference.average(s, p, beta)
+    assert_close(emajit.update(s, p, step, decay=schedules.warmup(0.9999)), expected)
