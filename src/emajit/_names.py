@@ -1,0 +1,100 @@
+"""Parameter names: the prefixes of wrappers, and LitEma's flattened keys."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
+# torch.compile; DataParallel and DistributedDataParallel; activation checkpointing; FSDP.
+_WRAPPERS = frozenset({"_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+
+
+def canonical(name: str) -> str:
+    """A parameter's name without the components that wrappers add.
+
+    >>> canonical("module._orig_mod.encoder._checkpoint_wrapped_module.weight")
+    'encoder.weight'
+    """
+    *modules, parameter = name.split(".")
+    return ".".join([part for part in modules if part not in _WRAPPERS] + [parameter])
+
+
+def match(names: Collection[str], others: Collection[str]) -> dict[str, str]:
+    """For each of `others`, the one of `names` that means the same parameter.
+
+    The same name, else the same name but for the components that wrappers add. Of `others`, those
+    without a partner are left out. Raises ValueError where there is more than one way to match.
+
+    >>> match(["a.weight", "b.weight"], ["_orig_mod.a.weight", "c.weight"])
+    {'_orig_mod.a.weight': 'a.weight'}
+    """
+    by_canonical: dict[str, list[str]] = {}
+    for name in names:
+        by_canonical.setdefault(canonical(name), []).append(name)
+    partners: dict[str, str] = {}
+    for other in others:
+        same = [other] if other in names else by_canonical.get(canonical(other), [])
+        if len(same) > 1:
+            raise ValueError(f"{other}: expected one parameter of that name, found {same}")
+        if same:
+            partners[other] = same[0]
+    for name, count in Counter(partners.values()).items():
+        if count > 1:
+            claims = [other for other, partner in partners.items() if partner == name]
+            raise ValueError(f"{name}: expected one partner, found {claims}")
+    return partners
+
+
+def flat_keys(names: Collection[str], is_taken: Callable[[str], bool]) -> dict[str, str]:
+    """For each parameter name the key of its buffer in LitEma: the name with its dots removed.
+
+    Where that key is not unique among `names`, or `is_taken` by something else, dots become
+    slashes instead, with as many slashes behind as it takes to be unique.
+
+    >>> flat_keys(["a.weight", "a.bias"], lambda key: False)
+    {'a.weight': 'aweight', 'a.bias': 'abias'}
+    >>> flat_keys(["a.bc", "ab.c", "decay"], lambda key: key == "decay")
+    {'a.bc': 'a/bc', 'ab.c': 'ab/c', 'decay': 'decay/'}
+    """
+    flat = {name: name.replace(".", "") for name in names}
+    count = Counter(flat.values())
+    keys = {name: key for name, key in flat.items() if count[key] == 1 and not is_taken(key)}
+    used = set(keys.values())
+    for name in names:
+        if name not in keys:
+            key = name.replace(".", "/")
+            while key in used or is_taken(key):
+                key += "/"
+            used.add(key)
+            keys[name] = key
+    return {name: keys[name] for name in names}
+
+
+def unwrap_flat_keys(state: Mapping[str, T], keys: Collection[str]) -> dict[str, T]:
+    """`state`, with keys that a wrapped model has put there renamed to the ones among `keys`.
+
+    In a flat key the name of a wrapper stands without its dots. A key is renamed only where that is
+    unambiguous.
+
+    >>> unwrap_flat_keys({"ema._orig_modaweight": 1, "ema.decay": 2}, ["ema.aweight", "ema.decay"])
+    {'ema.aweight': 1, 'ema.decay': 2}
+    """
+    by_bare: dict[str, list[str]] = {}
+    for key in keys:
+        by_bare.setdefault(_bare(key), []).append(key)
+    renamed: dict[str, T] = {}
+    for key, value in state.items():
+        same = [] if key in keys else by_bare.get(_bare(key), [])
+        fits = len(same) == 1 and same[0] not in state and same[0] not in renamed
+        renamed[same[0] if fits else key] = value
+    return renamed
+
+
+def _bare(key: str) -> str:
+    prefix, dot, flat = key.rpartition(".")
+    for wrapper in _WRAPPERS - {"module"}:
+        flat = flat.replace(wrapper, "")
+    return prefix + dot + flat.removeprefix("module")

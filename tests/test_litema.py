@@ -1,0 +1,566 @@
+"""LitEma: the original's interface and state, without its fifteen defects."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import math
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from emajit import LitEma, _kernels
+from tests import reference
+
+
+def small() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+
+
+def perturb(model: nn.Module, noise: float = 0.1) -> None:
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=noise)
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """The largest difference, relative to the largest element."""
+    return ((a.double() - b.double()).abs().max() / b.abs().max()).item()
+
+
+def values(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def assert_same(expected: list[Tensor], model: nn.Module) -> None:
+    for e, p in zip(expected, model.parameters(), strict=True):
+        assert torch.equal(e, p)
+
+
+def weight_of(ema: LitEma) -> Tensor:
+    return ema.get_buffer("weight")
+
+
+class Nested(nn.Module):
+    """Parameters under the given dotted names."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        for i, name in enumerate(names):
+            *path, last = name.split(".")
+            module: nn.Module = self
+            for part in path:
+                if not hasattr(module, part):
+                    module.add_module(part, nn.Module())
+                module = getattr(module, part)
+            module._parameters[last] = nn.Parameter(torch.full((2,), float(i)))
+
+
+class Host(nn.Module):
+    """How latent-diffusion's models use the class."""
+
+    def __init__(self, ema: Any = LitEma, *, use_ema: bool = True) -> None:
+        super().__init__()
+        self.model = small()
+        if use_ema:
+            self.model_ema = ema(self.model)
+
+    @contextmanager
+    def ema_scope(self) -> Iterator[None]:
+        self.model_ema.store(self.model.parameters())
+        self.model_ema.copy_to(self.model)
+        try:
+            yield
+        finally:
+            self.model_ema.restore(self.model.parameters())
+
+
+class TestLikeTheOriginal:
+    @pytest.mark.parametrize("warm", [True, False])
+    def test_same_state(self, warm: bool) -> None:
+        model = small()
+        model[0].bias.requires_grad_(False)  # type: ignore[index]
+        ours, original = LitEma(model, 0.99, warm), reference.LitEma(model, 0.99, warm)
+        for module in (ours, original):
+            module(model)
+        assert list(ours.state_dict()) == list(original.state_dict())
+        for (name, a), (_, b) in zip(ours.named_buffers(), original.named_buffers(), strict=True):
+            assert (a.dtype, a.shape) == (b.dtype, b.shape), name
+            assert_close(a, b)
+        assert ours.m_name2s_name == original.m_name2s_name
+        assert ours.collected_params == original.collected_params == []
+        assert ours.num_updates.item() == (1 if warm else -1)
+
+    @pytest.mark.parametrize("decay", [0.99, 0.999, 0.9999])
+    @pytest.mark.parametrize("noise", [0.1, 0.001])
+    def test_agrees_over_1000_steps(self, decay: float, noise: float) -> None:
+        """In the warm-up, which at 0.9999 takes 90,000 steps, both are as near to the truth."""
+        found, theirs, truth = self.averages(decay, noise, warm=True)
+        assert distance(found, theirs) < 1e-6
+        assert distance(found, truth) < 1e-6
+        assert distance(theirs, truth) < 1e-6
+
+    def test_without_warm_up_ours_is_nearer_to_the_truth(self) -> None:
+        """The original's `1 - decay` in float32 is 1.7e-4 of itself too large; ours is not."""
+        found, theirs, truth = self.averages(0.9999, 0.001, warm=False)
+        assert distance(found, theirs) < 1e-5
+        assert distance(found, truth) < distance(theirs, truth)
+        found, theirs, truth = self.averages(0.9999, 0.1, warm=False)
+        assert distance(found, truth) < 2e-6
+        assert 1e-4 < distance(theirs, truth) < 2e-4
+
+    @staticmethod
+    def averages(decay: float, noise: float, *, warm: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a random walk of 1000 steps: by ours, by the original, and in float64."""
+        model = nn.Linear(32, 32)
+        ours, original = LitEma(model, decay, warm), reference.LitEma(model, decay, warm)
+        truth = model.weight.detach().double()
+        for step in range(1000):
+            perturb(model, noise)
+            ours(model)
+            original(model)
+            beta = min(decay, (2 + step) / (11 + step)) if warm else decay
+            truth = beta * truth + (1 - beta) * model.weight.detach().double()
+        return ours.get_buffer("weight"), original.get_buffer("weight"), truth
+
+    def test_checkpoints_go_both_ways(self) -> None:
+        model = small()
+        ours, original = LitEma(model, 0.9), reference.LitEma(model, 0.9)
+        for module in (ours, original):
+            perturb(model)
+            module(model)
+        theirs, mine = reference.LitEma(small(), 0.5), LitEma(small(), 0.5)
+        assert theirs.load_state_dict(ours.state_dict()) == ([], [])
+        assert mine.load_state_dict(original.state_dict()) == ([], [])
+        for a, b in ((ours, theirs), (mine, original)):
+            perturb(model)
+            a(model)
+            b(model)
+            for x, y in zip(a.buffers(), b.buffers(), strict=True):
+                assert_close(x, y)
+
+    def test_in_a_host(self) -> None:
+        ours, original = Host(LitEma), Host(reference.LitEma)
+        original.load_state_dict(ours.state_dict())
+        perturb(ours.model)
+        original.model.load_state_dict(ours.model.state_dict())
+        for host in (ours, original):
+            before = values(host.model)
+            host.model_ema(host.model)
+            with host.ema_scope():
+                assert not torch.equal(before[0], next(host.model.parameters()))
+            assert_same(before, host.model)
+        for a, b in zip(ours.buffers(), original.buffers(), strict=True):
+            assert_close(a, b)
+
+    def test_as_part_of_the_module_it_averages(self) -> None:
+        model: Any = small()
+        model.model_ema = LitEma(model, decay=0.5)
+        model.model_ema(model)
+        assert len(list(model.model_ema.buffers())) == 8
+        with model.model_ema.ema_scope(model):
+            pass
+        assert isinstance(pickle.loads(pickle.dumps(model)), nn.Module)
+        copy.deepcopy(model).model_ema(model)
+
+    @pytest.mark.parametrize("decay", [-0.1, 1.1, math.nan])
+    def test_decay(self, decay: float) -> None:
+        with pytest.raises(ValueError, match=f"Decay must be between 0 and 1, found {decay}"):
+            LitEma(small(), decay)
+
+
+class TestDefects:
+    """Each of the fifteen, in the order in which they are known."""
+
+    def test_1_colliding_keys(self) -> None:
+        model = Nested("a.bc", "ab.c", "x.y")
+        ema = LitEma(model, decay=0.0, use_num_upates=False)
+        assert list(ema.m_name2s_name.values()) == ["a/bc", "ab/c", "xy"]
+        ema(model)
+        assert [b.tolist() for b in list(ema.buffers())[2:]] == [[0, 0], [1, 1], [2, 2]]
+        other = LitEma(model)
+        assert other.load_state_dict(ema.state_dict()) == ([], [])
+
+    def test_1_many(self) -> None:
+        model = nn.ModuleList(
+            nn.ModuleList(nn.Linear(1, 1, bias=False) for _ in range(12)) for _ in range(12)
+        )
+        assert len(list(LitEma(model).buffers())) == 2 + 144
+
+    def test_2_reserved_names(self) -> None:
+        names = (
+            "decay",
+            "num_updates",
+            "store",
+            "restore",
+            "copy_to",
+            "forward",
+            "type",
+            "collected_params",
+            "m_name2s_name",
+            "backend",
+            "training",
+            "_decay",
+        )
+        model = Nested(*names)
+        ema = LitEma(model, decay=0.25)
+        assert ema.decay.item() == 0.25
+        perturb(model)
+        ema(model)
+        ema.copy_to(model)
+        assert list(ema.m_name2s_name) == list(names)
+        assert not set(ema.m_name2s_name.values()) & set(names)
+
+    @pytest.mark.parametrize("shadow", [torch.float32, torch.float64, torch.bfloat16])
+    @pytest.mark.parametrize("param", [torch.float32, torch.bfloat16, torch.float16])
+    def test_3_mixed_dtypes(self, shadow: torch.dtype, param: torch.dtype) -> None:
+        model = nn.Linear(2, 2).to(param)
+        ema = LitEma(model, decay=0.5, use_num_upates=False, dtype=shadow)
+        before = weight_of(ema)
+        nn.init.ones_(model.weight)
+        expected = reference.average(before.clone(), model.weight, 0.5)
+        ema(model)
+        assert weight_of(ema) is before
+        assert weight_of(ema).dtype == shadow
+        assert_close(weight_of(ema), expected)
+        with ema.ema_scope(model):
+            assert model.weight.dtype == param
+            assert_close(model.weight.to(shadow), expected, rtol=2**-7, atol=1e-6)
+
+    @pytest.mark.cuda
+    def test_3_mixed_devices(self) -> None:
+        model = nn.Linear(2, 2)
+        ema = LitEma(model, decay=0.0, use_num_upates=False)
+        perturb(model.cuda())
+        ema(model)
+        assert weight_of(ema).device.type == "cpu"
+        assert_close(weight_of(ema), model.weight.cpu())
+        with ema.ema_scope(model):
+            assert model.weight.is_cuda
+
+    @pytest.mark.parametrize("cast", ["half", "bfloat16", "double", "float"])
+    def test_4_casts_leave_the_decay_alone(self, cast: str) -> None:
+        ema = LitEma(small(), decay=0.9999)
+        getattr(ema, cast)()
+        assert ema.decay.dtype == torch.float32
+        assert ema.num_updates.dtype == torch.int32
+        assert ema.decay.item() == pytest.approx(0.9999)
+        ema.to(torch.float16)
+        assert ema.decay.dtype == torch.float32
+
+    def test_5_one_minus_decay(self) -> None:
+        model = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(model.weight)
+        for ema in (LitEma(model, 0.9999, use_num_upates=False), LitEma(model, 0.5)):
+            if ema.decay.item() == 0.5:  # a checkpoint brings another decay
+                state = ema.state_dict() | {"decay": torch.tensor(0.9999)}
+                ema.load_state_dict(state | {"num_updates": torch.tensor(-1, dtype=torch.int32)})
+            with torch.no_grad():
+                model.weight.fill_(1.0)
+            ema(model)
+            assert weight_of(ema).item() == pytest.approx(1e-4, rel=1e-6)
+
+    def test_5_an_exact_decay_survives_a_cast_and_a_load(self) -> None:
+        decay = 2 ** (-1 / 12345)
+        model = nn.Linear(1, 1, bias=False)
+        ema = LitEma(model, decay)
+        ema.load_state_dict(ema.half().state_dict())
+        assert ema._decay().item() == decay
+
+    @pytest.mark.cuda
+    def test_6_no_synchronisation(self) -> None:
+        model = small().cuda()
+        ema = LitEma(model).cuda()
+        ema(model)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            ema(model)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert ema.num_updates.item() == 2
+
+    def test_6_state_is_never_read_on_the_way_to_the_weight(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """On the CPU the only number read is the finished weight, for `_foreach_lerp_`."""
+        model = small()
+        reads: list[torch.dtype] = []
+        ema, item = LitEma(model), Tensor.item
+
+        def read(tensor: Tensor) -> Any:
+            reads.append(tensor.dtype)
+            return item(tensor)
+
+        monkeypatch.setattr(Tensor, "item", read)
+        monkeypatch.setattr(Tensor, "__bool__", lambda _: pytest.fail("a tensor as a condition"))
+        ema(model)
+        assert reads == [torch.float64]
+
+    def test_7_restore_without_store(self) -> None:
+        model = small()
+        with pytest.raises(RuntimeError, match=r"restore: expected store\(\) before"):
+            LitEma(model).restore(model.parameters())
+
+    def test_7_restore_into_other_parameters(self) -> None:
+        model = small()
+        ema, before = LitEma(model), values(model)
+        ema.store(model.parameters())
+        perturb(model)
+        perturbed = values(model)
+        with pytest.raises(ValueError, match="restore: expected 6 parameters, found 5"):
+            ema.restore(list(model.parameters())[:-1])
+        with pytest.raises(ValueError, match=r"shape \(3, 2\) for parameter 0, found \(1,\)"):
+            ema.restore(reversed(list(model.parameters())))
+        assert_same(perturbed, model)
+        ema.restore(model.parameters())
+        assert_same(before, model)
+
+    def test_8_nested_scopes(self) -> None:
+        model = small()
+        ema, before = LitEma(model), values(model)
+        perturb_then = values(model)
+        with (
+            pytest.raises(RuntimeError, match="ema_scope: expected to be outside"),
+            ema.ema_scope(model),
+            ema.ema_scope(model),
+        ):
+            pytest.fail("entered")
+        assert_same(perturb_then, model)
+        host = Host()
+        perturb(host.model)
+        before = values(host.model)
+        with (
+            pytest.raises(RuntimeError, match=r"store: expected restore\(\)"),
+            host.ema_scope(),
+            host.ema_scope(),
+        ):
+            pytest.fail("entered")
+        assert_same(before, host.model)
+        with ema.ema_scope(model):
+            pass
+
+    def test_9_what_is_stored_is_detached_and_freed(self) -> None:
+        model = small()
+        ema = LitEma(model)
+        ema.store(model.parameters())
+        assert not any(stored.requires_grad for stored in ema.collected_params)
+        ema.restore(model.parameters())
+        assert ema.collected_params == []
+
+    def test_10_a_failing_copy(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = small()
+        ema, before = LitEma(model), values(model)
+        perturb(model)
+        before = values(model)
+        model[2].weight = nn.Parameter(torch.zeros(3, 1))  # type: ignore[index]
+        for swap in (ema.copy_to, ema):
+            with pytest.raises(ValueError, match=r"2.weight.*: expected shape \(1, 3\)"):
+                swap(model)
+        with pytest.raises(ValueError, match=r"2.weight.*: expected shape"), ema.ema_scope(model):
+            pytest.fail("entered")
+        for i in (0, 1, 2, 3, 5):
+            assert torch.equal(before[i], list(model.parameters())[i])
+        monkeypatch.setattr(LitEma, "copy_to", lambda *_: pytest.fail("not all or nothing"))
+        whole = small()
+        with LitEma(whole).ema_scope(whole):
+            pass
+
+    def test_10_a_failing_update_counts_for_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = small()
+        ema = LitEma(model)
+        monkeypatch.setattr(_kernels, "foreach_average_", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ema(model)
+        assert ema.num_updates.item() == 0
+
+    def test_11_frozen_later(self) -> None:
+        model = nn.Linear(2, 2)
+        ema = LitEma(model, decay=0.5, use_num_upates=False)
+        start = weight_of(ema).clone()
+        nn.init.ones_(model.weight).requires_grad_(False)
+        ema(model)
+        assert_close(weight_of(ema), (start + 1) / 2)
+        ema.copy_to(model)
+        with ema.ema_scope(model):
+            assert_close(model.weight, weight_of(ema))
+
+    def test_11_trainable_later(self) -> None:
+        model = nn.Linear(2, 2)
+        model.bias.requires_grad_(False)
+        ema = LitEma(model)
+        ema(model)
+        model.bias.requires_grad_(True)
+        for use in (ema, ema.copy_to):
+            with pytest.raises(ValueError, match="bias: expected no trainable parameter beside"):
+                use(model)
+        assert ema.num_updates.item() == 1
+
+    def test_11_another_set_of_parameters(self) -> None:
+        model = small()
+        ema = LitEma(model)
+        ema(model)
+        model[2] = nn.Linear(3, 1, bias=False)  # type: ignore[operator]
+        with pytest.raises(ValueError, match=r"model: .* found it lacks \['2.bias'\]"):
+            ema(model)
+
+    @pytest.mark.parametrize(("warm", "expected"), [(True, 0), (False, -1)])
+    def test_12_reset(self, warm: bool, expected: int) -> None:
+        model = small()
+        ema = LitEma(model, use_num_upates=warm)
+        counter = ema.num_updates
+        for _ in range(3):
+            ema(model)
+        ema.reset_num_updates()
+        assert ema.num_updates is counter
+        assert (counter.dtype, counter.item()) == (torch.int32, expected)
+
+    def test_13_nothing_to_average(self) -> None:
+        frozen = small().requires_grad_(False)
+        for model in (nn.Module(), nn.Identity(), frozen):
+            name = type(model).__name__
+            with pytest.raises(ValueError, match=f"require grad, found none in {name}; build"):
+                LitEma(model)
+
+    def test_14_a_checkpoint_without_averages(self) -> None:
+        host, checkpoint = Host(), Host(use_ema=False).state_dict()
+        with pytest.warns(
+            UserWarning, match="6 of 6 averages are not in the state_dict, model_ema"
+        ):
+            host.load_state_dict(checkpoint, strict=False)
+        loaded = values(host.model)
+        with host.ema_scope():
+            assert_same(loaded, host.model)
+        perturb(host.model)
+        host.model_ema(host.model)
+        warm = reference.average(loaded[0], next(host.model.parameters()), 2 / 11)
+        assert_close(next(iter(list(host.model_ema.buffers())[2:])), warm)
+
+    def test_14_a_checkpoint_of_something_else_keeps_what_was_averaged(self) -> None:
+        host = Host()
+        host.model_ema(host.model)
+        averaged = [b.clone() for b in host.model_ema.buffers()]
+        host.load_state_dict(Host(use_ema=False).state_dict(), strict=False)
+        host.model_ema.ema_scope(host.model)
+        for a, b in zip(averaged, host.model_ema.buffers(), strict=True):
+            assert torch.equal(a, b)
+
+    def test_15_the_misspelling(self) -> None:
+        assert LitEma(small(), use_num_upates=False).num_updates.item() == -1
+        with pytest.raises(TypeError):
+            LitEma(small(), use_num_updates=False)  # type: ignore[call-arg]
+
+
+class TestScope:
+    def test_logs_under_the_context(self, caplog: pytest.LogCaptureFixture) -> None:
+        model = small()
+        with caplog.at_level(logging.INFO), LitEma(model).ema_scope(model, context="Plotting"):
+            assert caplog.messages == ["Plotting: Switched to EMA weights"]
+        assert caplog.messages[1:] == ["Plotting: Restored training weights"]
+
+    def test_copies_nothing(self) -> None:
+        model = small()
+        ema = LitEma(model)
+        with ema.ema_scope(model):
+            averages = {b.data_ptr() for b in ema.buffers()}
+            assert {p.data_ptr() for p in model.parameters()} <= averages
+
+    def test_whatever_happens_inside(self) -> None:
+        model: Any = small()
+        ema = LitEma(model)
+        perturb(model)
+        objects, before = list(model.parameters()), values(model)
+        with pytest.raises(KeyError), ema.ema_scope(model):
+            model[0].weight.requires_grad_(False)
+            model[2] = nn.Identity()
+            raise KeyError
+        for p, value in zip(objects, before, strict=True):
+            assert torch.equal(p, value)
+        model[0].weight.requires_grad_(True)
+
+    def test_an_update_inside_raises(self) -> None:
+        model = small()
+        ema = LitEma(model)
+        with (
+            pytest.raises(ValueError, match="overlaps params"),
+            ema.ema_scope(model),
+        ):
+            ema(model)
+
+
+class TestWrappers:
+    def test_compiled_later_and_earlier(self) -> None:
+        model = small()
+        compiled: Any = torch.compile(model)
+        for built, used in ((model, compiled), (compiled, model)):
+            ema = LitEma(built, decay=0.0, use_num_upates=False)
+            perturb(model)
+            ema(used)
+            assert_close(list(ema.buffers())[2:], list(model.parameters()))
+            with ema.ema_scope(used):
+                pass
+
+    def test_checkpoint_of_a_compiled_model(self) -> None:
+        model = small()
+        wrapped: Any = torch.compile(model)
+        original = reference.LitEma(wrapped)
+        assert "_orig_mod0weight" in original.state_dict()
+        assert LitEma(wrapped).load_state_dict(original.state_dict()) == ([], [])
+        assert LitEma(model).load_state_dict(original.state_dict()) == ([], [])
+        assert LitEma(wrapped).load_state_dict(LitEma(model).state_dict()) == ([], [])
+
+
+class TestCheckpoints:
+    def test_resume_is_exact(self) -> None:
+        def run(model: nn.Module, ema: LitEma, steps: range) -> None:
+            for step in steps:
+                with torch.no_grad():
+                    for p in model.parameters():
+                        p.copy_(torch.full_like(p, math.sin(step)))
+                ema(model)
+
+        model = small()
+        whole, first = LitEma(model), LitEma(model)
+        run(model, whole, range(20))
+        run(model, first, range(7))
+        file = io.BytesIO()
+        torch.save(first.state_dict(), file)
+        file.seek(0)
+        second = LitEma(small())
+        second.load_state_dict(torch.load(file, weights_only=True))
+        run(model, second, range(7, 20))
+        for a, b in zip(whole.buffers(), second.buffers(), strict=True):
+            assert torch.equal(a, b)
+
+    def test_half_precision_files_are_distrusted(self) -> None:
+        ema = LitEma(small(), decay=0.9999)
+        state = {name: b.half() for name, b in ema.state_dict().items()}
+        assert state["decay"].item() == 1.0
+        with pytest.warns(UserWarning, match="decay and num_updates were saved in torch.float16"):
+            ema.load_state_dict(state)
+        assert ema.decay.item() == pytest.approx(0.9999)
+        assert ema.num_updates.item() == 0
+
+    def test_strict_loading_names_keys(self) -> None:
+        ema = LitEma(small())
+        state = ema.state_dict()
+        del state["0weight"]
+        ema(small())
+        with pytest.raises(RuntimeError, match=r'Missing key.*"0weight"'):
+            ema.load_state_dict(state)
+
+    def test_after_to_empty_and_meta(self) -> None:
+        with torch.device("meta"):
+            model = small()
+            ema = LitEma(model)
+        source = small()
+        model.to_empty(device="cpu").load_state_dict(source.state_dict())
+        ema.to_empty(device="cpu").load_state_dict(LitEma(source).state_dict())
+        ema(model)
+        assert_close(list(ema.buffers())[2:], list(source.parameters()))

@@ -1,0 +1,174 @@
+"""`ema_scope`: the model computes with the shadow, and nothing is left behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import emajit
+
+
+def small() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+
+
+def shadow_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: torch.randn_like(p) for name, p in model.named_parameters()}
+
+
+class Spy:
+    """What must be as before once a scope is left."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.objects = list(model.parameters()) + list(model.buffers())
+        self.addresses = [t.data_ptr() for t in self.objects]
+        self.values = [t.detach().clone() for t in self.objects]
+
+    def assert_untouched(self) -> None:
+        found = list(self.model.parameters()) + list(self.model.buffers())
+        assert all(a is b for a, b in zip(self.objects, found, strict=True))
+        assert self.addresses == [t.data_ptr() for t in found]
+        assert all(torch.equal(a, b) for a, b in zip(self.values, found, strict=True))
+
+
+def test_computes_with_the_shadow_itself() -> None:
+    model, x = small().eval(), torch.randn(4, 2)
+    shadow, spy = shadow_of(model), Spy(model)
+    expected = torch.func.functional_call(model, shadow, (x,))
+    raw = model(x)
+    with emajit.ema_scope(model, shadow):
+        for name, p in model.named_parameters():
+            assert isinstance(p, nn.Parameter)
+            assert p.data_ptr() == shadow[name].data_ptr()
+        assert_close(model(x), expected, rtol=0, atol=0)
+    spy.assert_untouched()
+    assert_close(model(x), raw, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_whatever_is_raised(error: type[BaseException]) -> None:
+    model = small()
+    spy = Spy(model)
+    with pytest.raises(error), emajit.ema_scope(model, shadow_of(model)):
+        raise error
+    spy.assert_untouched()
+
+
+def test_a_swap_that_fails_half_way() -> None:
+    model = small()
+    shadow = shadow_of(model)
+    shadow["2.weight"] = torch.randn(1, 3).to_sparse()
+    spy = Spy(model)
+    with pytest.raises(RuntimeError), emajit.ema_scope(model, shadow):
+        pytest.fail("entered")
+    spy.assert_untouched()
+
+
+def test_tied_weights() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)})
+    model["b"].weight = model["a"].weight
+    average = torch.ones(2, 2)
+    for shadow in (
+        {"a.weight": average},
+        {"b.weight": average},
+        {"a.weight": average, "b.weight": average.clone()},
+    ):
+        with emajit.ema_scope(model, shadow):
+            assert_close(model["b"].weight, average)
+            assert model["a"].weight is model["b"].weight
+    with (
+        pytest.raises(ValueError, match=r"shadow\['b.weight'\]: .* average of 'a.weight'"),
+        emajit.ema_scope(model, {"a.weight": average, "b.weight": average + 1}),
+    ):
+        pytest.fail("entered")
+
+
+def test_lstm_holds_its_weights_elsewhere_too() -> None:
+    model, x = nn.LSTM(2, 3), torch.randn(4, 1, 2)
+    shadow = shadow_of(model)
+    other = nn.LSTM(2, 3)
+    other.load_state_dict(shadow)
+    with emajit.ema_scope(model, shadow):
+        assert_close(model(x)[0], other(x)[0], rtol=0, atol=0)
+
+
+def test_compiled_model_without_recompiling() -> None:
+    model, x = nn.Linear(2, 3), torch.randn(4, 2)
+    compiled: Any = torch.compile(model, backend="aot_eager")
+    shadow = shadow_of(model)
+    raw = compiled(x)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        with emajit.ema_scope(compiled, shadow):
+            averaged = compiled(x)
+        assert_close(compiled(x), raw, rtol=0, atol=0)
+    assert_close(averaged, torch.func.functional_call(model, shadow, (x,)))
+
+
+def test_prefixes_on_both_sides() -> None:
+    model = small()
+    compiled: Any = torch.compile(model)
+    plain = shadow_of(model)
+    prefixed = {f"module._orig_mod.{name}": average for name, average in plain.items()}
+    for target, shadow in ((compiled, plain), (model, prefixed), (compiled, prefixed)):
+        with emajit.ema_scope(target, shadow):
+            assert torch.equal(model[0].weight, plain["0.weight"])  # type: ignore[index]
+
+
+def test_buffers_and_state_dict() -> None:
+    model = small()
+    shadow = emajit.init(model.state_dict())
+    shadow["1.running_mean"] += 5
+    spy = Spy(model)
+    with emajit.ema_scope(model, shadow):
+        assert model.state_dict()["1.running_mean"].tolist() == [5.0] * 3
+    spy.assert_untouched()
+
+
+def test_frozen_parameters_may_be_left_out() -> None:
+    model = small()
+    for p in model[0].parameters():  # type: ignore[index]
+        p.requires_grad_(False)
+    shadow = {name: s for name, s in shadow_of(model).items() if not name.startswith("0.")}
+    with emajit.ema_scope(model, shadow):
+        assert torch.equal(model[2].weight, shadow["2.weight"])  # type: ignore[index]
+
+
+def test_optimizer_and_graph_in_flight() -> None:
+    model, x = small(), torch.randn(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = model(x).sum()
+    with emajit.ema_scope(model, shadow_of(model)), torch.no_grad():
+        model.eval()(x)
+    loss.backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step()
+    for p, old in zip(model.parameters(), before, strict=True):
+        assert p.grad is not None
+        assert_close(p.detach(), old - 0.1 * p.grad)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("0.bias"), r"missing \['0.bias'\]"),
+        (lambda s: s.update({"9.w": torch.zeros(1)}), r"found \['9.w'\]"),
+        (
+            lambda s: s.update({"0.bias": torch.zeros(2)}),
+            r"shadow\['0.bias'\]: expected shape \(3,\) on cpu, found \(2,\) on cpu",
+        ),
+        (lambda s: s.update({"0.bias": torch.zeros(3, device="meta")}), "found .* on meta"),
+        (lambda s: s.clear(), "missing"),
+    ],
+)
+def test_errors_name_the_parameter(change: Any, message: str) -> None:
+    model = small()
+    shadow, spy = shadow_of(model), Spy(model)
+    change(shadow)
+    with pytest.raises(ValueError, match=message), emajit.ema_scope(model, shadow):
+        pytest.fail("entered")
+    spy.assert_untouched()
