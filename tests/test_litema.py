@@ -207,7 +207,7 @@ class TestDefects:
             "m_name2s_name",
             "backend",
             "training",
-            "_decay",
+            "_exact_decay",
         )
         model = Nested(*names)
         ema = LitEma(model, decay=0.25)
@@ -272,7 +272,9 @@ class TestDefects:
         model = nn.Linear(1, 1, bias=False)
         ema = LitEma(model, decay)
         ema.load_state_dict(ema.half().state_dict())
-        assert ema._decay().item() == decay
+        assert ema._decay_on_host() == pytest.approx(2 / 11)
+        ema.num_updates.fill_(-1)
+        assert ema._decay_on_host() == decay
 
     @pytest.mark.cuda
     def test_6_no_synchronisation(self) -> None:
@@ -286,22 +288,23 @@ class TestDefects:
             torch.cuda.set_sync_debug_mode("default")
         assert ema.num_updates.item() == 2
 
-    def test_6_state_is_never_read_on_the_way_to_the_weight(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """On the CPU the only number read is the finished weight, for `_foreach_lerp_`."""
-        model = small()
-        reads: list[torch.dtype] = []
-        ema, item = LitEma(model), Tensor.item
+    @pytest.mark.parametrize("warm", [True, False])
+    @pytest.mark.parametrize("decay", [0.5, 0.9999, 2 ** (-1 / 12345), 0.0, 1.0])
+    def test_6_the_decay_is_the_same_on_host_and_device(self, decay: float, warm: bool) -> None:
+        ema = LitEma(small(), decay, warm)
+        for held in (decay, 0.999):  # the second as if from a checkpoint
+            ema.decay.fill_(held)
+            for n in (0, 1, 5, 10**6) if warm else (-1,):
+                ema.num_updates.fill_(n)
+                expected = min(held, (2 + n) / (11 + n)) if warm else held
+                assert ema._decay_on_host() == pytest.approx(expected, rel=1e-15)
+                assert ema._decay_on_device().item() == pytest.approx(expected, rel=1e-15)
 
-        def read(tensor: Tensor) -> Any:
-            reads.append(tensor.dtype)
-            return item(tensor)
-
-        monkeypatch.setattr(Tensor, "item", read)
-        monkeypatch.setattr(Tensor, "__bool__", lambda _: pytest.fail("a tensor as a condition"))
-        ema(model)
-        assert reads == [torch.float64]
+    def test_6_on_a_device_nothing_is_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        ema = LitEma(small())
+        for read in ("item", "__bool__", "__float__", "__int__", "__index__", "tolist"):
+            monkeypatch.setattr(Tensor, read, lambda *_: pytest.fail("read back"))
+        ema._decay_on_device()
 
     def test_7_restore_without_store(self) -> None:
         model = small()

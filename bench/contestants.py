@@ -1,0 +1,146 @@
+"""Everybody's way of updating an average of a model's parameters, behind one interface."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import emajit
+from tests import reference
+
+DECAY = 0.9999
+
+
+class Contestant(ABC):
+    """Built from a model, whose parameters are the first average."""
+
+    name: str
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.params = dict(model.named_parameters())
+
+    def observe(self) -> None:  # noqa: B027, only the limit has something to do
+        """Called when the model's parameters have changed."""
+
+    @abstractmethod
+    def step(self) -> None:
+        """Update the average with the parameters that the model has now."""
+
+    @abstractmethod
+    def averages(self) -> list[Tensor]:
+        """The averages, in the order of `model.parameters()`."""
+
+
+class FlatLerp(Contestant):
+    """One contiguous tensor of the same size: what the memory allows."""
+
+    name = "flat lerp_ (the limit)"
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.shadow = self.flat()
+        self.observe()
+
+    def observe(self) -> None:
+        self.flat_params = self.flat()
+
+    def flat(self) -> Tensor:
+        return torch.cat([p.detach().flatten() for p in self.params.values()])
+
+    def step(self) -> None:
+        self.shadow.lerp_(self.flat_params, 1 - DECAY)
+
+    def averages(self) -> list[Tensor]:
+        sizes = [p.numel() for p in self.params.values()]
+        parts = torch.split(self.shadow, sizes)
+        return [a.view_as(p) for a, p in zip(parts, self.params.values(), strict=True)]
+
+
+class ForeachLerp(Contestant):
+    """The operator on lists that are ready: no names, no checks."""
+
+    name = "torch._foreach_lerp_"
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.tensors: list[Tensor] = list(self.params.values())
+        self.shadow = [p.detach().clone() for p in self.tensors]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        torch._foreach_lerp_(self.shadow, self.tensors, 1 - DECAY)
+
+    def averages(self) -> list[Tensor]:
+        return self.shadow
+
+
+class Published(Contestant):
+    """LitEma as latent-diffusion has it."""
+
+    name = "LitEma as published"
+    litema: type[reference.LitEma | emajit.LitEma] = reference.LitEma
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.ema = self.litema(model, DECAY, use_num_upates=False)
+
+    def step(self) -> None:
+        self.ema(self.model)
+
+    def averages(self) -> list[Tensor]:
+        return list(self.ema.buffers())[2:]
+
+
+class Averaged(Contestant):
+    """torch's own, in its `foreach` form."""
+
+    name = "AveragedModel, multi_avg_fn"
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        average = get_ema_multi_avg_fn(DECAY)  # type: ignore[no-untyped-call]
+        self.ema = AveragedModel(model, multi_avg_fn=average)
+        self.ema.update_parameters(model)
+
+    def step(self) -> None:
+        self.ema.update_parameters(self.model)
+
+    def averages(self) -> list[Tensor]:
+        return list(self.ema.module.parameters())
+
+
+class UpdateInPlace(Contestant):
+    name = "emajit.update_"
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.shadow = emajit.init(self.params)
+
+    def step(self) -> None:
+        emajit.update_(self.shadow, self.params, 0, decay=DECAY)
+
+    def averages(self) -> list[Tensor]:
+        return list(self.shadow.values())
+
+
+class Update(UpdateInPlace):
+    name = "emajit.update"
+
+    def step(self) -> None:
+        self.shadow = emajit.update(self.shadow, self.params, 0, decay=DECAY)
+
+
+class DropIn(Published):
+    """Ours, with the same calls."""
+
+    name = "emajit.LitEma"
+    litema = emajit.LitEma
+
+
+CONTESTANTS: tuple[type[Contestant], ...] = (
+    FlatLerp, ForeachLerp, UpdateInPlace, DropIn, Update, Averaged, Published,
+)  # fmt: skip
