@@ -1,0 +1,37 @@
+"""The README's Python runs as it stands, and its commands are those of the project."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.inductor
+def test_python_blocks_run_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "readme"}
+    found = blocks("python")
+    assert len(found) >= 3
+    for number, block in enumerate(found):
+        exec(compile(block, f"README.md block {number}", "exec"), namespace)  # noqa: S102
+
+
+def test_commands() -> None:
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    assert 'pip install -c .ci/constraints.txt ".[demo]" && emajit demo' in lines
+    assert 'pip install -c .ci/constraints.txt -e ".[test]" && pytest' in lines
+
+
+def test_pictures_exist() -> None:
+    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
+        assert (ROOT / path).is_file()
