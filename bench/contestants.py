@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import emajit
+from bench.measure import LIMIT
 from tests import reference
 
 DECAY = 0.9999
@@ -38,7 +39,7 @@ class Contestant(ABC):
 class FlatLerp(Contestant):
     """One contiguous tensor of the same size: what the memory allows."""
 
-    name = "flat lerp_ (the limit)"
+    name = LIMIT
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)

@@ -23,10 +23,10 @@ def emajit(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, demo.History, str]:
-    """A full run with the default settings, but for another seed than the README's."""
+    """A full run with the default settings, but for the seed."""
     out = tmp_path_factory.mktemp("demo")
     console = Console(file=io.StringIO(), width=100)
-    history = demo.run(demo.Settings(4000, 0.999, 1, "cpu", out), console)
+    history = demo.run(demo.Settings(2000, 0.999, 1, "cpu", out), console)
     assert isinstance(console.file, io.StringIO)
     return out, history, console.file.getvalue()
 
@@ -39,7 +39,7 @@ class TestRun:
 
     def test_table(self, finished: tuple[Path, demo.History, str]) -> None:
         _, history, shown = finished
-        for text in ("After 4000 steps", f"{history.raw[-1]:.4f}", f"{-history.gain:.1%}", "ms"):
+        for text in ("After 2000 steps", f"{history.raw[-1]:.4f}", f"{-history.gain:.1%}", "ms"):
             assert text in shown
 
     def test_weights_have_the_models_names(self, finished: tuple[Path, demo.History, str]) -> None:
@@ -108,7 +108,7 @@ def test_ctrl_c_leaves_no_half_written_file(
 ) -> None:
     def interrupt(*arguments: Any) -> None:
         if hasattr(arguments[-1], "write"):
-            arguments[-1].write(b"half of a")
+            arguments[-1].write(b"half of a picture")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, when, interrupt)

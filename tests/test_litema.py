@@ -1,4 +1,4 @@
-"""LitEma: the original's interface and state, without its fifteen defects."""
+"""LitEma: the original's interface and state, without its defects."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from emajit import LitEma, _kernels
+from emajit import LitEma, _kernels, _names
 from tests import reference
 
 
@@ -146,6 +146,16 @@ class TestLikeTheOriginal:
             for x, y in zip(a.buffers(), b.buffers(), strict=True):
                 assert_close(x, y)
 
+    def test_inside_a_compiled_step(self) -> None:
+        model = small()
+        ema, plain = LitEma(model), LitEma(model)
+        step = torch.compile(lambda: ema(model), fullgraph=True, backend="aot_eager")
+        for _ in range(3):
+            perturb(model)
+            step()
+            plain(model)
+        assert_close(list(ema.buffers()), list(plain.buffers()))
+
     def test_in_a_host(self) -> None:
         ours, original = Host(LitEma), Host(reference.LitEma)
         original.load_state_dict(ours.state_dict())
@@ -177,14 +187,17 @@ class TestLikeTheOriginal:
 
 
 class TestDefects:
-    """Each of the fifteen, in the order in which they are known."""
+    """Where the original is silently wrong, ours works or raises."""
 
     def test_1_colliding_keys(self) -> None:
         model = Nested("a.bc", "ab.c", "x.y")
         ema = LitEma(model, decay=0.0, use_num_upates=False)
         assert list(ema.m_name2s_name.values()) == ["a/bc", "ab/c", "xy"]
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(10)
         ema(model)
-        assert [b.tolist() for b in list(ema.buffers())[2:]] == [[0, 0], [1, 1], [2, 2]]
+        assert [b.tolist() for b in list(ema.buffers())[2:]] == [[10, 10], [11, 11], [12, 12]]
         other = LitEma(model)
         assert other.load_state_dict(ema.state_dict()) == ([], [])
 
@@ -207,14 +220,22 @@ class TestDefects:
             "m_name2s_name",
             "backend",
             "training",
-            "_exact_decay",
+            "_written_decay",
+            "_untouched",
+            "_known",
         )
         model = Nested(*names)
         ema = LitEma(model, decay=0.25)
         assert ema.decay.item() == 0.25
+        before = values(model)
         perturb(model)
+        expected = [
+            reference.average(old, new, 2 / 11)
+            for old, new in zip(before, values(model), strict=True)
+        ]
         ema(model)
         ema.copy_to(model)
+        assert_close(values(model), expected)
         assert list(ema.m_name2s_name) == list(names)
         assert not set(ema.m_name2s_name.values()) & set(names)
 
@@ -254,6 +275,8 @@ class TestDefects:
         assert ema.decay.item() == pytest.approx(0.9999)
         ema.to(torch.float16)
         assert ema.decay.dtype == torch.float32
+        ema.type(torch.float64)
+        assert (ema.decay.dtype, ema.num_updates.dtype) == (torch.float32, torch.int32)
 
     def test_5_one_minus_decay(self) -> None:
         model = nn.Linear(1, 1, bias=False)
@@ -300,6 +323,11 @@ class TestDefects:
                 assert ema._decay_on_host() == pytest.approx(expected, rel=1e-15)
                 assert ema._decay_on_device().item() == pytest.approx(expected, rel=1e-15)
 
+    def test_6_a_decay_of_many_decimals_from_a_checkpoint(self) -> None:
+        ema, held = LitEma(small(), 0.5, use_num_upates=False), torch.tensor(2 ** (-1 / 1234567))
+        ema.decay.copy_(held)
+        assert ema._decay_on_host() == ema._decay_on_device().item() == held.item()
+
     def test_6_on_a_device_nothing_is_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
         ema = LitEma(small())
         for read in ("item", "__bool__", "__float__", "__int__", "__index__", "tolist"):
@@ -328,14 +356,13 @@ class TestDefects:
     def test_8_nested_scopes(self) -> None:
         model = small()
         ema, before = LitEma(model), values(model)
-        perturb_then = values(model)
         with (
-            pytest.raises(RuntimeError, match="ema_scope: expected to be outside"),
+            pytest.raises(RuntimeError, match="expected a model outside of ema_scope"),
             ema.ema_scope(model),
             ema.ema_scope(model),
         ):
             pytest.fail("entered")
-        assert_same(perturb_then, model)
+        assert_same(before, model)
         host = Host()
         perturb(host.model)
         before = values(host.model)
@@ -359,7 +386,7 @@ class TestDefects:
 
     def test_10_a_failing_copy(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model = small()
-        ema, before = LitEma(model), values(model)
+        ema = LitEma(model)
         perturb(model)
         before = values(model)
         model[2].weight = nn.Parameter(torch.zeros(3, 1))  # type: ignore[index]
@@ -370,7 +397,7 @@ class TestDefects:
             pytest.fail("entered")
         for i in (0, 1, 2, 3, 5):
             assert torch.equal(before[i], list(model.parameters())[i])
-        monkeypatch.setattr(LitEma, "copy_to", lambda *_: pytest.fail("not all or nothing"))
+        monkeypatch.setattr(LitEma, "copy_to", lambda *_: pytest.fail("copied"))
         whole = small()
         with LitEma(whole).ema_scope(whole):
             pass
@@ -404,6 +431,13 @@ class TestDefects:
             with pytest.raises(ValueError, match="bias: expected no trainable parameter beside"):
                 use(model)
         assert ema.num_updates.item() == 1
+
+    def test_names_are_matched_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = small()
+        ema = LitEma(model)
+        ema(model)
+        monkeypatch.setattr(_names, "match", lambda *_: pytest.fail("matched again"))
+        ema(model)
 
     def test_11_another_set_of_parameters(self) -> None:
         model = small()
@@ -445,12 +479,37 @@ class TestDefects:
         warm = reference.average(loaded[0], next(host.model.parameters()), 2 / 11)
         assert_close(next(iter(list(host.model_ema.buffers())[2:])), warm)
 
+    def test_14_the_averages_may_come_later(self) -> None:
+        donor, host = Host(), Host()
+        perturb(donor.model)
+        donor.model_ema(donor.model)
+        with pytest.warns(UserWarning, match="averages are not in the state_dict"):
+            host.load_state_dict(Host(use_ema=False).state_dict(), strict=False)
+        saved = host.state_dict()
+        assert not [key for key in saved if "model_ema.0" in key]
+        host.load_state_dict(donor.state_dict())
+        host.model_ema.copy_to(host.model)
+        for a, b in zip(donor.model_ema.buffers(), host.model_ema.buffers(), strict=True):
+            assert torch.equal(a, b)
+
+    def test_14_nothing_is_broadcast(self) -> None:
+        model = nn.Linear(2, 3)
+        ema = LitEma(model)
+        before = [b.clone() for b in ema.buffers()]
+        with pytest.warns(UserWarning, match="averages are not in the state_dict"):
+            ema.load_state_dict({}, strict=False)
+        model.bias = nn.Parameter(torch.full((1,), 9.0))
+        with pytest.raises(ValueError, match=r"bias: expected shape \(3,\) as averaged"):
+            ema(model)
+        assert all(torch.equal(a, b) for a, b in zip(before, ema.buffers(), strict=True))
+
     def test_14_a_checkpoint_of_something_else_keeps_what_was_averaged(self) -> None:
         host = Host()
         host.model_ema(host.model)
         averaged = [b.clone() for b in host.model_ema.buffers()]
         host.load_state_dict(Host(use_ema=False).state_dict(), strict=False)
-        host.model_ema.ema_scope(host.model)
+        with host.model_ema.ema_scope(host.model):
+            pass
         for a, b in zip(averaged, host.model_ema.buffers(), strict=True):
             assert torch.equal(a, b)
 
@@ -487,14 +546,34 @@ class TestScope:
             assert torch.equal(p, value)
         model[0].weight.requires_grad_(True)
 
-    def test_an_update_inside_raises(self) -> None:
+    @pytest.mark.parametrize("dtype", [None, torch.float64])
+    def test_nothing_else_inside(self, dtype: torch.dtype | None) -> None:
         model = small()
-        ema = LitEma(model)
+        ema, before = LitEma(model, dtype=dtype), values(model)
+        ema.store(model.parameters())
+        with ema.ema_scope(model):
+            inside = values(model)
+            for use in (ema, ema.copy_to):
+                with pytest.raises(RuntimeError, match="expected a model outside of ema_scope"):
+                    use(model)
+            with pytest.raises(RuntimeError, match="expected a model outside of ema_scope"):
+                ema.restore(model.parameters())
+            assert_same(inside, model)
+            twin = copy.deepcopy(ema)
+        assert_same(before, model)
+        assert ema.num_updates.item() == 0
+        with twin.ema_scope(model):
+            pass
+
+    def test_logs_the_way_back_whatever_happens(self, caplog: pytest.LogCaptureFixture) -> None:
+        model = small()
         with (
-            pytest.raises(ValueError, match="overlaps params"),
-            ema.ema_scope(model),
+            caplog.at_level(logging.INFO),
+            pytest.raises(KeyError),
+            LitEma(model).ema_scope(model, "Plotting"),
         ):
-            ema(model)
+            raise KeyError
+        assert caplog.messages[-1] == "Plotting: Restored training weights"
 
 
 class TestWrappers:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
 
@@ -19,11 +20,12 @@ def blocks(language: str) -> list[str]:
 @pytest.mark.inductor
 def test_python_blocks_run_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, Any] = {"__name__": "readme"}
+    module = ModuleType("readme")
+    monkeypatch.setitem(sys.modules, "readme", module)
     found = blocks("python")
     assert len(found) >= 3
     for number, block in enumerate(found):
-        exec(compile(block, f"README.md block {number}", "exec"), namespace)  # noqa: S102
+        exec(compile(block, f"README.md block {number}", "exec"), vars(module))  # noqa: S102
 
 
 def test_commands() -> None:

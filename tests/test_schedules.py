@@ -144,9 +144,19 @@ def test_every_equals_the_dense_average_of_held_parameters() -> None:
     assert_close(sparse, dense)
 
 
+def test_small_integer_steps_do_not_overflow() -> None:
+    sparse = schedules.every(schedules.warmup(0.99999), 1000)
+    assert_close(float(sparse(torch.tensor(3_000_000, dtype=torch.int32))), sparse(3_000_000))
+    late = schedules.delay(schedules.warmup(0.99), 300)
+    assert float(late(torch.tensor(100, dtype=torch.uint8))) == 0.0
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: schedules.every(0.9, 2), "schedule: expected a schedule, step -> decay, found"),  # type: ignore[arg-type]
+        (lambda: schedules.delay(0.9, 2), "schedule: expected a schedule, step -> decay, found"),  # type: ignore[arg-type]
+        (lambda: schedules.every(schedules.uniform(), 2.5), "interval: expected an integer"),  # type: ignore[arg-type]
         (lambda: schedules.constant(1.5), r"decay: expected a number in \[0, 1\], found 1.5"),
         (lambda: schedules.warmup(math.nan), r"decay: expected a number in \[0, 1\], found nan"),
         (lambda: schedules.debiased(-0.1), "decay: expected a number"),

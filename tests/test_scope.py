@@ -69,6 +69,100 @@ def test_a_swap_that_fails_half_way() -> None:
     spy.assert_untouched()
 
 
+def test_one_scope_at_a_time() -> None:
+    model = small()
+    first, second = (emajit.ema_scope(model, shadow_of(model)) for _ in range(2))
+    spy = Spy(model)
+    with first, pytest.raises(RuntimeError, match="outside of ema_scope, found it inside"), second:
+        pytest.fail("entered")
+    spy.assert_untouched()
+    with emajit.ema_scope(model, shadow_of(model)):
+        pass
+
+
+def test_another_dtype_is_cast() -> None:
+    model, x = nn.Linear(2, 3).bfloat16(), torch.randn(4, 2).bfloat16()
+    shadow = {name: s.float() for name, s in shadow_of(model).items()}
+    with emajit.ema_scope(model, shadow):
+        found = model(x)
+    cast = {name: s.bfloat16() for name, s in shadow.items()}
+    assert_close(found, torch.func.functional_call(model, cast, (x,)), rtol=0, atol=0)
+    hooked: list[int] = []
+    model.weight.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+        lambda _: hooked.append(1)
+    )
+    model(x).sum().backward()
+    assert hooked == [1]
+
+
+def test_a_graph_does_not_cross_the_boundary_unnoticed() -> None:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor([3.0]))
+
+    model, x = Scale(), torch.ones(1, requires_grad=True)
+    shadow = {"w": torch.tensor([10.0])}
+    before = x * model.w
+    with emajit.ema_scope(model, shadow):
+        inside = x * model.w
+        (gradient,) = torch.autograd.grad(x * model.w, x)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(before, x, retain_graph=True)
+    assert gradient.item() == 10
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(inside, x)
+    assert torch.autograd.grad(before, x)[0].item() == 3
+
+
+def test_a_buffer_that_the_forward_replaces() -> None:
+    class Counter(nn.Module):
+        seen: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(1))
+
+        def forward(self) -> None:
+            self.seen = self.seen + 1
+
+    model = Counter()
+    with emajit.ema_scope(model, {"seen": torch.full((1,), 100.0)}):
+        model()
+        assert model.seen.item() == 101
+    assert model.seen.item() == 0
+
+
+def test_model_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = nn.Linear(2, 2)
+        shadow = shadow_of(model)
+        with emajit.ema_scope(model, shadow):
+            assert torch.equal(model.weight, shadow["weight"])
+
+
+@pytest.mark.parametrize(
+    ("model", "shadow", "message"),
+    [
+        ({}, small(), "model: expected a module, found dict"),
+        (small(), [torch.ones(1)], "shadow: expected a mapping of names to averages, found list"),
+    ],
+)
+def test_swapped_arguments(model: Any, shadow: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message), emajit.ema_scope(model, shadow):
+        pytest.fail("entered")
+
+
+def test_none_is_no_average() -> None:
+    model = nn.Linear(2, 2)
+    shadow: dict[str, Any] = {"weight": torch.ones(2, 2), "bias": None}
+    with pytest.raises(ValueError, match=r"missing \['bias'\]"), emajit.ema_scope(model, shadow):
+        pytest.fail("entered")
+    model.bias.requires_grad_(False)
+    with emajit.ema_scope(model, shadow):
+        pass
+
+
 def test_tied_weights() -> None:
     model = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)})
     model["b"].weight = model["a"].weight

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Sequence
 from functools import lru_cache
 from types import FunctionType
 from typing import Any
@@ -21,8 +21,8 @@ Kernel = Any  # of (shadows, params, weight, skip): a plain function, or one com
 # Milliseconds, eager / compiled, 2 cores of an AMD EPYC, torch 2.13:
 #   ResNet-50: float32 3.2 / 3.6 (flat lerp_ 2.9), float32 of bfloat16 17 / 5.6,
 #   bfloat16 37 / 2.6, float32 of bfloat16 with "skip" 48 / 6.4
-# Below this many elements a step costs under 1 ms either way, and 10,000 steps do not earn back
-# the seconds that a compilation takes.
+# Below this many elements a step takes some ms at the most, and does not earn back in 10,000 steps
+# the seconds to minutes of a compilation, which grow with the number of leaves.
 _WORTH_COMPILING = 2**20
 
 
@@ -53,17 +53,20 @@ def average_(
     """`_kernels.average_`, each leaf in the way that suits it."""
     if is_traced():
         _kernels.average_(shadows, params, weight, skip)
-        return
-    kernels = _kernels.average_, _kernels.foreach_average_
-    for _ in _run(kernels, shadows, params, weight, skip, backend):
-        pass
+    else:
+        kernels = _kernels.average_, _kernels.foreach_average_
+        _run(kernels, shadows, params, weight, skip, backend)
 
 
 def _laid_out_as(shadow: Tensor, average: Tensor) -> Tensor:
-    # Inductor takes the parameter's strides where they differ from the shadow's.
+    """The average in the strides that `empty_like` gives it: the shadow's, if that is dense.
+
+    Inductor takes the parameter's where the two differ.
+    """
     if average.stride() == shadow.stride():
         return average
-    return torch.empty_like(shadow).copy_(average)
+    laid_out = torch.empty_like(shadow)
+    return average if average.stride() == laid_out.stride() else laid_out.copy_(average)
 
 
 def _run(
@@ -73,26 +76,50 @@ def _run(
     weight: Weight,
     skip: bool,
     backend: str,
-) -> Iterator[tuple[Iterable[int], Any]]:
-    """Call a kernel for each group of leaves; yield their indices and what it returned."""
+) -> list[tuple[Iterable[int], Any]]:
+    """Call a kernel for each group of leaves; their indices and what it returned."""
     kernel, foreach = kernels
     if isinstance(weight, Tensor) and weight.device.type == "cpu":
         weight = weight.item()
+    done: list[tuple[Iterable[int], Any]] = []
     for way, leaves in _ways(shadows, params, weight, skip, backend).items():
         s, p = [shadows[i] for i in leaves], [params[i] for i in leaves]
         if way == "foreach":
-            yield leaves, foreach(s, p, weight)
+            result = foreach(s, p, weight)
         elif way == "eager" or (backend == "auto" and not _pays(s)):
-            yield leaves, kernel(s, p, weight, skip)
+            result = kernel(s, p, weight, skip)
         else:
-            compiler = "inductor" if backend == "auto" else backend
-            w = weight if isinstance(weight, Tensor) else _scalar(weight, s[0].device)
-            yield leaves, _compiled(kernel, _layout(s, p), compiler)(s, p, w, skip)
+            result = _run_compiled(kernel, s, p, weight, skip, backend)
+        done.append((leaves, result))
+    return done
+
+
+def _run_compiled(
+    kernel: Kernel,
+    shadows: list[Tensor],
+    params: list[Tensor],
+    weight: Weight,
+    skip: bool,
+    backend: str,
+) -> Any:
+    # Detached, a leaf is the same to dynamo's guards whether it is a frozen parameter or a tensor.
+    s, p = [leaf.detach() for leaf in shadows], [leaf.detach() for leaf in params]
+    if not isinstance(weight, Tensor):
+        # `full` hands the number to a kernel; `tensor` would copy it from the host.
+        weight = torch.full((), weight, dtype=torch.float64, device=s[0].device)
+    layout = tuple(
+        [
+            (a.shape, a.stride(), a.dtype, b.stride(), b.dtype, a.device)
+            for a, b in zip(s, p, strict=True)
+        ]
+    )
+    compiler = "inductor" if backend == "auto" else backend
+    return _compiled(kernel, (layout, skip), compiler)(s, p, weight, skip)
 
 
 def _ways(
     shadows: list[Tensor], params: list[Tensor], weight: Weight, skip: bool, backend: str
-) -> dict[Hashable, Iterable[int]]:
+) -> dict[Hashable, Sequence[int]]:
     """The leaves for `foreach`, the ones for an eager kernel, and for each device the rest."""
     foreach = backend in ("auto", "eager")
     if shadows and foreach and _kernels.lerps(shadows, params, weight, skip):
@@ -102,12 +129,17 @@ def _ways(
         way: Hashable
         if foreach and _kernels.lerps([s], [p], weight, skip):
             way = "foreach"
-        elif backend == "eager" or not (s.is_floating_point() and p.is_floating_point()):
-            way = "eager"  # Inductor has no code for complex numbers; the rest is a mere copy
+        elif backend == "eager" or not (_is_plain(s) and _is_plain(p)):
+            way = "eager"
         else:
             way = s.device
         ways.setdefault(way, []).append(i)
-    return {**ways}
+    return dict(ways)
+
+
+def _is_plain(leaf: Tensor) -> bool:
+    # Inductor has no code for complex numbers and overlooks a negation bit; integers are copied.
+    return leaf.is_floating_point() and not leaf.is_neg()
 
 
 def _pays(shadows: list[Tensor]) -> bool:
@@ -115,26 +147,12 @@ def _pays(shadows: list[Tensor]) -> bool:
     return elements >= _WORTH_COMPILING and _can_compile(shadows[0].device.type)
 
 
-def _scalar(value: float, device: torch.device) -> Tensor:
-    # `full` passes the number to a kernel; `tensor` would copy from the host.
-    return torch.full((), value, dtype=torch.float64, device=device)
-
-
-def _layout(shadows: list[Tensor], params: list[Tensor]) -> Hashable:
-    return tuple(
-        [
-            (s.shape, s.stride(), s.dtype, p.stride(), p.dtype)
-            for s, p in zip(shadows, params, strict=True)
-        ]
-    )
-
-
 @lru_cache(maxsize=256)
-def _compiled(kernel: Kernel, _layout: Hashable, backend: str) -> Kernel:
-    """`kernel`, compiled for leaves of one layout.
+def _compiled(kernel: Kernel, _key: Hashable, backend: str) -> Kernel:
+    """`kernel`, compiled for the leaves and options that `_key` tells.
 
-    Dynamo keeps its cache with the code object and gives up after 8 entries, so that several
-    models would exhaust it together: each layout has a code object of its own.
+    Dynamo keeps its cache with the code object and gives up after 8 entries, which several models
+    would exhaust together: each key has a code object of its own.
     """
     fresh = FunctionType(kernel.__code__.replace(), kernel.__globals__, kernel.__name__)
     # The size asserts repeat what the guards have checked, 0.5 us a tensor.
@@ -145,11 +163,9 @@ def _compiled(kernel: Kernel, _layout: Hashable, backend: str) -> Kernel:
 @lru_cache(maxsize=8)
 def _can_compile(device: str) -> bool:
     """Whether Inductor works here for a device; the reason why not is told in one warning."""
-    one = torch.zeros(1, device=device)
+    one = [torch.zeros(1, device=device)]
     try:
-        _compiled(_kernels.average_, _layout([one], [one]), "inductor")(
-            [one], [one.clone()], _scalar(1.0, one.device), False
-        )
+        _run_compiled(_kernels.average, one, one, 1.0, skip=False, backend="inductor")
     except Exception as error:  # noqa: BLE001, what fails without a compiler differs by platform
         message = f"emajit runs without a compiler on {device}, since torch.compile failed: {error}"
         warnings.warn(message, RuntimeWarning, stacklevel=2)

@@ -18,18 +18,25 @@ def blend(shadow: Tensor, param: Tensor, weight: Weight, skip: bool) -> Tensor:
     """One leaf: `s + w (p - s)` in float32 or wider, rounded once to the shadow's dtype.
 
     `torch.lerp` evaluates the equation from the nearer end, as `p - (1 - w) (p - s)` where
-    `w >= 1/2`: `w = 0` gives exactly `s` and `w = 1` exactly `p`. With `skip`, an element whose
-    parameter is NaN or infinite keeps its old average. An integer or bool parameter is copied.
+    `w >= 1/2`: of finite numbers `w = 0` gives exactly `s` and `w = 1` exactly `p`. With `skip`, an
+    element whose parameter is NaN or infinite keeps its old average. An integer or bool parameter
+    is copied.
     """
     if not (param.is_floating_point() or param.is_complex()):
         return param.to(shadow.dtype, copy=True)
-    precision = torch.promote_types(torch.promote_types(shadow.dtype, param.dtype), torch.float32)
+    precision = torch.promote_types(_at_least_32_bits(shadow), _at_least_32_bits(param))
     s, p = shadow.to(precision), param.to(precision)
     w = weight.to(s.device, precision) if isinstance(weight, Tensor) else weight
     average = torch.lerp(s, p, w)
     if skip:
         average = torch.where(torch.isfinite(p), average, s)
     return average.to(shadow.dtype)
+
+
+def _at_least_32_bits(tensor: Tensor) -> torch.dtype:
+    if tensor.is_complex():
+        return torch.promote_types(tensor.dtype, torch.complex64)
+    return tensor.dtype if tensor.dtype.itemsize >= 4 else torch.float32
 
 
 def average(
@@ -44,7 +51,9 @@ def average_(
 ) -> None:
     """Blend every leaf in place; the form to compile and to trace."""
     for s, p in zip(shadows, params, strict=True):
-        s.copy_(blend(s, p, weight, skip))
+        # Inductor loses a write to a 0-d float64 input on the CPU (2.11 to 2.13), not to a view.
+        target = s.view(1) if s.ndim == 0 else s
+        target.copy_(blend(s, p, weight, skip))
 
 
 def lerps(shadows: list[Tensor], params: list[Tensor], weight: Weight, skip: bool) -> bool:

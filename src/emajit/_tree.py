@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -60,10 +60,9 @@ def align(shadow: PyTree, params: PyTree) -> Pairs:
             tied in `shadow` and not in `params`.
         TypeError: a leaf is neither a tensor nor None.
     """
-    if type(shadow) is dict and type(params) is dict and list(shadow) == list(params):
-        leaves, others = list(shadow.values()), list(params.values())
-        if _fit(leaves, others):
-            return Pairs(shadow, leaves, others, range(len(leaves)))
+    flat = _flat(shadow, params)
+    if flat is not None and _fit(*flat):
+        return Pairs(shadow, *flat, range(len(flat[0])))
     leaves, spec = pytree.tree_flatten(shadow)
     try:
         others = spec.flatten_up_to(params)
@@ -82,15 +81,15 @@ def align(shadow: PyTree, params: PyTree) -> Pairs:
         if (
             s.shape != p.shape
             or s.device != p.device
-            or (s.dtype is not p.dtype and not torch.can_cast(p.dtype, s.dtype))
+            or not (s.layout is p.layout is torch.strided)
+            or _kind(p) > _kind(s)
         ):
             raise ValueError(_leaf_differs(shadow, i, s, p))
-        slot = first.setdefault(_address(s), len(shadows))
-        if slot == len(shadows) or not _same_view(s, shadows[slot]):
-            slot = len(shadows)
+        slot = first.setdefault(_identity(s), len(shadows))
+        if slot == len(shadows):
             shadows.append(s)
             partners.append(p)
-        elif not _same_view(p, partners[slot]):
+        elif not _tied(p, partners[slot]):
             tied = _path("shadow", shadow, slots.index(slot))
             raise ValueError(
                 f"{_path('shadow', shadow, i)} and {tied} are tied: "
@@ -100,6 +99,22 @@ def align(shadow: PyTree, params: PyTree) -> Pairs:
     return Pairs(shadow, shadows, partners, slots)
 
 
+def _flat(shadow: PyTree, params: PyTree) -> tuple[list[Any], list[Any]] | None:
+    """The children of two lists, or of two dicts with the same keys in the same order."""
+    if type(shadow) is list and type(params) is list and len(shadow) == len(params):
+        return shadow, params
+    if type(shadow) is dict and type(params) is dict and list(shadow) == list(params):
+        return list(shadow.values()), list(params.values())
+    return None
+
+
+def _kind(tensor: Tensor) -> int:
+    """Each kind of number can hold the ones below it; `torch.can_cast`, which cannot be traced."""
+    if tensor.is_complex():
+        return 3
+    return 2 if tensor.is_floating_point() else int(tensor.dtype is not torch.bool)
+
+
 def _fit(shadows: list[Any], params: list[Any]) -> bool:
     """Whether all leaves are tensors that fit each other and none is tied, checked in bulk."""
     if torch.compiler.is_compiling():
@@ -107,7 +122,8 @@ def _fit(shadows: list[Any], params: list[Any]) -> bool:
     try:
         addresses = {s.data_ptr() for s in shadows}
         return (
-            len(addresses) == len(shadows)
+            len(addresses - {0}) == len(shadows)
+            and {p.layout for p in params} <= {torch.strided}
             and [s.shape for s in shadows] == [p.shape for p in params]
             and [s.device for s in shadows] == [p.device for p in params]
             and all(map(torch.can_cast, [p.dtype for p in params], [s.dtype for s in shadows]))
@@ -116,26 +132,27 @@ def _fit(shadows: list[Any], params: list[Any]) -> bool:
         return False
 
 
-def _address(tensor: Tensor) -> Hashable:
-    """Where a tensor starts. One without memory of its own stands for itself.
+def _identity(tensor: Tensor) -> Hashable:
+    """What two leaves have in common if they are one tensor, or the same view of one memory.
 
-    Inside a trace `data_ptr()` would become a guard on that very tensor.
+    A leaf without memory of its own (empty, fake, inside a `torch.func` transform) is like no
+    other. Inside a trace it is the tensor: `data_ptr()` and `id()` would become guards on it.
     """
     if torch.compiler.is_compiling():
         return tensor
     try:
-        return tensor.data_ptr() or tensor
-    except RuntimeError:  # a fake tensor, or one wrapped by a torch.func transform
-        return tensor
+        address = tensor.data_ptr()
+    except RuntimeError:
+        address = 0
+    if not address:
+        return id(tensor)
+    bits = tensor.is_conj(), tensor.is_neg()
+    return address, tensor.shape, tensor.stride(), tensor.dtype, bits
 
 
-def _same_view(a: Tensor, b: Tensor) -> bool:
-    return a is b or (
-        _address(a) == _address(b)
-        and a.shape == b.shape
-        and a.stride() == b.stride()
-        and a.dtype is b.dtype
-    )
+def _tied(a: Tensor, b: Tensor) -> bool:
+    # A trace sees objects, not memory: what is tied there cannot be told from what is not.
+    return a is b or torch.compiler.is_compiling() or _identity(a) == _identity(b)
 
 
 def check_writable(pairs: Pairs) -> None:
@@ -145,7 +162,7 @@ def check_writable(pairs: Pairs) -> None:
     if all(map(Tensor.is_contiguous, leaves)):
         stops = [start + leaf.nbytes for start, leaf in zip(starts, leaves, strict=True)]
     else:
-        stops = [start + _extent(leaf) for start, leaf in zip(starts, leaves, strict=True)]
+        stops = [_end(_view(leaf)) for leaf in leaves]
         for slot, s in enumerate(pairs.shadows):
             if s.numel() and _repeats_itself(s.shape, s.stride()):
                 raise ValueError(
@@ -154,16 +171,10 @@ def check_writable(pairs: Pairs) -> None:
                     f"{s.stride()}"
                 )
     for i, j in _touching(tuple(starts), tuple(stops), len(pairs.shadows)):
-        if _share_memory(leaves[i], leaves[j]):
+        if leaves[i].device == leaves[j].device and _share_memory(
+            *map(_view, (leaves[i], leaves[j]))
+        ):
             raise ValueError(_overlap(pairs, i, j))
-
-
-def _extent(tensor: Tensor) -> int:
-    """How many bytes lie from the first byte of a tensor to its last."""
-    if not tensor.numel():
-        return 0
-    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.itemsize
 
 
 # A pure function of addresses, so a training loop pays for the sort once.
@@ -175,7 +186,7 @@ def _touching(
     touching = []
     reached: list[int] = []
     for i in sorted(range(len(starts)), key=starts.__getitem__):
-        if starts[i] == stops[i]:
+        if starts[i] == stops[i] or not starts[i]:  # nothing there; a meta tensor
             continue
         reached = [j for j in reached if stops[j] > starts[i]]
         touching += [(min(i, j), max(i, j)) for j in reached if min(i, j) < shadows]
@@ -194,41 +205,66 @@ def _repeats_itself(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     return False
 
 
-def _share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have a byte in common: exact, at the cost of a mask over both."""
-    if a.device != b.device:
-        return False
-    start = min(a.data_ptr(), b.data_ptr())
-    stop = max(a.data_ptr() + _extent(a), b.data_ptr() + _extent(b))
-    touched = torch.zeros(stop - start, dtype=torch.bool)
+View = tuple[int, tuple[int, ...], tuple[int, ...], int]
 
-    def seen(t: Tensor) -> Tensor:
-        strides = [step * t.itemsize for step in t.stride()]
-        return touched.as_strided((*t.shape, t.itemsize), (*strides, 1), t.data_ptr() - start)
+
+def _view(tensor: Tensor) -> View:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.itemsize
+
+
+@lru_cache(maxsize=1024)
+def _share_memory(a: View, b: View) -> bool:
+    """Whether two views have a byte in common: exact, at the cost of a mask over both."""
+    start = min(a[0], b[0])
+    mask = torch.zeros(max(map(_end, (a, b))) - start, dtype=torch.bool, device="cpu")
+
+    def seen(view: View) -> Tensor:
+        address, shape, strides, itemsize = view
+        steps = [step * itemsize for step in strides]
+        return mask.as_strided((*shape, itemsize), (*steps, 1), address - start)
 
     seen(a).fill_(True)
     return bool(seen(b).any())
 
 
+def _end(view: View) -> int:
+    """The address behind the last byte of a view."""
+    address, shape, strides, itemsize = view
+    if 0 in shape:
+        return address
+    last = sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    return address + (last + 1) * itemsize
+
+
+def _paths(tree: PyTree) -> list[str]:
+    """Where each leaf stands, as one would write it in Python."""
+    try:
+        return [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+    except ValueError:  # a node whose class was registered without names for its children
+        return [f"<leaf {i}>" for i in range(len(pytree.tree_leaves(tree)))]
+
+
 def _path(name: str, tree: PyTree, index: int) -> str:
-    """Where leaf number `index` of a tree stands, as one would write it in Python."""
-    paths = pytree.tree_flatten_with_path(tree)[0]
-    return f"{name}{pytree.keystr(paths[index][0])}"
+    return name + _paths(tree)[index]
 
 
 def _not_a_leaf(name: str, tree: PyTree, index: int, leaf: object) -> str:
-    return (
+    found = (
         f"{_path(name, tree, index)}: expected a tensor or None, found {type(leaf).__qualname__}"
-        "; a class of your own is seen into once it is registered as a pytree"
     )
+    if isinstance(leaf, torch.nn.Module | Iterator):
+        return f"{found}; pass dict(model.named_parameters())"
+    return found
 
 
 def _not_a_pair(shadow: PyTree, index: int, s: object, p: object) -> Exception:
     for name, leaf in (("shadow", s), ("params", p)):
-        if not (leaf is None or isinstance(leaf, Tensor)):
-            message = _not_a_leaf("shadow", shadow, index, leaf)
-            return TypeError(message.replace("shadow", name, 1))
-    expected, found = ("None", "a tensor") if s is None else ("a tensor", "None")
+        if not (leaf is None or isinstance(leaf, Tensor) or not pytree.tree_is_leaf(leaf)):
+            return TypeError(_not_a_leaf(name, shadow, index, leaf))
+    expected, found = (
+        "None" if x is None else "a tensor" if isinstance(x, Tensor) else type(x).__qualname__
+        for x in (s, p)
+    )
     path = _path("params", shadow, index)
     return ValueError(f"{path}: expected {expected} as in shadow, found {found}")
 
@@ -236,19 +272,22 @@ def _not_a_pair(shadow: PyTree, index: int, s: object, p: object) -> Exception:
 def _leaf_differs(shadow: PyTree, index: int, s: Tensor, p: Tensor) -> str:
     path = _path("params", shadow, index)
     if s.shape != p.shape:
-        expected, found = f"shape {tuple(s.shape)}", str(tuple(p.shape))
+        expected, found = f"shape {tuple(s.shape)} as in shadow", str(tuple(p.shape))
     elif s.device != p.device:
-        expected, found = f"device {s.device}", str(p.device)
+        expected, found = f"device {s.device} as in shadow", str(p.device)
+    elif s.layout is not torch.strided or p.layout is not torch.strided:
+        expected, found = "dense tensors", f"{s.layout} in shadow and {p.layout} in params"
     else:
-        expected, found = f"a dtype that {s.dtype} can hold", str(p.dtype)
-    return f"{path}: expected {expected} as in shadow, found {found}"
+        expected, found = f"a number that {s.dtype} as in shadow can hold", str(p.dtype)
+    return f"{path}: expected {expected}, found {found}"
 
 
 def _structure_differs(shadow: PyTree, params: PyTree, error: ValueError) -> str:
-    ours, theirs = (
-        {pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(tree)[0]}
-        for tree in (shadow, params)
-    )
+    if not (isinstance(params, Tensor) or params is None) and pytree.tree_is_leaf(params):
+        kind = type(shadow).__qualname__
+        hint = "pass dict(model.named_parameters())"
+        return f"params: expected {kind} as shadow, found {type(params).__qualname__}; {hint}"
+    ours, theirs = set(_paths(shadow)), set(_paths(params))
     missing, extra = sorted(ours - theirs), sorted(theirs - ours)
     if not missing and not extra:
         return f"params: expected the structure of shadow, found another: {error}"

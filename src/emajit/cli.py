@@ -12,7 +12,7 @@ except ModuleNotFoundError as error:
     message = f"emajit: the command needs {error.name}; pip install 'emajit[demo]' brings it"
     raise SystemExit(message) from None
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 @app.callback()
@@ -22,8 +22,10 @@ def emajit() -> None:
 
 @app.command()
 def demo(
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 4000,
-    decay: Annotated[float, typer.Option(help="Largest decay of the average.")] = 0.999,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 2000,
+    decay: Annotated[
+        float, typer.Option(help="Of the average, after its warm-up; in [0, 1].")
+    ] = 0.999,
     seed: Annotated[int, typer.Option(help="Of the data, the model and the noise.")] = 0,
     device: Annotated[str, typer.Option(help="Default: cuda if there is one, else cpu.")] = "",
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("emajit-demo"),

@@ -204,7 +204,7 @@ def draw_losses(history: History, file: BinaryIO) -> None:
     axes.plot(history.steps, history.averaged, label="averaged weights", color="tab:blue")
     axes.set(xlabel="training step", ylabel="held-out denoising loss")
     axes.set_ylim(top=min(history.raw) * 1.6)
-    axes.set_title(f"At the end the averaged weights are {history.gain:.1%} better")
+    axes.set_title(f"At the end the loss of averaged weights is {history.gain:.1%} lower")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, format="png", dpi=150)

@@ -30,13 +30,13 @@ def init(params: Tree, *, dtype: torch.dtype | None = None) -> Tree:
             Default: that of each parameter. Parameters in bfloat16 or float16 want float32 here,
             since at a decay near 1 a step of the average is below the resolution of 16 bits.
 
-    Leaves that are tied in `params` are tied in the shadow. Strides are kept.
+    Leaves that are tied in `params` are tied in the shadow. Strides of dense leaves are kept.
 
     Raises:
         TypeError: a leaf is neither a tensor nor None.
         ValueError: `dtype` is not a real floating-point dtype.
     """
-    if dtype is not None and not dtype.is_floating_point:
+    if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
         raise ValueError(f"dtype: expected a floating-point dtype, found {dtype}")
     with torch.no_grad():
         return _tree.copy(params, dtype)  # type: ignore[no-any-return]
@@ -55,35 +55,41 @@ def update(
     r"""The shadow after one more step, in new tensors: $s + w (p - s)$, $w = 1 - \beta(t)$.
 
     The weight is computed in float64. The leaves are averaged in float64 if one of the two is,
-    else in float32, and rounded once to the shadow's dtype. Integer and bool leaves are copied
-    from `params`, None stays None, a leaf that occurs twice stays tied. Nothing is differentiated.
+    else in float32, and rounded once to the shadow's dtype. An integer or bool parameter is copied,
+    None stays None, and leaves of the shadow that are one tensor are averaged once and stay one.
+    The result never requires grad.
 
     Args:
         shadow: the averages so far, from `init` or an earlier update.
-        params: the parameters, a pytree of the same structure, shapes and devices. The dtypes may
-            differ: a float32 shadow of bfloat16 parameters is the normal case.
+        params: the parameters, a pytree of the same structure, shapes and devices, such as
+            `dict(model.named_parameters())`. The dtypes may differ: a float32 shadow of bfloat16
+            parameters is the normal case.
         step: how many updates the shadow has already taken, 0 on the first call. An int, or a 0-d
             integer tensor on any device, which is never read back to the host. Within your own
             `torch.compile` give a tensor: an int recompiles as it grows.
         decay: $\beta$, the share of the old shadow that is kept, in [0, 1]: a float, a 0-d tensor,
             or a schedule, `step -> decay` (see `emajit.schedules`).
-        rounding: "nearest".
+        rounding: "nearest", the only one so far.
         nonfinite: "propagate" does the arithmetic as written. With "skip" an element whose
             parameter is NaN or infinite keeps its old average.
-        backend: "eager" uses `torch._foreach` operators, "inductor" (or the name of another
-            `torch.compile` backend) one compiled kernel, "auto" for each leaf the faster. Inside
-            your own `torch.compile` the call is traced and `backend` has no effect.
+        backend: "eager" uses a `torch._foreach` operator for the leaves that need no temporary, and
+            takes the others one by one; "inductor" (or the name of another `torch.compile` backend)
+            is one compiled kernel; "auto" takes for each leaf the faster. Inside your own
+            `torch.compile` the call is traced and `backend` has no effect.
 
     Raises:
-        ValueError: structure, shape, device or kind of number differ, named by path; decay or step
-            is out of range (a Python number only; a tensor is not read back); an unknown option.
-        TypeError: a leaf is neither a tensor nor None, or the step is not an integer.
+        ValueError: structure, shape or device differ, or the shadow's dtype cannot hold the
+            parameter's kind of number, named by path; decay or step is out of range (as a Python
+            number; a tensor is used unread, so a wrong one goes unnoticed); an unknown option.
+        TypeError: a leaf is neither a tensor nor None, the step is not an integer, or the decay is
+            none of the three.
 
     >>> shadow = {"w": torch.tensor([0.0])}
     >>> update(shadow, {"w": torch.tensor([1.0])}, 0, decay=0.75)
     {'w': tensor([0.2500])}
     """
-    weight, skip = _weight(decay, step), _skip(rounding, nonfinite, backend)
+    _check_options(rounding, nonfinite, backend)
+    weight, skip = _weight(decay, step), nonfinite == "skip"
     pairs = _tree.align(shadow, params)
     with torch.no_grad():
         new = _compile.average(pairs.shadows, pairs.params, weight, skip, backend)
@@ -106,8 +112,8 @@ def update_(
 
     Raises:
         ValueError: as `update`; also where a leaf of the shadow overlaps the memory of another
-            leaf, of a parameter, or its own. Inside `torch.compile` overlap cannot be seen and is
-            not checked.
+            leaf, of a parameter, or its own. Inside a trace memory cannot be seen: there overlap
+            is not checked, and only leaves that are one object are known to be tied.
         TypeError: as `update`.
 
     >>> shadow = {"w": torch.tensor([0.0])}
@@ -116,7 +122,8 @@ def update_(
     >>> shadow
     {'w': tensor([0.2500])}
     """
-    weight, skip = _weight(decay, step), _skip(rounding, nonfinite, backend)
+    _check_options(rounding, nonfinite, backend)
+    weight, skip = _weight(decay, step), nonfinite == "skip"
     pairs = _tree.align(shadow, params)
     if not _compile.is_traced():
         _tree.check_writable(pairs)
@@ -137,6 +144,9 @@ def _weight(decay: Decay | Callable[[Step], Decay], step: Step) -> Weight:
             found = f"shape {tuple(beta.shape)} and {beta.dtype}"
             raise ValueError(f"decay: expected a 0-d floating-point tensor, found {found}")
         return 1.0 - beta.detach().to(torch.float64)
+    if not isinstance(beta, float | int | torch.SymFloat | torch.SymInt):
+        found = getattr(beta, "__qualname__", type(beta).__qualname__)
+        raise TypeError(f"decay: expected a number, a 0-d tensor or a schedule, found {found}")
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"decay: expected a number in [0, 1], found {beta} at step {step}")
     return 1.0 - float(beta)
@@ -148,26 +158,22 @@ def _check_step(step: Step) -> None:
         if step.ndim != 0 or not integer:
             found = f"shape {tuple(step.shape)} and {step.dtype}"
             raise ValueError(f"step: expected an int or a 0-d integer tensor, found {found}")
-    elif not hasattr(step, "__index__"):
+    elif not (isinstance(step, int | torch.SymInt) or hasattr(step, "__index__")):
         raise TypeError(f"step: expected an int or a 0-d integer tensor, found {step!r}")
     elif step < 0:
         raise ValueError(f"step: expected the number of updates so far, >= 0, found {step}")
 
 
-def _skip(rounding: str, nonfinite: str, backend: str) -> bool:
-    """Check the options; whether non-finite elements are skipped."""
+def _check_options(rounding: str, nonfinite: str, backend: str) -> None:
     if rounding == "stochastic":
         raise ValueError("rounding: 'stochastic' is not supported yet; expected 'nearest'")
     _check_option("rounding", rounding, ("nearest",))
     _check_option("nonfinite", nonfinite, ("propagate", "skip"))
-    if backend not in ("auto", "eager", "inductor"):
-        known = torch.compiler.list_backends(exclude_tags=())
-        _check_option("backend", backend, ("auto", "eager", *known))
-    return nonfinite == "skip"
+    ours = ("auto", "eager", "inductor")
+    if backend not in ours and backend not in torch.compiler.list_backends(exclude_tags=()):
+        _check_option("backend", backend, (*ours, "a name of torch.compiler.list_backends()"))
 
 
 def _check_option(name: str, found: str, expected: tuple[str, ...]) -> None:
     if found not in expected:
-        raise ValueError(
-            f"{name}: expected one of {', '.join(map(repr, expected))}, found {found!r}"
-        )
+        raise ValueError(f"{name}: expected {' or '.join(expected)}, found {found!r}")

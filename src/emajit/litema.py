@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import struct
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,10 @@ from torch import Tensor, nn
 from emajit import _names, functional, schedules, scope
 
 _log = logging.getLogger(__name__)
+
+
+def _float32(number: float) -> float:
+    return float(struct.unpack("f", struct.pack("f", number))[0])
 
 
 class LitEma(nn.Module):
@@ -56,6 +61,8 @@ class LitEma(nn.Module):
         super().__init__()
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"Decay must be between 0 and 1, found {decay}")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a module, found {type(model).__qualname__}")
         params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not params:
             raise ValueError(
@@ -65,10 +72,13 @@ class LitEma(nn.Module):
         self.backend = backend
         self.m_name2s_name: dict[str, str] = {}
         self.collected_params: list[Tensor] = []
-        self._exact_decay = float(decay)
-        self._float32_decay = torch.tensor(decay, dtype=torch.float32, device="cpu").item()
-        self._inside_scope = False
-        self._names: list[str] = []
+        self._written_decay = float(decay)
+        # Keys of averages that were neither updated nor loaded, and of those among them that are
+        # to start from the model at the next use.
+        self._untouched: set[str] = set()
+        self._orphans: set[str] = set()
+        # Of the model seen last: its parameters' names and their averages' keys.
+        self._known: list[str] = []
         self._keys: list[str | None] = []
         self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
         updates = 0 if use_num_upates else -1
@@ -76,9 +86,7 @@ class LitEma(nn.Module):
         self.m_name2s_name = _names.flat_keys(params, lambda key: hasattr(self, key))
         for name, average in functional.init(params, dtype=dtype).items():
             self.register_buffer(self.m_name2s_name[name], average)
-        # Averages that were neither updated nor loaded, and those to take from the model.
-        self._untouched = set(self.m_name2s_name.values())
-        self._orphans: set[str] = set()
+        self._untouched.update(self.m_name2s_name.values())
 
     def forward(self, model: nn.Module) -> None:
         """Update the averages with the parameters of `model`, without a host synchronisation.
@@ -87,44 +95,41 @@ class LitEma(nn.Module):
         has a trainable one that is not averaged, or a shape differs.
         """
         pairs = self._pairs(model)
-        averages = {name: average for name, average, _ in pairs}
-        params = {
-            name: p if p.device == average.device else p.to(average.device)
-            for name, average, p in pairs
-        }
+        averages = [average for _, average, _ in pairs]
+        params = [
+            p if p.device == average.device else p.to(average.device) for _, average, p in pairs
+        ]
         on_host = self.num_updates.is_cpu and not torch.compiler.is_compiling()
         decay = self._decay_on_host() if on_host else self._decay_on_device()
         functional.update_(averages, params, self.num_updates, decay=decay, backend=self.backend)
         self.num_updates += self.num_updates >= 0
         self._untouched.clear()
 
-    # The decay that was given is used as it was written, while the float32 buffer still holds it.
-    # Any other comes from a checkpoint and is taken for the decimal number next to it: 1 minus the
-    # float32 next to 0.9999 is 1.7e-4 of itself above 1e-4.
+    # The decay that was given counts as it was written, while the float32 buffer still holds it.
+    # Another one, from a checkpoint, is taken for the number of 7 decimals that has this float32,
+    # if there is one: 1 minus the float32 of 0.9999 is 1.7e-4 of itself above 1e-4.
 
     def _decay_on_host(self) -> float:
         """In Python numbers, which take a tenth of the time of a dozen 0-d tensor operators."""
-        step, decay = int(self.num_updates), float(self.decay)
-        decay = self._exact_decay if decay == self._float32_decay else round(decay, 7)
+        step, held = int(self.num_updates), float(self.decay)
+        written = self._written_decay, round(held, 7)
+        decay = next((number for number in written if _float32(number) == held), held)
         return decay if step < 0 else float(schedules.warmup(decay)(step))
 
     def _decay_on_device(self) -> Tensor:
         """In tensors that are never read back."""
-        decimal = torch.round(self.decay.to(torch.float64), decimals=7)
-        decay = torch.where(self.decay == self._float32_decay, self._exact_decay, decimal)
+        held = self.decay.to(torch.float64)
+        decimal = torch.round(held, decimals=7)
+        decay = torch.where(decimal.to(torch.float32) == self.decay, decimal, held)
+        given = self.decay == _float32(self._written_decay)
+        decay = torch.where(given, self._written_decay, decay)
         warm = torch.as_tensor(schedules.warmup(decay)(self.num_updates))
         return torch.where(self.num_updates < 0, decay, warm)
 
     def copy_to(self, model: nn.Module) -> None:
         """Copy the averages into the parameters of `model`; all of them, or an error and none."""
-        pairs = self._pairs(model)
-        for name, average, p in pairs:
-            if average.shape != p.shape:
-                expected, found = tuple(average.shape), tuple(p.shape)
-                raise ValueError(f"{name}: expected shape {expected} as averaged, found {found}")
-        with torch.no_grad():
-            for _, average, p in pairs:
-                p.data.copy_(average)
+        for _, average, p in self._pairs(model):
+            p.data.copy_(average)
 
     def store(self, parameters: Iterable[Tensor]) -> None:
         """Keep a copy of `parameters` for `restore`.
@@ -133,7 +138,12 @@ class LitEma(nn.Module):
         weights by whatever the model holds now.
         """
         if self.collected_params:
-            raise RuntimeError("store: expected restore() after the last store(), found it pending")
+            raise RuntimeError(
+                "store: expected restore() after the last store(), found parameters still stored; "
+                "call restore() first"
+            )
+        parameters = list(parameters)
+        scope.check_outside(parameters)
         self.collected_params = [p.detach().clone() for p in parameters]
 
     def restore(self, parameters: Iterable[Tensor]) -> None:
@@ -142,6 +152,7 @@ class LitEma(nn.Module):
         Raises RuntimeError if nothing is stored, and ValueError if number or shapes differ.
         """
         parameters = list(parameters)
+        scope.check_outside(parameters)
         if not self.collected_params:
             raise RuntimeError("restore: expected store() before, found nothing stored")
         expected = [tuple(stored.shape) for stored in self.collected_params]
@@ -162,21 +173,17 @@ class LitEma(nn.Module):
         They are never written, and the averages are copied only where their dtype or device is
         another than the parameter's. With `context` both switches are logged under that name.
 
-        Raises RuntimeError if the scope is entered twice, and ValueError as `forward` does.
+        Raises RuntimeError if the model is inside of a scope already, and ValueError as `forward`.
         """
-        if self._inside_scope:
-            raise RuntimeError("ema_scope: expected to be outside of it, found it entered already")
-        averages = {name: average.to(p.device, p.dtype) for name, average, p in self._pairs(model)}
+        averages = {name: average.to(p.device) for name, average, p in self._pairs(model)}
         with scope.ema_scope(model, averages):
-            self._inside_scope = True
+            if context is not None:
+                _log.info("%s: Switched to EMA weights", context)
             try:
-                if context is not None:
-                    _log.info("%s: Switched to EMA weights", context)
                 yield
             finally:
-                self._inside_scope = False
-        if context is not None:
-            _log.info("%s: Restored training weights", context)
+                if context is not None:
+                    _log.info("%s: Restored training weights", context)
 
     def reset_num_updates(self) -> None:
         """Start the warm-up again; without warm-up there is nothing to reset."""
@@ -185,13 +192,17 @@ class LitEma(nn.Module):
     def _pairs(self, model: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
         """Name, average and parameter of each averaged parameter of `model`."""
         found = list(model.named_parameters())
+        scope.check_outside(p for _, p in found)
         names = [name for name, _ in found]
-        if names != self._names:
-            self._keys, self._names = self._match(names), names
+        if names != self._known:
+            self._keys, self._known = self._match(names), names
         pairs: list[tuple[str, Tensor, Tensor]] = []
         for (name, p), key in zip(found, self._keys, strict=True):
             average = self._buffers[key] if key is not None else None
             if average is not None:
+                if average.shape != p.shape:
+                    shape, other = tuple(average.shape), tuple(p.shape)
+                    raise ValueError(f"{name}: expected shape {shape} as averaged, found {other}")
                 pairs.append((name, average, p))
             elif p.requires_grad:
                 raise ValueError(
@@ -199,12 +210,16 @@ class LitEma(nn.Module):
                     "one requires grad; build a new LitEma to average it"
                 )
         if self._orphans:
-            with torch.no_grad():
-                for key, (_, p) in zip(self._keys, found, strict=True):
-                    if key in self._orphans:
-                        self.get_buffer(key).copy_(p)
-            self._orphans.clear()
+            self._adopt(pairs)
         return pairs
+
+    def _adopt(self, pairs: list[tuple[str, Tensor, Tensor]]) -> None:
+        """Start the averages that a checkpoint did not have from the model's weights."""
+        orphans = [self._buffers[key] for key in self._orphans]
+        for _, average, p in pairs:
+            if any(average is orphan for orphan in orphans):
+                average.copy_(p.detach())
+        self._orphans.clear()
 
     def _match(self, names: list[str]) -> list[str | None]:
         """For each parameter of a model the key of its average; None for one without."""
@@ -215,12 +230,22 @@ class LitEma(nn.Module):
         return [self.m_name2s_name[partners[name]] if name in partners else None for name in names]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LitEma:
-        """Keep `decay` in float32, where 0.9999 is not 1, whatever the averages are cast to."""
-        decay = self.decay
+        """Keep the dtypes of the controls, whatever the averages are cast to."""
+        decay, num_updates = self.decay, self.num_updates
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.decay.dtype != torch.float32:
+        if self.decay.dtype != torch.float32:  # in float16, 0.9999 is 1
             self.decay = decay.to(self.decay.device)
+        if self.num_updates.dtype != torch.int32:
+            self.num_updates = num_updates.to(self.num_updates.device)
         return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """Leave out averages that wait for the model's weights: theirs mean nothing."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for key in self._orphans:
+            del destination[prefix + key]
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -237,11 +262,11 @@ class LitEma(nn.Module):
             state |= {key: controls[key] for key in broken}
         super()._load_from_state_dict(state, prefix, *args, **kwargs)
         self._untouched = {key for key in self._untouched if prefix + key not in state}
-        if self._untouched:
+        self._orphans = set(self._untouched)
+        if self._orphans:
             warnings.warn(
-                f"{len(self._untouched)} of {len(self.m_name2s_name)} averages are not in the "
-                f"state_dict, {prefix}{min(self._untouched)} for one; at the next use they start "
+                f"{len(self._orphans)} of {len(self.m_name2s_name)} averages are not in the "
+                f"state_dict, {prefix}{min(self._orphans)} for one; at the next use they start "
                 "from the model's weights",
                 stacklevel=2,
             )
-            self._orphans = set(self._untouched)

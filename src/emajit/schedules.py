@@ -29,7 +29,7 @@ def constant(decay: float) -> Schedule:
     [0.999, 0.999, 0.999]
     """
     _check_share("decay", decay)
-    return lambda _step: decay
+    return lambda step: decay  # noqa: ARG005, by that name as every schedule
 
 
 def warmup(decay: Decay) -> Schedule:
@@ -134,7 +134,7 @@ def half_life(images: float, batch_size: int, rampup_ratio: float | None = 0.05)
 
     From StyleGAN2 and EDM (arXiv 2206.00364): `images` is $H$ in images, `batch_size` is $B$, and
     `rampup_ratio` $r$ keeps the half-life below that share of the images seen so far; None means no
-    such limit. The first update copies the parameters.
+    such limit. With a limit the first update copies the parameters.
 
     >>> schedule = half_life(500_000, batch_size=512)
     >>> [round(schedule(step), 4) for step in (0, 1, 100, 100_000)]
@@ -144,11 +144,13 @@ def half_life(images: float, batch_size: int, rampup_ratio: float | None = 0.05)
     _check(batch_size > 0, "batch_size", "a number > 0", batch_size)
     _check(rampup_ratio is None or rampup_ratio > 0, "rampup_ratio", "a number > 0", rampup_ratio)
 
+    if rampup_ratio is None:
+        return constant(0.5 ** (batch_size / images))
+
     def schedule(step: Step) -> Decay:
-        if rampup_ratio is None:
-            return _half_to_the(batch_size / images)
         life = _minimum(rampup_ratio * batch_size * _real(step), images)
-        return _half_to_the(batch_size / _maximum(life, 1e-8))
+        halvings = batch_size / _maximum(life, 1e-8)
+        return torch.exp2(-halvings) if isinstance(halvings, Tensor) else 2.0**-halvings
 
     return schedule
 
@@ -195,7 +197,8 @@ def uniform() -> Schedule:
 def cosine(start: float, end: float, steps: int) -> Schedule:
     r"""Half a cosine from `start` to `end`: $\beta_t = e - (e - s)(\cos(\pi t/T) + 1)/2$, then $e$.
 
-    The target network of BYOL (arXiv 2006.07733) and the teacher of DINO (arXiv 2104.14294).
+    Here $s$ is `start`, $e$ is `end` and $T$ is `steps`. The target network of BYOL (arXiv
+    2006.07733) and the teacher of DINO (arXiv 2104.14294).
 
     >>> schedule = cosine(0.996, 1.0, steps=100)
     >>> [round(schedule(step), 4) for step in (0, 50, 100, 200)]
@@ -211,7 +214,9 @@ def cosine(start: float, end: float, steps: int) -> Schedule:
 
 
 def linear(start: float, end: float, steps: int) -> Schedule:
-    r"""A straight line from `start` to `end` over `steps`, then `end`; data2vec (arXiv 2202.03555).
+    r"""A straight line from `start` to `end`: $\beta_t = s + (e - s) t / T$, then $e$.
+
+    Here $s$ is `start`, $e$ is `end`, $T$ is `steps`. The teacher of data2vec (arXiv 2202.03555).
 
     >>> schedule = linear(0.999, 0.9999, steps=100)
     >>> [round(schedule(step), 5) for step in (0, 50, 100, 200)]
@@ -232,10 +237,12 @@ def delay(schedule: Schedule, start: int) -> Schedule:
     >>> [delayed(step) for step in range(4)]
     [0.0, 0.0, 0.99, 0.99]
     """
-    _check(start >= 0, "start", "an integer >= 0", start)
+    _check_schedule(schedule)
+    _check(isinstance(start, int) and start >= 0, "start", "an integer >= 0", start)
 
     def delayed(step: Step) -> Decay:
         if isinstance(step, Tensor):
+            step = step.to(torch.int64)
             decay = schedule((step - start).clamp(min=0))
             return torch.where(step < start, 0.0, torch.as_tensor(decay, dtype=torch.float64))
         return 0.0 if step < start else schedule(step - start)
@@ -246,17 +253,20 @@ def delay(schedule: Schedule, start: int) -> Schedule:
 def every(schedule: Schedule, interval: int) -> Schedule:
     r"""For a shadow updated at each `interval`-th step only: the product of that many decays.
 
-    $\beta'_t = \prod_{i<k} \beta_{kt + i}$, where $t$ counts the updates of the shadow and $\beta$
-    is written for an update at each training step. What the parameters did within an interval
-    counts as if they had stood still at its end.
+    $\beta'_t = \prod_{i<k} \beta_{kt + i}$ with $k$ the `interval`. Here $t$ counts the updates of
+    the shadow, and $\beta$ is written for an update at each training step. What the parameters did
+    within an interval counts as if they had stood still at its end.
 
     >>> sparse = every(constant(0.99), interval=10)
     >>> [round(sparse(step), 4) for step in range(3)]
     [0.9044, 0.9044, 0.9044]
     """
-    _check(interval >= 1, "interval", "an integer >= 1", interval)
+    _check_schedule(schedule)
+    _check(isinstance(interval, int) and interval >= 1, "interval", "an integer >= 1", interval)
 
     def product(step: Step) -> Decay:
+        if isinstance(step, Tensor):
+            step = step.to(torch.int64)  # step * interval may be more than a small type holds
         decay: Decay = 1.0
         for i in range(interval):
             decay = decay * schedule(step * interval + i)
@@ -267,10 +277,6 @@ def every(schedule: Schedule, interval: int) -> Schedule:
 
 def _real(step: Step) -> Decay:
     return step.to(torch.float64) if isinstance(step, Tensor) else float(step)
-
-
-def _half_to_the(x: Decay) -> Decay:
-    return torch.exp2(-x) if isinstance(x, Tensor) else math.exp2(-x)
 
 
 def _minimum(a: Decay, b: Decay) -> Decay:
@@ -296,6 +302,10 @@ def _cos(x: Decay) -> Decay:
 def _check(holds: bool, name: str, expected: str, found: object) -> None:
     if not holds:
         raise ValueError(f"{name}: expected {expected}, found {found}")
+
+
+def _check_schedule(schedule: Schedule) -> None:
+    _check(callable(schedule), "schedule", "a schedule, step -> decay", schedule)
 
 
 def _check_share(name: str, share: float) -> None:

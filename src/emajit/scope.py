@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -10,15 +10,27 @@ from torch import Tensor, nn
 
 from emajit import _names
 
+# The parameters and buffers that are inside a scope now, each held alive by that scope.
+_inside: set[int] = set()
+
+
+def check_outside(tensors: Iterable[Tensor]) -> None:
+    """Raise RuntimeError if one of `tensors` holds averaged weights in an `ema_scope` now."""
+    if _inside and not _inside.isdisjoint(map(id, tensors)):
+        raise RuntimeError("expected a model outside of ema_scope, found it inside of one")
+
 
 @contextmanager
-def ema_scope(model: nn.Module, shadow: Mapping[str, Tensor]) -> Iterator[None]:
+def ema_scope(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> Iterator[None]:
     """A context in which `model` computes with the tensors of `shadow` themselves.
 
     Nothing is copied: each parameter refers to the memory of its average inside, and to its own
     again afterwards, whatever was raised. The `nn.Parameter` objects stay the same, so optimizers,
-    hooks, tied weights and compiled models keep working. A shadow in another dtype makes the model
-    compute in that dtype.
+    hooks, tied weights and compiled models keep working. Only an average in another dtype than its
+    parameter is cast to that. What writes parameters inside writes the averages: call
+    `model.eval()` if averages of buffers are among them. Autograd refuses to differentiate on one
+    side of the scope's boundary what was computed on the other, except that a graph from before
+    the scope can be used after it.
 
     Args:
         model: any module; one inside `torch.compile`, DDP or activation checkpointing is fine.
@@ -29,6 +41,8 @@ def ema_scope(model: nn.Module, shadow: Mapping[str, Tensor]) -> Iterator[None]:
     Raises:
         ValueError: a name is missing in `shadow` or unknown to `model`, a shape or device differs,
             or tied parameters have different averages. The model is then untouched.
+        TypeError: `model` is not a module, or `shadow` is not a mapping.
+        RuntimeError: the model is inside such a scope already.
 
     >>> model, shadow = nn.Linear(1, 1, bias=False), {"weight": torch.tensor([[2.0]])}
     >>> with torch.no_grad(), ema_scope(model, shadow):
@@ -36,18 +50,54 @@ def ema_scope(model: nn.Module, shadow: Mapping[str, Tensor]) -> Iterator[None]:
     tensor([2.])
     """
     averages = _averages(model, shadow)
-    raw = [(tensor, tensor.data) for tensor, _ in averages]
+    tensors = [tensor for tensor, _ in averages]
+    check_outside(tensors)
+    raw = [tensor.data for tensor in tensors]
+    swapped = set(map(id, tensors))
+    buffers = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if id(buffer) in swapped
+    ]
+    _inside.update(swapped)
     try:
-        for tensor, average in averages:
-            tensor.data = average
+        with _another_version(tensors):
+            for tensor, average in averages:
+                tensor.data = average
+            yield
+    finally:
+        for tensor, data in zip(tensors, raw, strict=True):
+            tensor.data = data
+        for module, name, buffer in buffers:  # a forward may have put another object there
+            module._buffers[name] = buffer
+        _inside.difference_update(swapped)
+
+
+@contextmanager
+def _another_version(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Give tensors a version inside that they never have outside, and theirs again afterwards.
+
+    Autograd compares versions, not memory: a graph from inside would otherwise be differentiated
+    with the weights from outside, without an error.
+    """
+    tracked = tuple(tensor for tensor in tensors if not tensor.is_inference())
+    versions = tuple(tensor._version for tensor in tracked)
+    apart = tuple(version + 2**30 for version in versions)
+    torch._C._autograd._unsafe_set_version_counter(tracked, apart)
+    try:
         yield
     finally:
-        for tensor, data in raw:
-            tensor.data = data
+        torch._C._autograd._unsafe_set_version_counter(tracked, versions)
 
 
-def _averages(model: nn.Module, shadow: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+def _averages(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> list[tuple[Tensor, Tensor]]:
     """Each parameter and buffer of the model that has an average, once, with that average."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a module, found {type(model).__qualname__}")
+    if not isinstance(shadow, Mapping):
+        found = type(shadow).__qualname__
+        raise TypeError(f"shadow: expected a mapping of names to averages, found {found}")
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors |= dict(model.named_buffers(remove_duplicate=False))
     partners = _names.match(tensors, shadow)
@@ -57,11 +107,13 @@ def _averages(model: nn.Module, shadow: Mapping[str, Tensor]) -> list[tuple[Tens
     averages: dict[Tensor, tuple[str, Tensor]] = {}
     for name, partner in partners.items():
         tensor, average = tensors[partner], shadow[name]
+        if average is None:
+            continue
         if average.shape != tensor.shape or average.device != tensor.device:
             expected, found = (f"{tuple(t.shape)} on {t.device}" for t in (tensor, average))
             raise ValueError(f"shadow[{name!r}]: expected shape {expected}, found {found}")
         first, known = averages.setdefault(tensor, (name, average))
-        if not (known.is_set_to(average) or torch.equal(known, average)):
+        if known is not average and not _same_values(known, average):
             raise ValueError(
                 f"shadow[{name!r}]: expected the average of {first!r}, to which the model ties it, "
                 "found another"
@@ -73,4 +125,8 @@ def _averages(model: nn.Module, shadow: Mapping[str, Tensor]) -> list[tuple[Tens
         raise ValueError(
             f"shadow: expected an average of each trainable parameter, missing {missing}"
         )
-    return [(tensor, average.detach()) for tensor, (_, average) in averages.items()]
+    return [(t, average.detach().to(t.dtype)) for t, (_, average) in averages.items()]
+
+
+def _same_values(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
