@@ -43,7 +43,7 @@ def demo(
     try:
         training.run(settings, Console())
     except KeyboardInterrupt:
-        raise _Failure(f"interrupted; the files in {out} are whole", 130) from None
+        raise _Failure(f"interrupted; no file in {out} is half-written", 130) from None
 
 
 class _Failure(Exception):  # noqa: N818, not an error of the program

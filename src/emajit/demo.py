@@ -222,15 +222,15 @@ def draw_samples(grids: dict[str, Tensor], file: BinaryIO) -> None:
 
 
 def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
-    """Write a file whole or not at all: `fill` a temporary neighbour, then rename it."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-        try:
-            fill(file)  # type: ignore[arg-type]
-            file.close()
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+    """Write a file whole or not at all: `fill` a neighbour of it, then rename that."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            fill(file)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def table(history: History) -> Table:

@@ -224,7 +224,8 @@ class LitEma(nn.Module):
     def _match(self, names: list[str]) -> list[str | None]:
         """For each parameter of a model the key of its average; None for one without."""
         partners = _names.match(self.m_name2s_name, names)
-        missing = sorted(self.m_name2s_name.keys() - partners.values())
+        found = set(partners.values())
+        missing = [name for name in self.m_name2s_name if name not in found]
         if missing:
             raise ValueError(f"model: expected every averaged parameter, found it lacks {missing}")
         return [self.m_name2s_name[partners[name]] if name in partners else None for name in names]

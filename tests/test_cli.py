@@ -1,0 +1,99 @@
+"""The command: its exit codes, its lines, and how it fails."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from emajit import cli, demo
+
+
+def emajit(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["emajit", *arguments])
+    return cli.main()
+
+
+def test_the_same_seed_gives_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        arguments = ["--steps", "3", "--seed", seed, "--out", str(tmp_path / name)]
+        assert emajit(monkeypatch, "demo", *arguments) == 0
+    a, b, c = (load_file(tmp_path / name / "averaged.safetensors") for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["inside.weight"], c["inside.weight"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--steps", "0"], "--steps: expected an integer >= 1, found 0"),
+        (["--steps", "many"], "'--steps'"),
+        (["--decay", "1.5"], "--decay: expected a number in [0, 1], found 1.5"),
+        (["--decay", "nan"], "--decay: expected a number in [0, 1], found nan"),
+        (["--seed", "-1"], "--seed: expected an integer in [0, 2**63), found -1"),
+        (["--device", "abacus"], "--device: expected a usable device, found 'abacus'"),
+        (["--out", "FILE"], "--out: expected a folder to write into, found"),
+        (["--speed", "9"], "No such option: --speed"),
+    ],
+)
+def test_an_unusable_value_is_one_line_and_exit_code_2(
+    arguments: list[str],
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.chdir(tmp_path)
+    arguments = [str(file) if argument == "FILE" else argument for argument in arguments]
+    assert emajit(monkeypatch, "demo", *arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("emajit: ")
+    assert line in err
+    assert err.count("\n") == 1
+    assert file.read_bytes() == b""
+
+
+@pytest.mark.parametrize("when", ["train", "draw_samples", "save"])
+def test_ctrl_c_leaves_no_half_written_file(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*arguments: Any) -> None:
+        if hasattr(arguments[-1], "write"):
+            arguments[-1].write(b"half of a picture")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, when, interrupt)
+    assert emajit(monkeypatch, "demo", "--steps", "2", "--out", str(tmp_path)) == 130
+    whole = {"train": [], "draw_samples": ["losses.png"], "save": ["losses.png", "samples.png"]}
+    assert sorted(path.name for path in tmp_path.iterdir()) == whole[when]
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_help_is_there_and_light() -> None:
+    code = (
+        "import sys; sys.argv = ['emajit', 'demo', '--help']; from emajit import cli; cli.main();"
+        "assert 'sklearn' not in sys.modules and 'matplotlib' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for option in ("--steps", "--decay", "--seed", "--device", "--out"):
+        assert option in done.stdout
+
+
+def test_without_the_extra_the_command_says_what_to_install() -> None:
+    code = "import sys; sys.modules['typer'] = None; import emajit.cli"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert (
+        done.stderr.strip()
+        == "emajit: the command needs typer; pip install 'emajit[demo]' brings it"
+    )
