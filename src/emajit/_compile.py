@@ -18,9 +18,9 @@ Kernel = Any  # of (shadows, params, weight, skip): a plain function, or one com
 
 # "auto" compiles only what `foreach` cannot do in one pass: mixed or low precision,
 # nonfinite="skip", a weight that lives on a CUDA device.
-# Milliseconds of update_ on ResNet-50's 161 tensors, eager / compiled, medians of interleaved calls,
+# Milliseconds of update_ on the 161 tensors of ResNet-50, eager / compiled, interleaved medians, on
 # 2 cores of an AMD EPYC, torch 2.13, 2026-11-21:
-#   float32 3.6 / 4.7    float32 of bfloat16 10 / 6.4    bfloat16 13 / 3.7    float32, "skip" 30 / 5.0
+#   float32 3.6 / 4.7, float32 of bfloat16 10 / 6.4, bfloat16 13 / 3.7, float32 with "skip" 30 / 5.0
 # Below this many elements a step takes some ms at the most, and does not earn back in 10,000 steps
 # the seconds to minutes of a compilation, which grow with the number of leaves.
 _WORTH_COMPILING = 2**20
