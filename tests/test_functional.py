@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
 from collections import OrderedDict
 from typing import Any, ClassVar, NamedTuple
 
@@ -196,6 +197,64 @@ class TestUpdate:
         params = {"a": torch.ones(2), "n": torch.tensor([1, 2])}
         new = emajit.update(params, params, 0, decay=0.5)
         assert not {t.data_ptr() for t in tensors(new)} & {t.data_ptr() for t in tensors(params)}
+
+
+class TestRepeatedUpdates:
+    """The second call on the same tensors checks less; what changed in between is noticed."""
+
+    def test_ties_in_any_order(self) -> None:
+        a, b, c = (torch.full((2,), float(i)) for i in range(3))
+        params = {"p": a, "q": b, "r": a, "s": c, "t": b}
+        shadow = emajit.init(params)
+        for leaf in shadow.values():
+            leaf.zero_()
+        for step in range(3):
+            emajit.update_(shadow, params, step, decay=0.5)
+        assert [leaf[0].item() for leaf in shadow.values()] == [0.0, 0.875, 0.0, 1.75, 0.875]
+
+    @pytest.mark.parametrize(
+        ("change", "expected"),
+        [
+            (lambda p: p.data.fill_(4.0), 2.5),
+            (lambda p: setattr(p, "data", torch.full((4,), 4.0)), 2.5),
+            (lambda p: setattr(p, "data", torch.full((4,), 4.0).bfloat16()), 2.5),
+            (lambda p: setattr(p, "data", torch.full((4,), 4.0).double()), 2.5),
+            (lambda p: setattr(p, "data", torch.full((4,), 4, dtype=torch.int32)), 4.0),
+        ],
+    )
+    def test_parameters_that_change_in_place(self, change: Any, expected: float) -> None:
+        params, shadow = {"w": nn.Parameter(torch.ones(4), requires_grad=False)}, {}
+        shadow["w"] = torch.ones(4)
+        for step in range(2):
+            emajit.update_(shadow, params, step, decay=0.5)
+        change(params["w"])
+        emajit.update_(shadow, params, 2, decay=0.5)
+        assert shadow["w"].tolist() == [expected] * 4
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda _, p: setattr(p, "data", p.data[:2]), r"expected shape \(4,\)"),
+            (lambda _, p: setattr(p, "data", p.data.view(2, 2)), r"expected shape \(4,\)"),
+            (lambda _, p: setattr(p, "data", p.data.view(torch.complex64)), "expected shape"),
+            (lambda s, p: setattr(p, "data", s.data), "overlaps"),
+            (lambda s, _: setattr(s, "data", s.data[:1].expand(4)), "memory of its own for each"),
+        ],
+    )
+    def test_what_no_longer_fits_is_noticed(self, change: Any, message: str) -> None:
+        shadow, params = {"w": torch.zeros(4)}, {"w": torch.ones(4)}
+        for step in range(2):
+            emajit.update_(shadow, params, step, decay=0.5)
+        change(shadow["w"], params["w"])
+        with pytest.raises(ValueError, match=message):
+            emajit.update_(shadow, params, 2, decay=0.5)
+
+    def test_nothing_is_kept_alive(self) -> None:
+        shadow, params = {"w": torch.zeros(4)}, {"w": torch.ones(4)}
+        alive = [weakref.ref(shadow["w"]), weakref.ref(params["w"])]
+        emajit.update_(shadow, params, 0, decay=0.5)
+        del shadow, params
+        assert [ref() for ref in alive] == [None, None]
 
 
 class Point(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -49,7 +50,7 @@ def _copy_dtype(leaf: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return dtype if leaf.is_floating_point() else leaf.dtype
 
 
-def align(shadow: PyTree, params: PyTree) -> Pairs:
+def align(shadow: PyTree, params: PyTree, *, writable: bool = False) -> Pairs:
     """Pair each leaf of `shadow` with the leaf of `params` at the same path.
 
     Dicts are matched by key, whatever their order. Leaves of `shadow` that are one tensor, or the
@@ -57,12 +58,71 @@ def align(shadow: PyTree, params: PyTree) -> Pairs:
 
     Raises:
         ValueError: the structure, a shape, a device or the kind of number differs, or leaves are
-            tied in `shadow` and not in `params`.
+            tied in `shadow` and not in `params`; if `writable`, also where writing a leaf of the
+            shadow would change another leaf.
         TypeError: a leaf is neither a tensor nor None.
     """
     flat = _flat(shadow, params)
+    seen = _Seen.of(*flat) if writable and flat is not None else None
+    known = _checked.get(seen.addresses) if seen is not None else None
+    if flat is not None and known is not None and known == seen:
+        shadows, partners = ([leaves[i] for i in known.first] for leaves in flat)
+        return Pairs(shadow, shadows, partners, known.slots)
     if flat is not None and _fit(*flat):
-        return Pairs(shadow, *flat, range(len(flat[0])))
+        pairs = Pairs(shadow, *flat, range(len(flat[0])))
+    else:
+        pairs = _align_leaf_by_leaf(shadow, params)
+    if writable:
+        _check_writable(pairs)
+        if seen is not None:
+            _remember(seen, pairs)
+    return pairs
+
+
+@dataclass
+class _Seen:
+    """What `update_` has checked once need not be checked again for the same memory.
+
+    Numbers, not tensors: nothing is kept alive, and whatever changes in place is noticed.
+    """
+
+    addresses: tuple[int, ...]
+    shapes: list[torch.Size]
+    dtypes: list[torch.dtype]
+    strides: list[tuple[int, ...]]
+    slots: Sequence[int | None] = field(default=(), compare=False)
+    first: Sequence[int] = field(default=(), compare=False)
+
+    @classmethod
+    def of(cls, shadows: list[Any], params: list[Any]) -> _Seen | None:
+        leaves = shadows + params
+        try:
+            return cls(
+                tuple([leaf.data_ptr() for leaf in leaves]),
+                [leaf.shape for leaf in leaves],
+                [leaf.dtype for leaf in leaves],
+                [s.stride() for s in shadows],
+            )
+        except (AttributeError, RuntimeError):  # None, or a leaf without memory of its own
+            return None
+
+
+_checked: dict[tuple[int, ...], _Seen] = {}
+
+
+def _remember(seen: _Seen, pairs: Pairs) -> None:
+    seen.slots = pairs.slots
+    first: list[int] = []
+    for i, slot in enumerate(pairs.slots):
+        if slot == len(first):
+            first.append(i)
+    seen.first = first
+    if len(_checked) >= 64:
+        _checked.clear()
+    _checked[seen.addresses] = seen
+
+
+def _align_leaf_by_leaf(shadow: PyTree, params: PyTree) -> Pairs:
     leaves, spec = pytree.tree_flatten(shadow)
     try:
         others = spec.flatten_up_to(params)
@@ -155,7 +215,7 @@ def _tied(a: Tensor, b: Tensor) -> bool:
     return a is b or torch.compiler.is_compiling() or _identity(a) == _identity(b)
 
 
-def check_writable(pairs: Pairs) -> None:
+def _check_writable(pairs: Pairs) -> None:
     """Raise ValueError if writing one of the shadows would change another leaf, or itself twice."""
     leaves = pairs.shadows + pairs.params
     starts = [leaf.data_ptr() for leaf in leaves]
@@ -177,8 +237,6 @@ def check_writable(pairs: Pairs) -> None:
             raise ValueError(_overlap(pairs, i, j))
 
 
-# A pure function of addresses, so a training loop pays for the sort once.
-@lru_cache(maxsize=64)
 def _touching(
     starts: tuple[int, ...], stops: tuple[int, ...], shadows: int
 ) -> list[tuple[int, int]]:

@@ -124,9 +124,7 @@ def update_(
     """
     _check_options(rounding, nonfinite, backend)
     weight, skip = _weight(decay, step), nonfinite == "skip"
-    pairs = _tree.align(shadow, params)
-    if not _compile.is_traced():
-        _tree.check_writable(pairs)
+    pairs = _tree.align(shadow, params, writable=not _compile.is_traced())
     with torch.no_grad():
         _compile.average_(pairs.shadows, pairs.params, weight, skip, backend)
     return shadow
