@@ -173,6 +173,26 @@ def test_compiled_train_step(compiler: str) -> None:
     assert not torch.equal(plain[1]["0.weight"], plain[0]["0.weight"])
 
 
+def test_several_averages_are_one_graph(counting: tuple[str, Counting]) -> None:
+    name, counter = counting
+    decays: list[Any] = [schedules.warmup(0.99), 0.9, torch.tensor(0.5).double()]
+    params = {"a": torch.randn(5), "b": torch.randn(3).bfloat16()}
+    shadows = [emajit.init(params, dtype=torch.float32) for _ in decays]
+    params = {key: p + 1 for key, p in params.items()}
+    for step in (0, torch.tensor(1), 2):
+        expected = emajit.update(shadows, params, step, decay=decays, backend="eager")
+        emajit.update_(shadows, params, step, decay=decays, backend=name)
+        assert_close(shadows, expected)
+    assert counter.graphs == 1
+
+
+def test_several_averages_inside_a_trace() -> None:
+    step = torch.compile(emajit.update, fullgraph=True, backend="aot_eager")
+    shadows = [{"w": torch.zeros(2)}, {"w": torch.zeros(2)}]
+    new = step(shadows, {"w": torch.ones(2)}, torch.tensor(0), decay=[0.5, schedules.uniform()])
+    assert [s["w"].tolist() for s in new] == [[0.5, 0.5], [1.0, 1.0]]
+
+
 def test_in_place_and_ties_inside_a_trace() -> None:
     @torch.compile(fullgraph=True, backend="aot_eager")
     def step(shadow: Any, params: Any, n: Tensor) -> Any:

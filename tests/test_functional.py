@@ -199,6 +199,73 @@ class TestUpdate:
         assert not {t.data_ptr() for t in tensors(new)} & {t.data_ptr() for t in tensors(params)}
 
 
+class TestSeveralAverages:
+    DECAYS: ClassVar[list[Any]] = [0.5, schedules.uniform(), torch.tensor(0.75).double()]
+
+    @given(strategies.tree_pairs())
+    def test_equals_one_after_the_other(self, trees: tuple[Any, Any]) -> None:
+        shadow, params = trees
+        shadows = [clone(shadow) for _ in self.DECAYS]
+        expected = [
+            emajit.update(s, params, 3, decay=d) for s, d in zip(shadows, self.DECAYS, strict=True)
+        ]
+        before = clone(shadows)
+        pure = emajit.update(shadows, params, 3, decay=self.DECAYS)
+        assert_equal(expected, pure)
+        assert_equal(before, shadows)
+        assert emajit.update_(shadows, params, 3, decay=self.DECAYS) is shadows
+        assert_equal(expected, shadows)
+
+    def test_each_backend(self, backend: str) -> None:
+        params = {"a": torch.randn(3), "b": torch.randn(2).bfloat16(), "n": torch.tensor([1])}
+        shadows = [emajit.init(params, dtype=torch.float32) for _ in self.DECAYS]
+        shadows[0] = emajit.init(params)
+        params = pytree.tree_map(lambda p: p + 1, params)
+        expected = [
+            emajit.update(s, params, 2, decay=d, backend=backend)
+            for s, d in zip(shadows, self.DECAYS, strict=True)
+        ]
+        for step in range(2):
+            found = emajit.update(shadows, params, 2, decay=self.DECAYS, backend=backend)
+            assert_equal(expected, found)
+            if step:
+                emajit.update_(shadows, params, 2, decay=self.DECAYS, backend=backend)
+        assert_equal(expected, shadows)
+
+    def test_ties_stay_in_each(self) -> None:
+        w = torch.ones(2)
+        params = {"in": w, "out": w, "b": torch.ones(1)}
+        shadows = [emajit.init(params) for _ in range(2)]
+        for leaf in tensors(shadows):
+            leaf.zero_()
+        for step in range(2):
+            emajit.update_(shadows, params, step, decay=[0.5, 0.75])
+        assert [s["in"][0].item() for s in shadows] == [0.75, 0.4375]
+        new = emajit.update(shadows, params, 0, decay=[0.5, 0.75])
+        assert all(s["in"] is s["out"] for s in new)
+        assert new[0]["in"] is not new[1]["in"]
+
+    def test_none_at_all(self) -> None:
+        assert emajit.update([], {"w": torch.ones(1)}, 0, decay=[]) == []
+
+    @pytest.mark.parametrize(
+        ("shadows", "message"),
+        [
+            (lambda s: s, "shadow: expected a list of 2, as decay, found dict"),
+            (lambda s: [s], "shadow: expected a list of 2, as decay, found a list of 1"),
+            (lambda s: [s, s], r"shadow\[1\]\['w'\]: expected a tensor of its own"),
+            (lambda s: [s, {"w": torch.zeros(3)}], r"\[1\]\['w'\]: expected shape \(3,\)"),
+            (lambda s: [s, {"v": torch.zeros(2)}], r"lacks \[1\]\['v'\]"),
+        ],
+    )
+    def test_errors(self, shadows: Any, message: str) -> None:
+        shadow = {"w": torch.zeros(2)}
+        for update in (emajit.update, emajit.update_):
+            with pytest.raises(ValueError, match=message):
+                update(shadows(shadow), {"w": torch.ones(2)}, 0, decay=[0.5, 0.75])
+        assert not shadow["w"].any()
+
+
 class TestRepeatedUpdates:
     """The second call on the same tensors checks less; what changed in between is noticed."""
 
@@ -508,7 +575,7 @@ class TestErrors:
             ({"rounding": "stochastic"}, "not supported yet"),
             ({"nonfinite": "zero"}, "nonfinite: expected propagate or skip, found 'zero'"),
             ({"backend": "fast"}, "backend: expected auto or eager or inductor or .* found 'fast'"),
-            ({"decay": [0.9, 0.99]}, "lists of decays are not supported yet"),
+            ({"decay": [0.9, 0.99]}, "shadow: expected a list of 2, as decay, found Tensor"),
         ],
     )
     def test_options(self, options: Any, message: str) -> None:

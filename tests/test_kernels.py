@@ -46,25 +46,25 @@ def test_skip_keeps_the_average_where_the_parameter_is_not_finite() -> None:
 @pytest.mark.parametrize("shape", [(), (0,), (3, 2)])
 def test_in_place_equals_pure(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     shadows, params = ([strategies.random(shape, dtype, i)] for i in range(2))
-    expected = _kernels.average(shadows, params, 0.3, skip=False)
-    _kernels.average_(shadows, params, 0.3, skip=False)
+    expected = _kernels.average(shadows, params, [0.3] * len(params), skip=False)
+    _kernels.average_(shadows, params, [0.3] * len(params), skip=False)
     assert torch.equal(shadows[0], expected[0])
 
 
 def test_lerps_only_what_needs_no_temporary() -> None:
     single, double, half = (torch.zeros(2, dtype=d) for d in strategies.FLOATS[:3])
-    assert _kernels.lerps([single, double], [single, double], 0.5, skip=False)
-    assert not _kernels.lerps([single, half], [single, half], 0.5, skip=False)
-    assert not _kernels.lerps([single], [half], 0.5, skip=False)
-    assert not _kernels.lerps([single], [single], 0.5, skip=True)
-    assert not _kernels.lerps([single], [single], torch.tensor(0.5), skip=False)
+    assert _kernels.lerps([single, double], [single, double], [0.5, 0.5], skip=False)
+    assert not _kernels.lerps([single, half], [single, half], [0.5, 0.5], skip=False)
+    assert not _kernels.lerps([single], [half], [0.5], skip=False)
+    assert not _kernels.lerps([single], [single], [0.5], skip=True)
+    assert not _kernels.lerps([single], [single], [torch.tensor(0.5)], skip=False)
 
 
 def test_foreach_equals_leaf_by_leaf() -> None:
     shadows, params = ([torch.randn(5), torch.randn(3).double()] for _ in range(2))
-    expected = _kernels.average(shadows, params, 0.3, skip=False)
-    found = _kernels.foreach_average(shadows, params, 0.3)
-    _kernels.foreach_average_(shadows, params, 0.3)
+    expected = _kernels.average(shadows, params, [0.3] * len(params), skip=False)
+    found = _kernels.foreach_average(shadows, params, [0.3] * 2)
+    _kernels.foreach_average_(shadows, params, [0.3] * 2)
     for a, b, c in zip(expected, found, shadows, strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c)

@@ -14,7 +14,7 @@ from torch import Tensor
 from emajit import _kernels
 from emajit._kernels import Weight
 
-Kernel = Any  # of (shadows, params, weight, skip): a plain function, or one compiled
+Kernel = Any  # of (shadows, params, weights, skip): a plain function, or one compiled
 
 # "auto" compiles only what `foreach` cannot do in one pass: mixed or low precision,
 # nonfinite="skip", a weight that lives on a CUDA device.
@@ -35,27 +35,27 @@ def is_traced() -> bool:
 
 
 def average(
-    shadows: list[Tensor], params: list[Tensor], weight: Weight, skip: bool, backend: str
+    shadows: list[Tensor], params: list[Tensor], weights: list[Weight], skip: bool, backend: str
 ) -> list[Tensor]:
     """`_kernels.average`, each leaf in the way that suits it."""
     if is_traced():
-        return _kernels.average(shadows, params, weight, skip)
+        return _kernels.average(shadows, params, weights, skip)
     new: dict[int, Tensor] = {}
     kernels = _kernels.average, _kernels.foreach_average
-    for leaves, results in _run(kernels, shadows, params, weight, skip, backend):
+    for leaves, results in _run(kernels, shadows, params, weights, skip, backend):
         new |= zip(leaves, results, strict=True)
     return [_laid_out_as(s, new[i]) for i, s in enumerate(shadows)]
 
 
 def average_(
-    shadows: list[Tensor], params: list[Tensor], weight: Weight, skip: bool, backend: str
+    shadows: list[Tensor], params: list[Tensor], weights: list[Weight], skip: bool, backend: str
 ) -> None:
     """`_kernels.average_`, each leaf in the way that suits it."""
     if is_traced():
-        _kernels.average_(shadows, params, weight, skip)
+        _kernels.average_(shadows, params, weights, skip)
     else:
         kernels = _kernels.average_, _kernels.foreach_average_
-        _run(kernels, shadows, params, weight, skip, backend)
+        _run(kernels, shadows, params, weights, skip, backend)
 
 
 def _laid_out_as(shadow: Tensor, average: Tensor) -> Tensor:
@@ -73,23 +73,24 @@ def _run(
     kernels: tuple[Kernel, Kernel],
     shadows: list[Tensor],
     params: list[Tensor],
-    weight: Weight,
+    weights: list[Weight],
     skip: bool,
     backend: str,
 ) -> list[tuple[Iterable[int], Any]]:
     """Call a kernel for each group of leaves; their indices and what it returned."""
     kernel, foreach = kernels
-    if isinstance(weight, Tensor) and weight.device.type == "cpu":
-        weight = weight.item()
     done: list[tuple[Iterable[int], Any]] = []
-    for way, leaves in _ways(shadows, params, weight, skip, backend).items():
-        s, p = [shadows[i] for i in leaves], [params[i] for i in leaves]
+    ways = _ways(shadows, params, weights, skip, backend)
+    for way, leaves in ways.items():
+        s, p, w = shadows, params, weights
+        if len(ways) > 1:
+            s, p, w = [s[i] for i in leaves], [p[i] for i in leaves], [w[i] for i in leaves]
         if way == "foreach":
-            result = foreach(s, p, weight)
+            result = foreach(s, p, w)
         elif way == "eager" or (backend == "auto" and not _pays(s)):
-            result = kernel(s, p, weight, skip)
+            result = kernel(s, p, w, skip)
         else:
-            result = _run_compiled(kernel, s, p, weight, skip, backend)
+            result = _run_compiled(kernel, s, p, w, skip, backend)
         done.append((leaves, result))
     return done
 
@@ -98,36 +99,47 @@ def _run_compiled(
     kernel: Kernel,
     shadows: list[Tensor],
     params: list[Tensor],
-    weight: Weight,
+    weights: list[Weight],
     skip: bool,
     backend: str,
 ) -> Any:
-    # Detached, a leaf is the same to dynamo's guards whether it is a frozen parameter or a tensor.
-    s, p = [leaf.detach() for leaf in shadows], [leaf.detach() for leaf in params]
-    if not isinstance(weight, Tensor):
-        # `full` hands the number to a kernel; `tensor` would copy it from the host.
-        weight = torch.full((), weight, dtype=torch.float64, device=s[0].device)
+    # Detached, a leaf is the same to dynamo's guards whether it is a frozen parameter or a tensor;
+    # a parameter of several averages stays one tensor, which is read once.
+    detached = {id(leaf): leaf.detach() for leaf in (*shadows, *params)}
+    s, p = ([detached[id(leaf)] for leaf in leaves] for leaves in (shadows, params))
+    device = s[0].device
+    scalars = {w: _scalar(w, device) for w in set(weights)}
     layout = tuple(
-        [
-            (a.shape, a.stride(), a.dtype, b.stride(), b.dtype, a.device)
-            for a, b in zip(s, p, strict=True)
-        ]
+        [(a.shape, a.stride(), a.dtype, b.stride(), b.dtype) for a, b in zip(s, p, strict=True)]
     )
+    places = {w: i for i, w in enumerate(scalars)}
+    key = layout, device, skip, tuple([places[w] for w in weights])
     compiler = "inductor" if backend == "auto" else backend
-    return _compiled(kernel, (layout, skip), compiler)(s, p, weight, skip)
+    return _compiled(kernel, key, compiler)(s, p, [scalars[w] for w in weights], skip)
+
+
+def _scalar(weight: Weight, device: torch.device) -> Tensor:
+    if isinstance(weight, Tensor):
+        return weight
+    # `full` hands the number to a kernel; `tensor` would copy it from the host.
+    return torch.full((), weight, dtype=torch.float64, device=device)
 
 
 def _ways(
-    shadows: list[Tensor], params: list[Tensor], weight: Weight, skip: bool, backend: str
+    shadows: list[Tensor],
+    params: list[Tensor],
+    weights: list[Weight],
+    skip: bool,
+    backend: str,
 ) -> dict[Hashable, Sequence[int]]:
     """The leaves for `foreach`, the ones for an eager kernel, and for each device the rest."""
     foreach = backend in ("auto", "eager")
-    if shadows and foreach and _kernels.lerps(shadows, params, weight, skip):
+    if foreach and _kernels.lerps(shadows, params, weights, skip):
         return {"foreach": range(len(shadows))}
     ways: dict[Hashable, list[int]] = {}
-    for i, (s, p) in enumerate(zip(shadows, params, strict=True)):
+    for i, (s, p, w) in enumerate(zip(shadows, params, weights, strict=True)):
         way: Hashable
-        if foreach and _kernels.lerps([s], [p], weight, skip):
+        if foreach and _kernels.lerps([s], [p], [w], skip):
             way = "foreach"
         elif backend == "eager" or not (_is_plain(s) and _is_plain(p)):
             way = "eager"
@@ -165,7 +177,7 @@ def _can_compile(device: str) -> bool:
     """Whether Inductor works here for a device; the reason why not is told in one warning."""
     one = [torch.zeros(1, device=device)]
     try:
-        _run_compiled(_kernels.average, one, one, 1.0, skip=False, backend="inductor")
+        _run_compiled(_kernels.average, one, one, [1.0], skip=False, backend="inductor")
     except Exception as error:  # noqa: BLE001, what fails without a compiler differs by platform
         message = f"emajit runs without a compiler on {device}, since torch.compile failed: {error}"
         warnings.warn(message, RuntimeWarning, stacklevel=2)

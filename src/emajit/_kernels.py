@@ -1,12 +1,14 @@
 """The arithmetic of the average, on flat lists of tensors.
 
-Nothing here knows a tree, a schedule or a compiler. The weight is `w = 1 - beta`: a Python float,
-or a 0-d float64 tensor that is never read back.
+Nothing here knows a tree, a schedule or a compiler. Shadows, params and weights are lists of one
+length; where several averages of a parameter follow each other, it is read once. A weight is
+`w = 1 - beta`: a Python float, or a 0-d float64 tensor that is never read back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,41 +42,46 @@ def _at_least_32_bits(tensor: Tensor) -> torch.dtype:
 
 
 def average(
-    shadows: Sequence[Tensor], params: Sequence[Tensor], weight: Weight, skip: bool
+    shadows: Sequence[Tensor], params: Sequence[Tensor], weights: Sequence[Weight], skip: bool
 ) -> list[Tensor]:
     """Blend every leaf; the form to compile and to trace."""
-    return [blend(s, p, weight, skip) for s, p in zip(shadows, params, strict=True)]
+    return [blend(s, p, w, skip) for s, p, w in zip(shadows, params, weights, strict=True)]
 
 
 def average_(
-    shadows: Sequence[Tensor], params: Sequence[Tensor], weight: Weight, skip: bool
+    shadows: Sequence[Tensor], params: Sequence[Tensor], weights: Sequence[Weight], skip: bool
 ) -> None:
     """Blend every leaf in place; the form to compile and to trace."""
-    for s, p in zip(shadows, params, strict=True):
+    for s, p, w in zip(shadows, params, weights, strict=True):
         # Inductor loses a write to a 0-d float64 input on the CPU (2.11 to 2.13), not to a view.
         target = s.view(1) if s.ndim == 0 else s
-        target.copy_(blend(s, p, weight, skip))
+        target.copy_(blend(s, p, w, skip))
 
 
-def lerps(shadows: list[Tensor], params: list[Tensor], weight: Weight, skip: bool) -> bool:
+def lerps(shadows: list[Tensor], params: list[Tensor], weights: list[Weight], skip: bool) -> bool:
     """Whether `_foreach_lerp_` is the whole update of these leaves, without a temporary.
 
     It is not for a weight that is a tensor, for which it launches one kernel a leaf.
     """
-    dtypes = {s.dtype for s in shadows}
     return (
         not skip
-        and isinstance(weight, float)
-        and dtypes <= {torch.float32, torch.float64}
+        and set(map(type, weights)) == {float}
+        and {s.dtype for s in shadows} <= {torch.float32, torch.float64}
         and [s.dtype for s in shadows] == [p.dtype for p in params]
     )
 
 
-def foreach_average(shadows: list[Tensor], params: list[Tensor], weight: float) -> list[Tensor]:
+def foreach_average(
+    shadows: list[Tensor], params: list[Tensor], weights: list[float]
+) -> list[Tensor]:
     """`average` of leaves that `lerps`, in one call."""
-    return list(torch._foreach_lerp(shadows, params, weight))
+    return list(torch._foreach_lerp(shadows, params, _one_or_all(weights)))
 
 
-def foreach_average_(shadows: list[Tensor], params: list[Tensor], weight: float) -> None:
+def foreach_average_(shadows: list[Tensor], params: list[Tensor], weights: list[float]) -> None:
     """`average_` of leaves that `lerps`, in one call."""
-    torch._foreach_lerp_(shadows, params, weight)
+    torch._foreach_lerp_(shadows, params, _one_or_all(weights))
+
+
+def _one_or_all(weights: list[float]) -> Any:
+    return weights[0] if len(set(weights)) == 1 else weights

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -77,6 +78,50 @@ def align(shadow: PyTree, params: PyTree, *, writable: bool = False) -> Pairs:
         if seen is not None:
             _remember(seen, pairs)
     return pairs
+
+
+def align_several(shadows: list[PyTree], params: PyTree, *, writable: bool = False) -> Pairs:
+    """`align` of several shadows of the same params, one after the other.
+
+    Raises, beside that, ValueError if two of them share a tensor or are not tied alike.
+    """
+    pairs = align(shadows, [params] * len(shadows), writable=writable)
+    if not shadows or isinstance(pairs.slots, range):
+        return pairs
+    leaves = len(pairs.slots) // len(shadows)
+    size = len({*pairs.slots[:leaves]} - {None})
+    for i, slot in enumerate(pairs.slots):
+        first = pairs.slots[i % leaves]
+        if first is not None and slot != first + i // leaves * size:
+            here, there = (_path("shadow", shadows, j) for j in (i, i % leaves))
+            raise ValueError(
+                f"{here}: expected a tensor of its own, tied as {there} is, found another tie"
+            )
+    return pairs
+
+
+def interleave(tensors: list[Tensor], parts: int) -> list[Tensor]:
+    """From one shadow after the other to one parameter after the other.
+
+    >>> interleave(["a0", "b0", "a1", "b1"], 2)
+    ['a0', 'a1', 'b0', 'b1']
+    """
+    if parts == 1:
+        return tensors
+    size = len(tensors) // max(1, parts)
+    columns = [tensors[k * size : (k + 1) * size] for k in range(parts)]
+    return [*chain.from_iterable(zip(*columns, strict=True))]
+
+
+def deinterleave(tensors: list[Tensor], parts: int) -> list[Tensor]:
+    """The inverse of `interleave`.
+
+    >>> deinterleave(["a0", "a1", "b0", "b1"], 2)
+    ['a0', 'b0', 'a1', 'b1']
+    """
+    if parts == 1:
+        return tensors
+    return [tensor for k in range(parts) for tensor in tensors[k::parts]]
 
 
 @dataclass
@@ -160,9 +205,16 @@ def _align_leaf_by_leaf(shadow: PyTree, params: PyTree) -> Pairs:
 
 
 def _flat(shadow: PyTree, params: PyTree) -> tuple[list[Any], list[Any]] | None:
-    """The children of two lists, or of two dicts with the same keys in the same order."""
+    """The leaves of two lists, of two dicts with the same keys in order, or of lists of dicts."""
     if type(shadow) is list and type(params) is list and len(shadow) == len(params):
-        return shadow, params
+        if not shadow or type(shadow[0]) is not dict:
+            return shadow, params
+        parts = [_flat(s, p) for s, p in zip(shadow, params, strict=True)]
+        if None in parts:
+            return None
+        return [leaf for part in parts if part for leaf in part[0]], [
+            leaf for part in parts if part for leaf in part[1]
+        ]
     if type(shadow) is dict and type(params) is dict and list(shadow) == list(params):
         return list(shadow.values()), list(params.values())
     return None

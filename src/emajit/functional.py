@@ -17,6 +17,7 @@ from emajit._kernels import Weight
 
 Step = int | Tensor
 Decay = float | Tensor
+Schedule = Callable[[Step], Decay]
 Tree = TypeVar("Tree")
 
 
@@ -47,7 +48,7 @@ def update(
     params: Any,
     step: Step,
     *,
-    decay: Decay | Callable[[Step], Decay],
+    decay: Decay | Schedule | list[Any],
     rounding: Literal["nearest"] = "nearest",
     nonfinite: Literal["propagate", "skip"] = "propagate",
     backend: str = "auto",
@@ -68,7 +69,8 @@ def update(
             integer tensor on any device, which is never read back to the host. Within your own
             `torch.compile` give a tensor: an int recompiles as it grows.
         decay: $\beta$, the share of the old shadow that is kept, in [0, 1]: a float, a 0-d tensor,
-            or a schedule, `step -> decay` (see `emajit.schedules`).
+            or a schedule, `step -> decay` (see `emajit.schedules`). Or a list of those: `shadow` is
+            then a list of as many shadows, which are updated in one pass over the parameters.
         rounding: "nearest", the only one so far.
         nonfinite: "propagate" does the arithmetic as written. With "skip" an element whose
             parameter is NaN or infinite keeps its old average.
@@ -89,11 +91,11 @@ def update(
     {'w': tensor([0.2500])}
     """
     _check_options(rounding, nonfinite, backend)
-    weight, skip = _weight(decay, step), nonfinite == "skip"
-    pairs = _tree.align(shadow, params)
+    weights, skip = _weights(decay, step), nonfinite == "skip"
+    pairs = _pairs(shadow, params, decay, writable=False)
     with torch.no_grad():
-        new = _compile.average(pairs.shadows, pairs.params, weight, skip, backend)
-    return pairs.rebuild(new)  # type: ignore[no-any-return]
+        new = _compile.average(*_leaves(pairs, weights), skip, backend)
+    return pairs.rebuild(_tree.deinterleave(new, len(weights)))  # type: ignore[no-any-return]
 
 
 def update_(
@@ -101,7 +103,7 @@ def update_(
     params: Any,
     step: Step,
     *,
-    decay: Decay | Callable[[Step], Decay],
+    decay: Decay | Schedule | list[Any],
     rounding: Literal["nearest"] = "nearest",
     nonfinite: Literal["propagate", "skip"] = "propagate",
     backend: str = "auto",
@@ -123,24 +125,52 @@ def update_(
     {'w': tensor([0.2500])}
     """
     _check_options(rounding, nonfinite, backend)
-    weight, skip = _weight(decay, step), nonfinite == "skip"
-    pairs = _tree.align(shadow, params, writable=not _compile.is_traced())
+    weights, skip = _weights(decay, step), nonfinite == "skip"
+    pairs = _pairs(shadow, params, decay, writable=not _compile.is_traced())
     with torch.no_grad():
-        _compile.average_(pairs.shadows, pairs.params, weight, skip, backend)
+        _compile.average_(*_leaves(pairs, weights), skip, backend)
     return shadow
 
 
-def _weight(decay: Decay | Callable[[Step], Decay], step: Step) -> Weight:
-    """`w = 1 - beta(step)` in float64: in float32, 1 - 0.9999 is off by 1.7e-4 of itself."""
-    if isinstance(decay, list | tuple):
-        message = "decay: lists of decays are not supported yet; expected one decay"
-        raise ValueError(message)  # noqa: TRY004
+def _pairs(shadow: Any, params: Any, decay: Any, *, writable: bool) -> _tree.Pairs:
+    """The leaves of one shadow, or of as many as there are decays."""
+    if not isinstance(decay, list):
+        return _tree.align(shadow, params, writable=writable)
+    if not isinstance(shadow, list) or len(shadow) != len(decay):
+        found = (
+            f"a list of {len(shadow)}" if isinstance(shadow, list) else type(shadow).__qualname__
+        )
+        raise ValueError(f"shadow: expected a list of {len(decay)}, as decay, found {found}")
+    return _tree.align_several(shadow, params, writable=writable)
+
+
+def _leaves(
+    pairs: _tree.Pairs, weights: list[Weight]
+) -> tuple[list[Tensor], list[Tensor], list[Weight]]:
+    """Shadows, params and weights so that the averages of a parameter follow each other."""
+    several = len(weights)
+    shadows, params = (_tree.interleave(t, several) for t in (pairs.shadows, pairs.params))
+    return shadows, params, weights * (len(shadows) // max(1, several))
+
+
+def _weights(decay: Decay | Schedule | list[Any], step: Step) -> list[Weight]:
     _check_step(step)
+    if isinstance(decay, list):
+        return [_weight(one, step) for one in decay]
+    return [_weight(decay, step)]
+
+
+def _weight(decay: Decay | Schedule, step: Step) -> Weight:
+    """`w = 1 - beta(step)` in float64: in float32, 1 - 0.9999 is off by 1.7e-4 of itself."""
     beta = decay(step) if callable(decay) else decay
     if isinstance(beta, Tensor):
         if beta.ndim != 0 or not beta.is_floating_point():
             found = f"shape {tuple(beta.shape)} and {beta.dtype}"
             raise ValueError(f"decay: expected a 0-d floating-point tensor, found {found}")
+        if beta.device.type == "cpu" and not _compile.is_traced():
+            return 1.0 - float(
+                beta.detach()
+            )  # a number in host memory: reading it waits for nothing
         return 1.0 - beta.detach().to(torch.float64)
     if not isinstance(beta, float | int | torch.SymFloat | torch.SymInt):
         found = getattr(beta, "__qualname__", type(beta).__qualname__)
