@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from torch.utils import _pytree as pytree
 
 import emajit
-from emajit import _tree, schedules
+from emajit import _memory, schedules
 from tests import reference, strategies
 
 BACKENDS = ("eager", "aot_eager")
@@ -441,9 +441,9 @@ class TestTies:
         shadow = [base[:, ::2], base[:, 1::2]]
         params = [torch.ones(8, 4), torch.ones(8, 4)]
         emajit.update_(shadow, params, 0, decay=0.5)
-        misses = _tree._share_memory.cache_info().misses
+        misses = _memory.share_memory.cache_info().misses
         emajit.update_(shadow, params, 1, decay=0.5)
-        assert _tree._share_memory.cache_info().misses == misses
+        assert _memory.share_memory.cache_info().misses == misses
 
     def test_one_empty_leaf_twice(self) -> None:
         empty = torch.zeros(0)

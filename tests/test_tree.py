@@ -1,52 +1,32 @@
-"""Addresses and overlap; structure and its errors are tested through the public functions."""
+"""Pairing leaves and ordering them; the errors are tested through the public functions."""
 
 from __future__ import annotations
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from emajit import _tree
 
 
-@st.composite
-def views(draw: st.DrawFn) -> tuple[Tensor, set[int]]:
-    """A strided view of one fixed buffer, and the elements that it covers."""
-    shape = tuple(draw(st.lists(st.integers(0, 3), max_size=3)))
-    strides = tuple(draw(st.lists(st.integers(0, 5), min_size=len(shape), max_size=len(shape))))
-    offset = draw(st.integers(0, 10))
-    covered = [offset]
-    for n, step in zip(shape, strides, strict=True):
-        covered = [c + i * step for c in covered for i in range(n)]
-    return BUFFER.as_strided(shape, strides, offset), set(covered)
+@given(st.integers(1, 4), st.integers(0, 5))
+def test_deinterleave_is_the_inverse(parts: int, size: int) -> None:
+    tensors = [torch.tensor(i) for i in range(parts * size)]
+    mixed = _tree.interleave(tensors, parts)
+    assert [int(t) for t in mixed] == [k * size + i for i in range(size) for k in range(parts)]
+    assert _tree.deinterleave(mixed, parts) == tensors
 
 
-BUFFER = torch.zeros(64)
+def test_the_memo_of_checks_is_bounded() -> None:
+    for size in range(1, 200):
+        _tree.align([torch.zeros(size)], [torch.zeros(size)], writable=True)
+    assert len(_tree._checked) <= 64
 
 
-@given(views(), views())
-def test_overlap_is_exact(a: tuple[Tensor, set[int]], b: tuple[Tensor, set[int]]) -> None:
-    both = [_tree._view(tensor) for tensor, _ in (a, b)]
-    starts, stops = tuple(view[0] for view in both), tuple(map(_tree._end, both))
-    touching = _tree._touching(starts, stops, 2)
-    shares = any(_tree._share_memory(both[i], both[j]) for i, j in touching)
-    assert shares == bool(a[1] & b[1])
-
-
-@given(views())
-def test_a_view_that_repeats_an_element_is_seen(view: tuple[Tensor, set[int]]) -> None:
-    tensor, covered = view
-    if len(covered) < tensor.numel():
-        assert _tree._repeats_itself(tensor.shape, tensor.stride())
-
-
-def test_dense_layouts_do_not_repeat() -> None:
-    x = torch.zeros(2, 3, 4, 5)
-    for t in (x, x.transpose(0, 2), x.to(memory_format=torch.channels_last), x[..., ::2], x[:1]):
-        assert not _tree._repeats_itself(t.shape, t.stride())
-
-
-def test_touching_names_pairs_with_a_shadow_only() -> None:
-    assert _tree._touching((1, 20, 5, 6), (10, 30, 8, 9), 2) == [(0, 2), (0, 3)]
-    assert _tree._touching((1, 4, 2), (4, 8, 2), 3) == []
+def test_flat_and_nested_trees_pair_alike() -> None:
+    a, b = torch.zeros(1), torch.zeros(2)
+    flat = _tree.align({"a": a, "b": b}, {"a": a + 1, "b": b + 1})
+    nested = _tree.align(({"a": a}, [b]), ({"a": a + 1}, [b + 1]))
+    for pairs in (flat, nested):
+        assert all(x is y for x, y in zip(pairs.shadows, (a, b), strict=True))
+        assert list(pairs.slots) == [0, 1]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from emajit import _memory
 
 PyTree = Any
 
@@ -146,7 +147,7 @@ class _Seen:
                 tuple([leaf.data_ptr() for leaf in leaves]),
                 [leaf.shape for leaf in leaves],
                 [leaf.dtype for leaf in leaves],
-                [s.stride() for s in shadows],
+                [leaf.stride() for leaf in leaves],
             )
         except (AttributeError, RuntimeError):  # None, or a leaf without memory of its own
             return None
@@ -190,11 +191,11 @@ def _align_leaf_by_leaf(shadow: PyTree, params: PyTree) -> Pairs:
             or _kind(p) > _kind(s)
         ):
             raise ValueError(_leaf_differs(shadow, i, s, p))
-        slot = first.setdefault(_identity(s), len(shadows))
+        slot = first.setdefault(_memory.identity(s), len(shadows))
         if slot == len(shadows):
             shadows.append(s)
             partners.append(p)
-        elif not _tied(p, partners[slot]):
+        elif not _memory.tied(p, partners[slot]):
             tied = _path("shadow", shadow, slots.index(slot))
             raise ValueError(
                 f"{_path('shadow', shadow, i)} and {tied} are tied: "
@@ -244,29 +245,6 @@ def _fit(shadows: list[Any], params: list[Any]) -> bool:
         return False
 
 
-def _identity(tensor: Tensor) -> Hashable:
-    """What two leaves have in common if they are one tensor, or the same view of one memory.
-
-    A leaf without memory of its own (empty, fake, inside a `torch.func` transform) is like no
-    other. Inside a trace it is the tensor: `data_ptr()` and `id()` would become guards on it.
-    """
-    if torch.compiler.is_compiling():
-        return tensor
-    try:
-        address = tensor.data_ptr()
-    except RuntimeError:
-        address = 0
-    if not address:
-        return id(tensor)
-    bits = tensor.is_conj(), tensor.is_neg()
-    return address, tensor.shape, tensor.stride(), tensor.dtype, bits
-
-
-def _tied(a: Tensor, b: Tensor) -> bool:
-    # A trace sees objects, not memory: what is tied there cannot be told from what is not.
-    return a is b or torch.compiler.is_compiling() or _identity(a) == _identity(b)
-
-
 def _check_writable(pairs: Pairs) -> None:
     """Raise ValueError if writing one of the shadows would change another leaf, or itself twice."""
     leaves = pairs.shadows + pairs.params
@@ -274,76 +252,19 @@ def _check_writable(pairs: Pairs) -> None:
     if all(map(Tensor.is_contiguous, leaves)):
         stops = [start + leaf.nbytes for start, leaf in zip(starts, leaves, strict=True)]
     else:
-        stops = [_end(_view(leaf)) for leaf in leaves]
+        stops = [_memory.end(_memory.view(leaf)) for leaf in leaves]
         for slot, s in enumerate(pairs.shadows):
-            if s.numel() and _repeats_itself(s.shape, s.stride()):
+            if s.numel() and _memory.repeats_itself(s.shape, s.stride()):
                 raise ValueError(
                     f"{_path('shadow', pairs.shadow, pairs.slots.index(slot))}: expected memory "
                     f"of its own for each element, found shape {tuple(s.shape)} with strides "
                     f"{s.stride()}"
                 )
-    for i, j in _touching(tuple(starts), tuple(stops), len(pairs.shadows)):
-        if leaves[i].device == leaves[j].device and _share_memory(
-            *map(_view, (leaves[i], leaves[j]))
+    for i, j in _memory.touching(tuple(starts), tuple(stops), len(pairs.shadows)):
+        if leaves[i].device == leaves[j].device and _memory.share_memory(
+            *map(_memory.view, (leaves[i], leaves[j]))
         ):
             raise ValueError(_overlap(pairs, i, j))
-
-
-def _touching(
-    starts: tuple[int, ...], stops: tuple[int, ...], shadows: int
-) -> list[tuple[int, int]]:
-    """The pairs of leaves whose addresses intersect, at least one among the first `shadows`."""
-    touching = []
-    reached: list[int] = []
-    for i in sorted(range(len(starts)), key=starts.__getitem__):
-        if starts[i] == stops[i] or not starts[i]:  # nothing there; a meta tensor
-            continue
-        reached = [j for j in reached if stops[j] > starts[i]]
-        touching += [(min(i, j), max(i, j)) for j in reached if min(i, j) < shadows]
-        reached.append(i)
-    return touching
-
-
-@lru_cache(maxsize=1024)
-def _repeats_itself(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether two indices may mean one element: a step does not clear all smaller ones together."""
-    reach = 0
-    for step, n in sorted((step, n) for step, n in zip(strides, shape, strict=True) if n != 1):
-        if step <= reach:
-            return True
-        reach += step * (n - 1)
-    return False
-
-
-View = tuple[int, tuple[int, ...], tuple[int, ...], int]
-
-
-def _view(tensor: Tensor) -> View:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.itemsize
-
-
-@lru_cache(maxsize=1024)
-def _share_memory(a: View, b: View) -> bool:
-    """Whether two views have a byte in common: exact, at the cost of a mask over both."""
-    start = min(a[0], b[0])
-    mask = torch.zeros(max(map(_end, (a, b))) - start, dtype=torch.bool, device="cpu")
-
-    def seen(view: View) -> Tensor:
-        address, shape, strides, itemsize = view
-        steps = [step * itemsize for step in strides]
-        return mask.as_strided((*shape, itemsize), (*steps, 1), address - start)
-
-    seen(a).fill_(True)
-    return bool(seen(b).any())
-
-
-def _end(view: View) -> int:
-    """The address behind the last byte of a view."""
-    address, shape, strides, itemsize = view
-    if 0 in shape:
-        return address
-    last = sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
-    return address + (last + 1) * itemsize
 
 
 def _paths(tree: PyTree) -> list[str]:
