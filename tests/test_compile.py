@@ -183,6 +183,10 @@ def test_several_averages_are_one_graph(counting: tuple[str, Counting]) -> None:
         expected = emajit.update(shadows, params, step, decay=decays, backend="eager")
         emajit.update_(shadows, params, step, decay=decays, backend=name)
         assert_close(shadows, expected)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for step in range(50):  # values that coincide, and that change their order
+            several: list[Any] = [schedules.warmup(0.5), schedules.uniform(), 0.5]
+            emajit.update_(shadows, params, step, decay=several, backend=name)
     assert counter.graphs == 1
 
 

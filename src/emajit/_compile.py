@@ -108,14 +108,15 @@ def _run_compiled(
     detached = {id(leaf): leaf.detach() for leaf in (*shadows, *params)}
     s, p = ([detached[id(leaf)] for leaf in leaves] for leaves in (shadows, params))
     device = s[0].device
-    scalars = {w: _scalar(w, device) for w in set(weights)}
+    # By identity: two decays may have the same value at one step and not at the next.
+    scalars = {i: _scalar(w, device) for i, w in {id(w): w for w in weights}.items()}
     layout = tuple(
         [(a.shape, a.stride(), a.dtype, b.stride(), b.dtype) for a, b in zip(s, p, strict=True)]
     )
-    places = {w: i for i, w in enumerate(scalars)}
-    key = layout, device, skip, tuple([places[w] for w in weights])
+    places = {i: place for place, i in enumerate(scalars)}
+    key = layout, device, skip, tuple([places[id(w)] for w in weights])
     compiler = "inductor" if backend == "auto" else backend
-    return _compiled(kernel, key, compiler)(s, p, [scalars[w] for w in weights], skip)
+    return _compiled(kernel, key, compiler)(s, p, [scalars[id(w)] for w in weights], skip)
 
 
 def _scalar(weight: Weight, device: torch.device) -> Tensor:

@@ -168,9 +168,7 @@ def _weight(decay: Decay | Schedule, step: Step) -> Weight:
             found = f"shape {tuple(beta.shape)} and {beta.dtype}"
             raise ValueError(f"decay: expected a 0-d floating-point tensor, found {found}")
         if beta.device.type == "cpu" and not _compile.is_traced():
-            return 1.0 - float(
-                beta.detach()
-            )  # a number in host memory: reading it waits for nothing
+            return 1.0 - float(beta.detach())  # in host memory, so nothing waits for it
         return 1.0 - beta.detach().to(torch.float64)
     if not isinstance(beta, float | int | torch.SymFloat | torch.SymInt):
         found = getattr(beta, "__qualname__", type(beta).__qualname__)
