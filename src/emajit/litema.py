@@ -102,7 +102,7 @@ class LitEma(nn.Module):
         on_host = self.num_updates.is_cpu and not torch.compiler.is_compiling()
         decay = self._decay_on_host() if on_host else self._decay_on_device()
         functional.update_(averages, params, self.num_updates, decay=decay, backend=self.backend)
-        self.num_updates += self.num_updates >= 0
+        self.num_updates.add_(self.num_updates >= 0)
         self._untouched.clear()
 
     # The decay that was given counts as it was written, while the float32 buffer still holds it.
