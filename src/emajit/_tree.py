@@ -15,6 +15,8 @@ from emajit import _memory
 
 PyTree = Any
 
+_HINT = "pass dict(model.named_parameters())"
+
 
 class Pairs(NamedTuple):
     """The leaves of a shadow and of its params, tied leaves once.
@@ -284,7 +286,7 @@ def _not_a_leaf(name: str, tree: PyTree, index: int, leaf: object) -> str:
         f"{_path(name, tree, index)}: expected a tensor or None, found {type(leaf).__qualname__}"
     )
     if isinstance(leaf, torch.nn.Module | Iterator):
-        return f"{found}; pass dict(model.named_parameters())"
+        return f"{found}; {_HINT}"
     return found
 
 
@@ -316,8 +318,7 @@ def _leaf_differs(shadow: PyTree, index: int, s: Tensor, p: Tensor) -> str:
 def _structure_differs(shadow: PyTree, params: PyTree, error: ValueError) -> str:
     if not (isinstance(params, Tensor) or params is None) and pytree.tree_is_leaf(params):
         kind = type(shadow).__qualname__
-        hint = "pass dict(model.named_parameters())"
-        return f"params: expected {kind} as shadow, found {type(params).__qualname__}; {hint}"
+        return f"params: expected {kind} as shadow, found {type(params).__qualname__}; {_HINT}"
     ours, theirs = set(_paths(shadow)), set(_paths(params))
     missing, extra = sorted(ours - theirs), sorted(theirs - ours)
     if not missing and not extra:

@@ -69,6 +69,7 @@ class LitEma(nn.Module):
                 f"model: expected parameters that require grad, found none in "
                 f"{type(model).__name__}; build LitEma after the layers of the model"
             )
+        # Every attribute is set before the keys are chosen, so that no average takes its name.
         self.backend = backend
         self.m_name2s_name: dict[str, str] = {}
         self.collected_params: list[Tensor] = []
