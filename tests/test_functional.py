@@ -571,8 +571,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"rounding": "up"}, "rounding: expected nearest, found 'up'"),
-            ({"rounding": "stochastic"}, "not supported yet"),
+            ({"rounding": "up"}, "rounding: expected nearest or stochastic, found 'up'"),
             ({"nonfinite": "zero"}, "nonfinite: expected propagate or skip, found 'zero'"),
             ({"backend": "fast"}, "backend: expected auto or eager or inductor or .* found 'fast'"),
             ({"decay": [0.9, 0.99]}, "shadow: expected a list of 2, as decay, found Tensor"),

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from emajit import _kernels
-from emajit._kernels import Weight
+from emajit._kernels import Keys, Weight
+from emajit._rounding import Noise
 
-Kernel = Any  # of (shadows, params, weights, skip): a plain function, or one compiled
+Kernel = Any  # of (shadows, params, weights, skip, keys): a plain function, or one compiled
 
 # "auto" compiles only what `foreach` cannot do in one pass: mixed or low precision,
 # nonfinite="skip", a weight that lives on a CUDA device.
@@ -35,27 +36,39 @@ def is_traced() -> bool:
 
 
 def average(
-    shadows: list[Tensor], params: list[Tensor], weights: list[Weight], skip: bool, backend: str
+    shadows: list[Tensor],
+    params: list[Tensor],
+    weights: list[Weight],
+    skip: bool,
+    noise: Noise | None,
+    backend: str,
 ) -> list[Tensor]:
     """`_kernels.average`, each leaf in the way that suits it."""
     if is_traced():
-        return _kernels.average(shadows, params, weights, skip)
+        keys = _keys(noise, range(len(shadows)), shadows)
+        return _kernels.average(shadows, params, weights, skip, keys)
     new: dict[int, Tensor] = {}
     kernels = _kernels.average, _kernels.foreach_average
-    for leaves, results in _run(kernels, shadows, params, weights, skip, backend):
+    for leaves, results in _run(kernels, shadows, params, weights, skip, noise, backend):
         new |= zip(leaves, results, strict=True)
     return [_laid_out_as(s, new[i]) for i, s in enumerate(shadows)]
 
 
 def average_(
-    shadows: list[Tensor], params: list[Tensor], weights: list[Weight], skip: bool, backend: str
+    shadows: list[Tensor],
+    params: list[Tensor],
+    weights: list[Weight],
+    skip: bool,
+    noise: Noise | None,
+    backend: str,
 ) -> None:
     """`_kernels.average_`, each leaf in the way that suits it."""
     if is_traced():
-        _kernels.average_(shadows, params, weights, skip)
+        keys = _keys(noise, range(len(shadows)), shadows)
+        _kernels.average_(shadows, params, weights, skip, keys)
     else:
         kernels = _kernels.average_, _kernels.foreach_average_
-        _run(kernels, shadows, params, weights, skip, backend)
+        _run(kernels, shadows, params, weights, skip, noise, backend)
 
 
 def _laid_out_as(shadow: Tensor, average: Tensor) -> Tensor:
@@ -75,6 +88,7 @@ def _run(
     params: list[Tensor],
     weights: list[Weight],
     skip: bool,
+    noise: Noise | None,
     backend: str,
 ) -> list[tuple[Iterable[int], Any]]:
     """Call a kernel for each group of leaves; their indices and what it returned."""
@@ -87,12 +101,18 @@ def _run(
             s, p, w = [s[i] for i in leaves], [p[i] for i in leaves], [w[i] for i in leaves]
         if way == "foreach":
             result = foreach(s, p, w)
-        elif way == "eager" or (backend == "auto" and not _pays(s)):
-            result = kernel(s, p, w, skip)
         else:
-            result = _run_compiled(kernel, s, p, w, skip, backend)
+            keys = _keys(noise, leaves, s)
+            if way == "eager" or (backend == "auto" and not _pays(s)):
+                result = kernel(s, p, w, skip, keys)
+            else:
+                result = _run_compiled(kernel, s, p, w, skip, keys, backend)
         done.append((leaves, result))
     return done
+
+
+def _keys(noise: Noise | None, leaves: Iterable[int], shadows: list[Tensor]) -> Keys:
+    return noise.keys(leaves, shadows[0].device) if noise is not None and shadows else None
 
 
 def _run_compiled(
@@ -101,6 +121,7 @@ def _run_compiled(
     params: list[Tensor],
     weights: list[Weight],
     skip: bool,
+    keys: Keys,
     backend: str,
 ) -> Any:
     # Detached, a leaf is the same to dynamo's guards whether it is a frozen parameter or a tensor;
@@ -114,9 +135,9 @@ def _run_compiled(
         [(a.shape, a.stride(), a.dtype, b.stride(), b.dtype) for a, b in zip(s, p, strict=True)]
     )
     places = {i: place for place, i in enumerate(scalars)}
-    key = layout, device, skip, tuple([places[id(w)] for w in weights])
+    key = layout, device, skip, keys is None, tuple([places[id(w)] for w in weights])
     compiler = "inductor" if backend == "auto" else backend
-    return _compiled(kernel, key, compiler)(s, p, [scalars[id(w)] for w in weights], skip)
+    return _compiled(kernel, key, compiler)(s, p, [scalars[id(w)] for w in weights], skip, keys)
 
 
 def _scalar(weight: Weight, device: torch.device) -> Tensor:
@@ -178,7 +199,7 @@ def _can_compile(device: str) -> bool:
     """Whether Inductor works here for a device; the reason why not is told in one warning."""
     one = [torch.zeros(1, device=device)]
     try:
-        _run_compiled(_kernels.average, one, one, [1.0], skip=False, backend="inductor")
+        _run_compiled(_kernels.average, one, one, [1.0], skip=False, keys=None, backend="inductor")
     except Exception as error:  # noqa: BLE001, what fails without a compiler differs by platform
         message = f"emajit runs without a compiler on {device}, since torch.compile failed: {error}"
         warnings.warn(message, RuntimeWarning, stacklevel=2)

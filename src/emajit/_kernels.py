@@ -13,16 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emajit import _rounding
+
 Weight = float | Tensor
+Keys = Tensor | None  # of the noise, a row a leaf: see `_rounding`
 
 
-def blend(shadow: Tensor, param: Tensor, weight: Weight, skip: bool) -> Tensor:
+def blend(
+    shadow: Tensor, param: Tensor, weight: Weight, skip: bool, key: Tensor | None = None
+) -> Tensor:
     """One leaf: `s + w (p - s)` in float32 or wider, rounded once to the shadow's dtype.
 
     `torch.lerp` evaluates the equation from the nearer end, as `p - (1 - w) (p - s)` where
     `w >= 1/2`: of finite numbers `w = 0` gives exactly `s` and `w = 1` exactly `p`. With `skip`, an
-    element whose parameter is NaN or infinite keeps its old average. An integer or bool parameter
-    is copied.
+    element whose parameter is NaN or infinite keeps its old average. With a `key` rounding to 16
+    bits is stochastic. An integer or bool parameter is copied.
     """
     if not (param.is_floating_point() or param.is_complex()):
         return param.to(shadow.dtype, copy=True)
@@ -32,6 +37,8 @@ def blend(shadow: Tensor, param: Tensor, weight: Weight, skip: bool) -> Tensor:
     average = torch.lerp(s, p, w)
     if skip:
         average = torch.where(torch.isfinite(p), average, s)
+    if key is not None and shadow.dtype in _rounding.SUPPORTED:
+        return _rounding.stochastic(average, shadow.dtype, key.to(s.device))
     return average.to(shadow.dtype)
 
 
@@ -42,20 +49,31 @@ def _at_least_32_bits(tensor: Tensor) -> torch.dtype:
 
 
 def average(
-    shadows: Sequence[Tensor], params: Sequence[Tensor], weights: Sequence[Weight], skip: bool
+    shadows: Sequence[Tensor],
+    params: Sequence[Tensor],
+    weights: Sequence[Weight],
+    skip: bool,
+    keys: Keys = None,
 ) -> list[Tensor]:
     """Blend every leaf; the form to compile and to trace."""
-    return [blend(s, p, w, skip) for s, p, w in zip(shadows, params, weights, strict=True)]
+    return [
+        blend(s, p, w, skip, None if keys is None else keys[i])
+        for i, (s, p, w) in enumerate(zip(shadows, params, weights, strict=True))
+    ]
 
 
 def average_(
-    shadows: Sequence[Tensor], params: Sequence[Tensor], weights: Sequence[Weight], skip: bool
+    shadows: Sequence[Tensor],
+    params: Sequence[Tensor],
+    weights: Sequence[Weight],
+    skip: bool,
+    keys: Keys = None,
 ) -> None:
     """Blend every leaf in place; the form to compile and to trace."""
-    for s, p, w in zip(shadows, params, weights, strict=True):
+    for i, (s, p, w) in enumerate(zip(shadows, params, weights, strict=True)):
         # Inductor loses a write to a 0-d float64 input on the CPU (2.11 to 2.13), not to a view.
         target = s.view(1) if s.ndim == 0 else s
-        target.copy_(blend(s, p, w, skip))
+        target.copy_(blend(s, p, w, skip, None if keys is None else keys[i]))
 
 
 def lerps(shadows: list[Tensor], params: list[Tensor], weights: list[Weight], skip: bool) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,12 @@ class Pairs(NamedTuple):
         return pytree.tree_unflatten(
             [None if slot is None else leaves[slot] for slot in self.slots], spec
         )
+
+    def paths(self) -> list[str]:
+        """Where each of `shadows` stands in the shadow's tree, as one would write it in Python."""
+        paths = _paths(self.shadow)
+        firsts = {slot: i for i, slot in reversed([*enumerate(self.slots)])}
+        return [paths[firsts[slot]] for slot in range(len(self.shadows))]
 
 
 def copy(params: PyTree, dtype: torch.dtype | None) -> PyTree:
@@ -103,7 +109,10 @@ def align_several(shadows: list[PyTree], params: PyTree, *, writable: bool = Fal
     return pairs
 
 
-def interleave(tensors: list[Tensor], parts: int) -> list[Tensor]:
+T = TypeVar("T")
+
+
+def interleave(tensors: list[T], parts: int) -> list[T]:
     """From one shadow after the other to one parameter after the other.
 
     >>> interleave(["a0", "b0", "a1", "b1"], 2)

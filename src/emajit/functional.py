@@ -14,6 +14,7 @@ from torch import Tensor
 
 from emajit import _compile, _tree
 from emajit._kernels import Weight
+from emajit._rounding import Noise
 
 Step = int | Tensor
 Decay = float | Tensor
@@ -49,7 +50,7 @@ def update(
     step: Step,
     *,
     decay: Decay | Schedule | list[Any],
-    rounding: Literal["nearest"] = "nearest",
+    rounding: Literal["nearest", "stochastic"] = "nearest",
     nonfinite: Literal["propagate", "skip"] = "propagate",
     backend: str = "auto",
 ) -> Tree:
@@ -71,7 +72,12 @@ def update(
         decay: $\beta$, the share of the old shadow that is kept, in [0, 1]: a float, a 0-d tensor,
             or a schedule, `step -> decay` (see `emajit.schedules`). Or a list of those: `shadow` is
             then a list of as many shadows, which are updated in one pass over the parameters.
-        rounding: "nearest", the only one so far.
+        rounding: how bfloat16 and float16 shadows round. To "nearest" they stall: where a step of
+            the average is below half the distance to the next number, which for bfloat16 and a
+            decay of 0.9999 is nearly always, it is lost. "stochastic" goes to either neighbour at
+            random, so that the mean is right. The noise is a hash of the step, the path of the leaf
+            in `shadow` and the index of the element: the same call gives the same bits. Number the
+            steps, and do not use one twice.
         nonfinite: "propagate" does the arithmetic as written. With "skip" an element whose
             parameter is NaN or infinite keeps its old average.
         backend: "eager" uses a `torch._foreach` operator for the leaves that need no temporary, and
@@ -93,8 +99,9 @@ def update(
     _check_options(rounding, nonfinite, backend)
     weights, skip = _weights(decay, step), nonfinite == "skip"
     pairs = _pairs(shadow, params, decay, writable=False)
+    noise = _noise(pairs, len(weights), step) if rounding == "stochastic" else None
     with torch.no_grad():
-        new = _compile.average(*_leaves(pairs, weights), skip, backend)
+        new = _compile.average(*_leaves(pairs, weights), skip, noise, backend)
     return pairs.rebuild(_tree.deinterleave(new, len(weights)))  # type: ignore[no-any-return]
 
 
@@ -104,7 +111,7 @@ def update_(
     step: Step,
     *,
     decay: Decay | Schedule | list[Any],
-    rounding: Literal["nearest"] = "nearest",
+    rounding: Literal["nearest", "stochastic"] = "nearest",
     nonfinite: Literal["propagate", "skip"] = "propagate",
     backend: str = "auto",
 ) -> Tree:
@@ -127,8 +134,9 @@ def update_(
     _check_options(rounding, nonfinite, backend)
     weights, skip = _weights(decay, step), nonfinite == "skip"
     pairs = _pairs(shadow, params, decay, writable=not _compile.is_traced())
+    noise = _noise(pairs, len(weights), step) if rounding == "stochastic" else None
     with torch.no_grad():
-        _compile.average_(*_leaves(pairs, weights), skip, backend)
+        _compile.average_(*_leaves(pairs, weights), skip, noise, backend)
     return shadow
 
 
@@ -151,6 +159,17 @@ def _leaves(
     several = len(weights)
     shadows, params = (_tree.interleave(t, several) for t in (pairs.shadows, pairs.params))
     return shadows, params, weights * (len(shadows) // max(1, several))
+
+
+def _noise(pairs: _tree.Pairs, several: int, step: Step) -> Noise:
+    paths = pairs.paths()
+    for path, s in zip(paths, pairs.shadows, strict=True):
+        if s.dtype.itemsize < 2 and s.is_floating_point():
+            raise ValueError(
+                f"shadow{path}: expected bfloat16, float16 or wider for rounding='stochastic', "
+                f"found {s.dtype}"
+            )
+    return Noise(_tree.interleave(paths, several), step)
 
 
 def _weights(decay: Decay | Schedule | list[Any], step: Step) -> list[Weight]:
@@ -191,9 +210,7 @@ def _check_step(step: Step) -> None:
 
 
 def _check_options(rounding: str, nonfinite: str, backend: str) -> None:
-    if rounding == "stochastic":
-        raise ValueError("rounding: 'stochastic' is not supported yet; expected 'nearest'")
-    _check_option("rounding", rounding, ("nearest",))
+    _check_option("rounding", rounding, ("nearest", "stochastic"))
     _check_option("nonfinite", nonfinite, ("propagate", "skip"))
     ours = ("auto", "eager", "inductor")
     if backend not in ours and backend not in torch.compiler.list_backends(exclude_tags=()):

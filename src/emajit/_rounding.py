@@ -1,0 +1,99 @@
+r"""Stochastic rounding to 16 bits: up or down at random, so that the mean is the number itself.
+
+A number between two neighbours $a < x < b$ becomes $b$ with probability $(x - a) / (b - a)$. The
+noise is a hash of the step, the leaf's path and the element's index, in row-major order: the same
+call gives the same bits on every device, eager or compiled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SUPPORTED = torch.bfloat16, torch.float16, torch.complex32
+
+
+def stochastic(x: Tensor, dtype: torch.dtype, key: Tensor) -> Tensor:
+    """Round `x` to `dtype`, one of `SUPPORTED`, at random.
+
+    What `dtype` holds exactly stays, and so do zeros, infinities and NaN. Beyond the largest finite
+    number there is no second neighbour, and rounding is to nearest.
+    """
+    if dtype.is_complex:
+        return torch.view_as_complex(stochastic(torch.view_as_real(x), torch.float16, key))
+    x = x.to(torch.float32)
+    rounded = (_to_8_bits if dtype == torch.bfloat16 else _to_11_bits)(x, _noise(x, key))
+    return torch.where(x.abs() <= torch.finfo(dtype).max, rounded, x).to(dtype)
+
+
+def _to_8_bits(x: Tensor, noise: Tensor) -> Tensor:
+    """A bfloat16 is the upper half of a float32: carry into it with what the lower half says."""
+    return ((x.view(torch.int32) + (noise & 0xFFFF)) & -0x10000).view(torch.float32)
+
+
+def _to_11_bits(x: Tensor, noise: Tensor) -> Tensor:
+    """To a multiple of the distance of float16 numbers: 2^-10 of a power of two, at least 2^-24."""
+    exponent = x.view(torch.int32) & 0x7F800000
+    distance = (exponent - (10 << 23)).clamp(min=(127 - 24) << 23).view(torch.float32)
+    multiple = x / distance
+    below = torch.floor(multiple)
+    up = (noise & 0xFFFFFF).to(torch.float32) * 2**-24 < multiple - below
+    return torch.copysign((below + up) * distance, x)
+
+
+class Noise(NamedTuple):
+    """What tells the noise of one call from that of any other."""
+
+    paths: list[str]
+    step: int | Tensor
+
+    def keys(self, leaves: Iterable[int], device: torch.device) -> Tensor:
+        """Two words for each of the `leaves`, int32, of shape (leaves, 2).
+
+        They are made of tensors: a graph that was compiled or captured serves every step.
+        """
+        step = self.step
+        if not isinstance(step, Tensor):
+            step = torch.full((), step, dtype=torch.int64, device=device)
+        step = step.to(device, torch.int64)
+        first = _hash((step ^ 0x3C6EF372).to(torch.int32))
+        second = _hash(first ^ (step >> 32).to(torch.int32))
+        words = _words.__wrapped__ if torch.compiler.is_compiling() else _words
+        return words(tuple([self.paths[i] for i in leaves]), device) ^ torch.stack([first, second])
+
+
+@lru_cache(maxsize=64)
+def _words(paths: tuple[str, ...], device: torch.device) -> Tensor:
+    return torch.tensor([_digest(path) for path in paths], dtype=torch.int32, device=device)
+
+
+def _digest(path: str) -> list[int]:
+    digest = hashlib.blake2b(path.encode(), digest_size=8).digest()
+    return [int.from_bytes(half, "little", signed=True) for half in (digest[:4], digest[4:])]
+
+
+# Called while tracing, its result is a constant: `torch.compiler.assume_constant_result`, which
+# would import all of dynamo, sets the same mark.
+_digest._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _noise(x: Tensor, key: Tensor) -> Tensor:
+    """32 random bits for each element of `x`."""
+    counter = torch.int32 if x.numel() < 2**31 else torch.int64
+    index = torch.arange(x.numel(), dtype=counter, device=x.device).to(torch.int32)
+    return _hash(index.view(x.shape) ^ key[0], key[1])
+
+
+def _hash(x: Tensor, key: Tensor | int = 0) -> Tensor:
+    """Multiply and fold twice: `lowbias32` of skeeto's hash-prospector, with a key in between.
+
+    In int32, whose shifts repeat the sign: without the masks the result is visibly not uniform.
+    """
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D + key
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * -0x7B935975
+    return x ^ ((x >> 16) & 0xFFFF)

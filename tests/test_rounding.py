@@ -1,0 +1,255 @@
+"""Stochastic rounding: right in the mean, never more than one number away, the same every time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import emajit
+from emajit import _rounding
+from emajit._rounding import Noise
+
+HALVES = (torch.bfloat16, torch.float16)
+DRAWS = 2**17
+CPU = torch.device("cpu")
+
+
+def key(path: str = "['w']", step: int | Tensor = 0) -> Tensor:
+    return Noise([path], step).keys([0], CPU)[0]
+
+
+def noise(path: str = "['w']", step: int | Tensor = 0) -> Tensor:
+    """The noise of `DRAWS` elements, as numbers in [-1/2, 1/2)."""
+    return _rounding._noise(torch.zeros(DRAWS), key(path, step)).double() / 2**32
+
+
+def every_number(dtype: torch.dtype) -> Tensor:
+    """All finite numbers of a 16-bit dtype, ascending."""
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    finite = numbers[numbers.isfinite()].double()
+    return torch.tensor(sorted(set(finite.tolist())), dtype=torch.float64)
+
+
+def standard_errors(sample: Tensor) -> float:
+    """How many standard errors the mean of `sample` is away from 0."""
+    return abs(float(sample.mean() / sample.std() * math.sqrt(sample.numel())))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("fraction", [0.001, 0.1, 0.25, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("kind", ["one", "negative", "subnormal", "between powers"])
+def test_the_mean_of_many_draws_is_the_number(
+    dtype: torch.dtype, fraction: float, kind: str
+) -> None:
+    info = torch.finfo(dtype)
+    below, distance = {
+        "one": (1.0, info.eps),
+        "negative": (-3.0, 2 * info.eps),
+        "subnormal": (3 * info.smallest_normal * info.eps, info.smallest_normal * info.eps),
+        "between powers": (2 - info.eps, info.eps),
+    }[kind]
+    x = torch.tensor(below + fraction * distance, dtype=torch.float32).expand(DRAWS)
+    found = _rounding.stochastic(x, dtype, key()).double()
+    assert set(found.tolist()) == {below, below + distance}
+    assert standard_errors(found - x.double()) < 4
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_only_the_two_neighbours_are_ever_taken(dtype: torch.dtype) -> None:
+    numbers = every_number(dtype)
+    x = (torch.randn(DRAWS) * torch.exp2(torch.empty(DRAWS).uniform_(-150, 127))).float()
+    if dtype == torch.float16:
+        x = torch.randn(DRAWS) * torch.exp2(torch.empty(DRAWS).uniform_(-30, 13))
+    place = torch.searchsorted(numbers, x.double()).clamp(1, len(numbers) - 1)
+    found = _rounding.stochastic(x, dtype, key()).double()
+    nearest = x.to(dtype).double()
+    inside = x.abs() < torch.finfo(dtype).max
+    assert inside.sum() > 0.9 * DRAWS
+    assert ((found == numbers[place]) | (found == numbers[place - 1]))[inside].all()
+    assert torch.equal(found[~inside], nearest[~inside])
+    assert torch.equal(torch.signbit(found), torch.signbit(x))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_what_the_dtype_holds_is_never_moved(dtype: torch.dtype) -> None:
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    numbers = bits.view(dtype)
+    number = ~numbers.isnan()  # among them both zeros, both infinities and the largest numbers
+    for step in range(20):
+        found = _rounding.stochastic(numbers.float(), dtype, key(step=step))
+        assert torch.equal(found.view(torch.int16)[number], bits[number])
+        assert found[~number].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_every_nan_stays_nan_and_no_finite_number_becomes_one(dtype: torch.dtype) -> None:
+    nans = torch.tensor([0x7F800001, 0x7FC00000, 0x7FFFFFFF, -1], dtype=torch.int32)
+    largest = torch.finfo(dtype).max
+    half = 2.0 ** (math.floor(math.log2(largest)) - (8 if dtype == torch.bfloat16 else 11))
+    edge = torch.tensor([largest + 0.9 * half, -largest - 0.9 * half])
+    for step in range(50):
+        found = _rounding.stochastic(nans.view(torch.float32), dtype, key(step=step))
+        assert found.isnan().all()
+        found = _rounding.stochastic(edge, dtype, key(step=step))
+        assert found.tolist() == [largest, -largest]
+
+
+def test_the_noise_is_uniform() -> None:
+    for step in range(20):
+        counts = torch.histc(noise(step=step), 256, -0.5, 0.5)
+        expected = DRAWS / 256
+        chi2 = float(((counts - expected) ** 2 / expected).sum())
+        assert abs(chi2 - 255) < 4.5 * math.sqrt(2 * 255)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda t: noise(step=t).roll(1),
+        lambda t: noise(step=t).roll(2),
+        lambda t: noise(step=t).roll(64),
+        lambda t: noise(step=t).roll(768),
+        lambda t: noise(step=t + 1),
+        lambda t: noise(step=t + 2),
+        lambda t: noise(step=t + 2**32),
+        lambda t: noise(step=t + 1).roll(1),
+        lambda t: noise("['v']", t),
+        lambda t: noise(f"[{t}]['w']", t),
+    ],
+)
+def test_no_two_are_correlated(other: Callable[[int], Tensor]) -> None:
+    """Neighbours in a leaf, successive steps, other leaves, other averages."""
+    steps = 30
+    errors = torch.tensor([standard_errors(noise(step=t) * other(t)) for t in range(steps)])
+    assert errors.max() < 4.5
+    assert abs(errors.square().mean() - 1) < 4.5 * math.sqrt(2 / steps)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_ten_thousand_steps_follow_the_float32_average(dtype: torch.dtype) -> None:
+    """To nearest, the same average does not move at all."""
+    size = 4096
+    start = torch.rand(size) + 1
+    params = {"w": start + 1}
+    shadows = {
+        "float32": {"w": start.to(dtype).float()},
+        "stochastic": {"w": start.to(dtype)},
+        "nearest": {"w": start.to(dtype)},
+    }
+    begin = shadows["float32"]["w"].clone()
+    for step in range(10_000):
+        for rounding, shadow in shadows.items():
+            emajit.update_(
+                shadow,
+                params,
+                step,
+                decay=0.9999,
+                rounding="stochastic" if rounding == "stochastic" else "nearest",
+            )
+    moved = {name: float((s["w"].float() - begin).mean()) for name, s in shadows.items()}
+    assert moved["float32"] == pytest.approx(1 - 0.9999**10_000, rel=2e-3)
+    assert moved["stochastic"] == pytest.approx(moved["float32"], rel=0.01)
+    if dtype == torch.bfloat16:
+        assert moved["nearest"] == 0
+    else:
+        assert moved["nearest"] < 0.5 * moved["float32"]
+
+
+def tree(dtype: torch.dtype) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"w": (40, 30), "b": (30,), "scalar": ()}
+    return {n: torch.randn(s, generator=generator).to(dtype) for n, s in shapes.items()}
+
+
+def update(
+    shadow: dict[str, Tensor],
+    step: int | Tensor = 3,
+    params: dict[str, Tensor] | None = None,
+    backend: str = "eager",
+) -> dict[str, Tensor]:
+    params = params or {name: p + 1 for name, p in tree(torch.float32).items()}
+    return emajit.update(shadow, params, step, decay=0.5, rounding="stochastic", backend=backend)
+
+
+def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, leaf in expected.items():
+        assert torch.equal(found[name], leaf), name
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_the_same_call_gives_the_same_bits(dtype: torch.dtype) -> None:
+    before = torch.get_rng_state()
+    expected = update(tree(dtype))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not all(torch.equal(expected[n], update(tree(dtype), step=4)[n]) for n in expected)
+    assert_same_bits(update(tree(dtype)), expected)
+    assert_same_bits(update(tree(dtype), step=torch.tensor(3, dtype=torch.int16)), expected)
+    assert_same_bits(update(dict(reversed(tree(dtype).items()))), expected)
+    transposed = {n: s.t().contiguous().t() if s.ndim > 1 else s for n, s in tree(dtype).items()}
+    assert_same_bits(update(transposed), expected)
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_gives_the_bits_of_eager(dtype: torch.dtype, backend: str) -> None:
+    for step in (3, torch.tensor(4)):
+        assert_same_bits(update(tree(dtype), step, backend=backend), update(tree(dtype), step))
+
+    traced = torch.compile(update, fullgraph=True, backend=backend)
+    params = {name: p + 1 for name, p in tree(torch.float32).items()}
+    traced(tree(dtype), torch.tensor(2), params)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for step in range(3, 6):
+            found = traced(tree(dtype), torch.tensor(step), params)
+            assert_same_bits(found, update(tree(dtype), step))
+
+
+def test_in_place_and_tied() -> None:
+    expected, shadow = update(tree(torch.bfloat16)), tree(torch.bfloat16)
+    shadow |= {"tied": shadow["w"]}
+    params = {n: p + 1 for n, p in tree(torch.float32).items()}
+    params |= {"tied": params["w"]}
+    emajit.update_(shadow, params, 3, decay=0.5, rounding="stochastic")
+    assert shadow["tied"] is shadow["w"]
+    del shadow["tied"]
+    assert_same_bits(shadow, expected)
+
+
+def test_averages_of_one_list_have_noise_of_their_own() -> None:
+    shadows = [{"w": torch.ones(1000, dtype=torch.bfloat16)} for _ in range(2)]
+    params = {"w": torch.full((1000,), 1.0 + 2**-8)}
+    emajit.update_(shadows, params, 0, decay=[0.5, 0.5], rounding="stochastic")
+    first, second = (shadow["w"] > 1 for shadow in shadows)
+    assert 150 < first.sum() < 350
+    assert 150 < second.sum() < 350
+    assert 30 < (first & second).sum() < 100
+
+
+def test_wider_leaves_round_to_nearest() -> None:
+    expected = emajit.update(tree(torch.float32), tree(torch.float64), 0, decay=0.3)
+    found = emajit.update(
+        tree(torch.float32), tree(torch.float64), 0, decay=0.3, rounding="stochastic"
+    )
+    assert_same_bits(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+def test_complex_parts_are_rounded_apart() -> None:
+    shadow = {"w": torch.ones(4096, dtype=torch.complex32)}
+    params = {"w": torch.full((4096,), complex(1 + 2**-11, 2**-11))}
+    new = emajit.update(shadow, params, 0, decay=0.5, rounding="stochastic")["w"]
+    parts = torch.view_as_real(new).double()
+    assert set(parts[:, 0].tolist()) == {1.0, 1.0 + 2**-10}
+    assert float(parts[:, 1].mean()) == pytest.approx(2**-12, rel=1e-3)
+
+
+def test_eight_bits_are_refused_by_path() -> None:
+    shadow = {"w": torch.ones(3).to(torch.float8_e4m3fn)}
+    message = r"shadow\['w'\]: expected bfloat16, float16 or wider .* found torch.float8_e4m3fn"
+    with pytest.raises(ValueError, match=message):
+        emajit.update(shadow, {"w": torch.ones(3)}, 0, decay=0.5, rounding="stochastic")
