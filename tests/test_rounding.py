@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def key(path: str = "['w']", step: int | Tensor = 0) -> Tensor:
-    return Noise([path], step).keys([0], CPU)[0]
+    return Noise([path], step).keys(CPU)[0]
 
 
 def noise(path: str = "['w']", step: int | Tensor = 0) -> Tensor:

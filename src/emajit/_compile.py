@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Hashable, Iterable, Sequence
 from functools import lru_cache
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,40 +35,49 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
 
 
-def average(
-    shadows: list[Tensor],
-    params: list[Tensor],
-    weights: list[Weight],
-    skip: bool,
-    noise: Noise | None,
-    backend: str,
-) -> list[Tensor]:
+class Work(NamedTuple):
+    """What is to be averaged: lists of one length, and how."""
+
+    shadows: list[Tensor]
+    params: list[Tensor]
+    weights: list[Weight]
+    skip: bool
+    noise: Noise | None
+
+    def part(self, leaves: Sequence[int]) -> Work:
+        if len(leaves) == len(self.shadows):
+            return self
+        noise = self.noise and Noise([self.noise.paths[i] for i in leaves], self.noise.step)
+        return Work(
+            [self.shadows[i] for i in leaves],
+            [self.params[i] for i in leaves],
+            [self.weights[i] for i in leaves],
+            self.skip,
+            noise,
+        )
+
+    def keys(self) -> Keys:
+        return self.noise.keys(self.shadows[0].device) if self.noise and self.shadows else None
+
+
+def average(work: Work, backend: str) -> list[Tensor]:
     """`_kernels.average`, each leaf in the way that suits it."""
     if is_traced():
-        keys = _keys(noise, range(len(shadows)), shadows)
-        return _kernels.average(shadows, params, weights, skip, keys)
+        return _kernels.average(*work[:4], work.keys())
     new: dict[int, Tensor] = {}
     kernels = _kernels.average, _kernels.foreach_average
-    for leaves, results in _run(kernels, shadows, params, weights, skip, noise, backend):
+    for leaves, results in _run(kernels, work, backend):
         new |= zip(leaves, results, strict=True)
-    return [_laid_out_as(s, new[i]) for i, s in enumerate(shadows)]
+    return [_laid_out_as(s, new[i]) for i, s in enumerate(work.shadows)]
 
 
-def average_(
-    shadows: list[Tensor],
-    params: list[Tensor],
-    weights: list[Weight],
-    skip: bool,
-    noise: Noise | None,
-    backend: str,
-) -> None:
+def average_(work: Work, backend: str) -> None:
     """`_kernels.average_`, each leaf in the way that suits it."""
     if is_traced():
-        keys = _keys(noise, range(len(shadows)), shadows)
-        _kernels.average_(shadows, params, weights, skip, keys)
+        _kernels.average_(*work[:4], work.keys())
     else:
         kernels = _kernels.average_, _kernels.foreach_average_
-        _run(kernels, shadows, params, weights, skip, noise, backend)
+        _run(kernels, work, backend)
 
 
 def _laid_out_as(shadow: Tensor, average: Tensor) -> Tensor:
@@ -83,61 +92,50 @@ def _laid_out_as(shadow: Tensor, average: Tensor) -> Tensor:
 
 
 def _run(
-    kernels: tuple[Kernel, Kernel],
-    shadows: list[Tensor],
-    params: list[Tensor],
-    weights: list[Weight],
-    skip: bool,
-    noise: Noise | None,
-    backend: str,
+    kernels: tuple[Kernel, Kernel], work: Work, backend: str
 ) -> list[tuple[Iterable[int], Any]]:
     """Call a kernel for each group of leaves; their indices and what it returned."""
     kernel, foreach = kernels
     done: list[tuple[Iterable[int], Any]] = []
-    ways = _ways(shadows, params, weights, skip, backend)
-    for way, leaves in ways.items():
-        s, p, w = shadows, params, weights
-        if len(ways) > 1:
-            s, p, w = [s[i] for i in leaves], [p[i] for i in leaves], [w[i] for i in leaves]
+    for way, leaves in _ways(work, backend).items():
+        part = work.part(leaves)
         if way == "foreach":
-            result = foreach(s, p, w)
+            result = foreach(*part[:3])
+        elif way == "eager" or (backend == "auto" and not _pays(part.shadows)):
+            result = kernel(*part[:4], part.keys())
         else:
-            keys = _keys(noise, leaves, s)
-            if way == "eager" or (backend == "auto" and not _pays(s)):
-                result = kernel(s, p, w, skip, keys)
-            else:
-                result = _run_compiled(kernel, s, p, w, skip, keys, backend)
+            result = _run_compiled(kernel, part, backend)
         done.append((leaves, result))
     return done
 
 
-def _keys(noise: Noise | None, leaves: Iterable[int], shadows: list[Tensor]) -> Keys:
-    return noise.keys(leaves, shadows[0].device) if noise is not None and shadows else None
-
-
-def _run_compiled(
-    kernel: Kernel,
-    shadows: list[Tensor],
-    params: list[Tensor],
-    weights: list[Weight],
-    skip: bool,
-    keys: Keys,
-    backend: str,
-) -> Any:
+def _run_compiled(kernel: Kernel, work: Work, backend: str) -> Any:
     # Detached, a leaf is the same to dynamo's guards whether it is a frozen parameter or a tensor;
     # a parameter of several averages stays one tensor, which is read once.
-    detached = {id(leaf): leaf.detach() for leaf in (*shadows, *params)}
-    s, p = ([detached[id(leaf)] for leaf in leaves] for leaves in (shadows, params))
-    device = s[0].device
-    # By identity: two decays may have the same value at one step and not at the next.
-    scalars = {i: _scalar(w, device) for i, w in {id(w): w for w in weights}.items()}
-    layout = tuple(
-        [(a.shape, a.stride(), a.dtype, b.stride(), b.dtype) for a, b in zip(s, p, strict=True)]
+    detached = {id(leaf): leaf.detach() for leaf in (*work.shadows, *work.params)}
+    s, p = ([detached[id(leaf)] for leaf in leaves] for leaves in (work.shadows, work.params))
+    key = kernel, layout(work), s[0].device, work.skip, work.noise is None
+    run = _compiled(kernel, key, "inductor" if backend == "auto" else backend)
+    return run(s, p, scalars(work), work.skip, work.keys())
+
+
+def layout(work: Work) -> Hashable:
+    """What a graph depends on, beside the options."""
+    places = {i: place for place, i in enumerate(dict.fromkeys(map(id, work.weights)))}
+    leaves = zip(work.shadows, work.params, work.weights, strict=True)
+    return tuple(
+        [(s.shape, s.stride(), s.dtype, p.stride(), p.dtype, places[id(w)]) for s, p, w in leaves]
     )
-    places = {i: place for place, i in enumerate(scalars)}
-    key = layout, device, skip, keys is None, tuple([places[id(w)] for w in weights])
-    compiler = "inductor" if backend == "auto" else backend
-    return _compiled(kernel, key, compiler)(s, p, [scalars[id(w)] for w in weights], skip, keys)
+
+
+def scalars(work: Work) -> list[Tensor]:
+    """The weights as 0-d tensors, whose values a graph does not depend on.
+
+    What is one object stays one: two decays may have the same value at one step, not at the next.
+    """
+    device = work.shadows[0].device if work.shadows else torch.device("cpu")
+    tensors = {i: _scalar(w, device) for i, w in {id(w): w for w in work.weights}.items()}
+    return [tensors[id(w)] for w in work.weights]
 
 
 def _scalar(weight: Weight, device: torch.device) -> Tensor:
@@ -147,14 +145,9 @@ def _scalar(weight: Weight, device: torch.device) -> Tensor:
     return torch.full((), weight, dtype=torch.float64, device=device)
 
 
-def _ways(
-    shadows: list[Tensor],
-    params: list[Tensor],
-    weights: list[Weight],
-    skip: bool,
-    backend: str,
-) -> dict[Hashable, Sequence[int]]:
+def _ways(work: Work, backend: str) -> dict[Hashable, Sequence[int]]:
     """The leaves for `foreach`, the ones for an eager kernel, and for each device the rest."""
+    shadows, params, weights, skip, _ = work
     foreach = backend in ("auto", "eager")
     if foreach and _kernels.lerps(shadows, params, weights, skip):
         return {"foreach": range(len(shadows))}
@@ -178,28 +171,39 @@ def _is_plain(leaf: Tensor) -> bool:
 
 def _pays(shadows: list[Tensor]) -> bool:
     elements = sum(s.numel() for s in shadows)
-    return elements >= _WORTH_COMPILING and _can_compile(shadows[0].device.type)
+    return elements >= _WORTH_COMPILING and can_compile(shadows[0].device.type)
 
 
 @lru_cache(maxsize=256)
 def _compiled(kernel: Kernel, _key: Hashable, backend: str) -> Kernel:
-    """`kernel`, compiled for the leaves and options that `_key` tells.
+    """`kernel`, compiled for the leaves and options that `_key` tells."""
+    return compiled(kernel, backend)
+
+
+def compiled(function: Any, backend: str) -> Any:
+    """`function`, compiled with a cache of its own.
 
     Dynamo keeps its cache with the code object and gives up after 8 entries, which several models
-    would exhaust together: each key has a code object of its own.
+    would exhaust together.
     """
-    fresh = FunctionType(kernel.__code__.replace(), kernel.__globals__, kernel.__name__)
+    fresh = FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
     # The size asserts repeat what the guards have checked, 0.5 us a tensor.
     options: Any = {"size_asserts": False} if backend == "inductor" else None
     return torch.compile(fresh, fullgraph=True, dynamic=False, backend=backend, options=options)
 
 
 @lru_cache(maxsize=8)
-def _can_compile(device: str) -> bool:
+def can_compile(device: str) -> bool:
     """Whether Inductor works here for a device; the reason why not is told in one warning."""
     one = [torch.zeros(1, device=device)]
     try:
-        _run_compiled(_kernels.average, one, one, [1.0], skip=False, keys=None, backend="inductor")
+        _run_compiled(_kernels.average, Work(one, one, [1.0], False, None), "inductor")
     except Exception as error:  # noqa: BLE001, what fails without a compiler differs by platform
         message = f"emajit runs without a compiler on {device}, since torch.compile failed: {error}"
         warnings.warn(message, RuntimeWarning, stacklevel=2)

@@ -8,7 +8,6 @@ call gives the same bits on every device, eager or compiled.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -52,8 +51,8 @@ class Noise(NamedTuple):
     paths: list[str]
     step: int | Tensor
 
-    def keys(self, leaves: Iterable[int], device: torch.device) -> Tensor:
-        """Two words for each of the `leaves`, int32, of shape (leaves, 2).
+    def keys(self, device: torch.device) -> Tensor:
+        """Two words for each of the leaves, int32, of shape (leaves, 2).
 
         They are made of tensors: a graph that was compiled or captured serves every step.
         """
@@ -64,7 +63,7 @@ class Noise(NamedTuple):
         first = _hash((step ^ 0x3C6EF372).to(torch.int32))
         second = _hash(first ^ (step >> 32).to(torch.int32))
         words = _words.__wrapped__ if torch.compiler.is_compiling() else _words
-        return words(tuple([self.paths[i] for i in leaves]), device) ^ torch.stack([first, second])
+        return words(tuple(self.paths), device) ^ torch.stack([first, second])
 
 
 @lru_cache(maxsize=64)

@@ -96,13 +96,12 @@ def update(
     >>> update(shadow, {"w": torch.tensor([1.0])}, 0, decay=0.75)
     {'w': tensor([0.2500])}
     """
-    _check_options(rounding, nonfinite, backend)
-    weights, skip = _weights(decay, step), nonfinite == "skip"
-    pairs = _pairs(shadow, params, decay, writable=False)
-    noise = _noise(pairs, len(weights), step) if rounding == "stochastic" else None
+    pairs, work = prepare(shadow, params, step, decay, rounding, nonfinite, writable=False)
+    check_backend(backend)
     with torch.no_grad():
-        new = _compile.average(*_leaves(pairs, weights), skip, noise, backend)
-    return pairs.rebuild(_tree.deinterleave(new, len(weights)))  # type: ignore[no-any-return]
+        new = _compile.average(work, backend)
+    several = len(decay) if isinstance(decay, list) else 1
+    return pairs.rebuild(_tree.deinterleave(new, several))  # type: ignore[no-any-return]
 
 
 def update_(
@@ -131,13 +130,36 @@ def update_(
     >>> shadow
     {'w': tensor([0.2500])}
     """
-    _check_options(rounding, nonfinite, backend)
-    weights, skip = _weights(decay, step), nonfinite == "skip"
-    pairs = _pairs(shadow, params, decay, writable=not _compile.is_traced())
-    noise = _noise(pairs, len(weights), step) if rounding == "stochastic" else None
+    writable = not _compile.is_traced()
+    _, work = prepare(shadow, params, step, decay, rounding, nonfinite, writable=writable)
+    check_backend(backend)
     with torch.no_grad():
-        _compile.average_(*_leaves(pairs, weights), skip, noise, backend)
+        _compile.average_(work, backend)
     return shadow
+
+
+def prepare(
+    shadow: Any,
+    params: Any,
+    step: Step,
+    decay: Decay | Schedule | list[Any],
+    rounding: str,
+    nonfinite: str,
+    *,
+    writable: bool,
+) -> tuple[_tree.Pairs, _compile.Work]:
+    """Check everything; the pairs of leaves, and what is to be computed of them."""
+    _check_option("rounding", rounding, ("nearest", "stochastic"))
+    _check_option("nonfinite", nonfinite, ("propagate", "skip"))
+    weights = _weights(decay, step)
+    pairs = _pairs(shadow, params, decay, writable=writable)
+    several = len(weights)
+    shadows, partners = (_tree.interleave(t, several) for t in (pairs.shadows, pairs.params))
+    weights *= len(shadows) // max(1, several)
+    noise = None
+    if rounding == "stochastic":
+        noise = Noise(_tree.interleave(_paths(pairs), several), step)
+    return pairs, _compile.Work(shadows, partners, weights, nonfinite == "skip", noise)
 
 
 def _pairs(shadow: Any, params: Any, decay: Any, *, writable: bool) -> _tree.Pairs:
@@ -152,16 +174,8 @@ def _pairs(shadow: Any, params: Any, decay: Any, *, writable: bool) -> _tree.Pai
     return _tree.align_several(shadow, params, writable=writable)
 
 
-def _leaves(
-    pairs: _tree.Pairs, weights: list[Weight]
-) -> tuple[list[Tensor], list[Tensor], list[Weight]]:
-    """Shadows, params and weights so that the averages of a parameter follow each other."""
-    several = len(weights)
-    shadows, params = (_tree.interleave(t, several) for t in (pairs.shadows, pairs.params))
-    return shadows, params, weights * (len(shadows) // max(1, several))
-
-
-def _noise(pairs: _tree.Pairs, several: int, step: Step) -> Noise:
+def _paths(pairs: _tree.Pairs) -> list[str]:
+    """Where the shadows stand, each of a dtype that can be rounded at random."""
     paths = pairs.paths()
     for path, s in zip(paths, pairs.shadows, strict=True):
         if s.dtype.itemsize < 2 and s.is_floating_point():
@@ -169,7 +183,7 @@ def _noise(pairs: _tree.Pairs, several: int, step: Step) -> Noise:
                 f"shadow{path}: expected bfloat16, float16 or wider for rounding='stochastic', "
                 f"found {s.dtype}"
             )
-    return Noise(_tree.interleave(paths, several), step)
+    return paths
 
 
 def _weights(decay: Decay | Schedule | list[Any], step: Step) -> list[Weight]:
@@ -209,9 +223,8 @@ def _check_step(step: Step) -> None:
         raise ValueError(f"step: expected the number of updates so far, >= 0, found {step}")
 
 
-def _check_options(rounding: str, nonfinite: str, backend: str) -> None:
-    _check_option("rounding", rounding, ("nearest", "stochastic"))
-    _check_option("nonfinite", nonfinite, ("propagate", "skip"))
+def check_backend(backend: str) -> None:
+    """Raise ValueError for a backend that nobody knows."""
     ours = ("auto", "eager", "inductor")
     if backend not in ours and backend not in torch.compiler.list_backends(exclude_tags=()):
         _check_option("backend", backend, (*ours, "a name of torch.compiler.list_backends()"))

@@ -95,15 +95,25 @@ class LitEma(nn.Module):
         Raises ValueError, before anything is written, where the model lacks an averaged parameter,
         has a trainable one that is not averaged, or a shape differs.
         """
-        pairs = self._pairs(model)
-        averages = [average for _, average, _ in pairs]
+        averages, params, decay = self._due(model)
         params = [
-            p if p.device == average.device else p.to(average.device) for _, average, p in pairs
+            p if p.device == average.device else p.to(average.device)
+            for average, p in zip(averages, params, strict=True)
         ]
-        on_host = self.num_updates.is_cpu and not torch.compiler.is_compiling()
-        decay = self._decay_on_host() if on_host else self._decay_on_device()
         functional.update_(averages, params, self.num_updates, decay=decay, backend=self.backend)
-        self.num_updates.add_(self.num_updates >= 0)
+        self._done()
+
+    def _due(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor], float | Tensor]:
+        """The averages of the next update, their parameters and the decay."""
+        pairs = self._pairs(model)
+        averages, params = [average for _, average, _ in pairs], [p for _, _, p in pairs]
+        on_host = self.num_updates.is_cpu and not torch.compiler.is_compiling()
+        return averages, params, self._decay_on_host() if on_host else self._decay_on_device()
+
+    def _done(self, unless: Tensor | None = None) -> None:
+        """Count an update, unless a flag on the device says that it was left out."""
+        counted = self.num_updates >= 0
+        self.num_updates.add_(counted if unless is None else counted & ~unless)
         self._untouched.clear()
 
     # The decay that was given counts as it was written, while the float32 buffer still holds it.

@@ -1,0 +1,383 @@
+"""Optimizer and average in one graph do what the two calls do, one after the other."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+from torch.testing import assert_close
+
+import emajit
+from emajit import LitEma, _compile, schedules
+from emajit.fused import FusedOptimizer
+
+Build = Callable[[Iterable[Any]], torch.optim.Optimizer]
+
+# A compiled Adam has its bias corrections in float32: 1 - 0.999 is off by 6e-5 of itself.
+CLOSE: Any = {"rtol": 1e-4, "atol": 1e-5}
+
+OPTIMIZERS: dict[str, Build] = {
+    "SGD": lambda params: torch.optim.SGD(params, lr=0.1),
+    "SGD momentum": lambda params: torch.optim.SGD(
+        params, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01
+    ),
+    "Adam": lambda params: torch.optim.Adam(params, lr=0.01),
+    "AdamW": lambda params: torch.optim.AdamW(params, lr=0.01, weight_decay=0.1),
+    "AdamW foreach": lambda params: torch.optim.AdamW(params, lr=0.01, foreach=True),
+    "AdamW fused": lambda params: torch.optim.AdamW(params, lr=0.01, fused=True),
+    "AdamW amsgrad": lambda params: torch.optim.AdamW(params, lr=0.01, amsgrad=True),
+    "RMSprop": lambda params: torch.optim.RMSprop(params, lr=0.01, momentum=0.5, centered=True),
+    "Adagrad": lambda params: torch.optim.Adagrad(params, lr=0.1),
+}
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+def gradients(model: nn.Module, seed: int) -> None:
+    model.zero_grad()
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(seed))
+    model(x).square().mean().backward()
+
+
+class Twins:
+    """One model trained with the two calls, and one with the fused one."""
+
+    def __init__(self, build: Build, backend: str = "aot_eager", **options: Any) -> None:
+        self.models = network(), network()
+        self.optimizers = tuple(build(model.parameters()) for model in self.models)
+        self.params = [dict(model.named_parameters()) for model in self.models]
+        self.shadows: list[Any] = [
+            emajit.init(params, dtype=torch.float32) for params in self.params
+        ]
+        self.options: dict[str, Any] = {"decay": schedules.warmup(0.9)} | options
+        self.fused = FusedOptimizer(
+            self.optimizers[1], self.shadows[1], self.params[1], backend=backend, **self.options
+        )
+
+    def step(self, step: int) -> None:
+        for model in self.models:
+            gradients(model, step)
+        self.optimizers[0].step()
+        emajit.update_(self.shadows[0], self.params[0], step, **self.options)
+        self.fused.step(step)
+
+    def compare(self) -> None:
+        assert_close(self.params[1], self.params[0], **CLOSE)
+        assert_close(self.shadows[1], self.shadows[0], **CLOSE)
+        assert_close(
+            self.optimizers[1].state_dict()["state"],
+            self.optimizers[0].state_dict()["state"],
+            **CLOSE,
+        )
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)]
+)
+def test_agrees_with_the_two_calls(name: str, backend: str) -> None:
+    twins = Twins(OPTIMIZERS[name], backend)
+    for step in range(5):
+        twins.step(step)
+        twins.compare()
+    assert list(twins.fused._graphs.values()) != [None]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rounding": "stochastic"},
+        {"nonfinite": "skip"},
+        {"decay": 0.5},
+        {"decay": torch.tensor(0.5)},
+    ],
+)
+def test_options_are_those_of_update(options: dict[str, Any]) -> None:
+    twins = Twins(OPTIMIZERS["AdamW"], **options)
+    for step in range(3):
+        twins.step(step)
+    twins.compare()
+
+
+def test_several_averages() -> None:
+    model = network()
+    optimizer, params = torch.optim.SGD(model.parameters(), lr=0.1), dict(model.named_parameters())
+    decays = [0.5, schedules.warmup(0.9)]
+    shadows, expected = ([emajit.init(params) for _ in decays] for _ in range(2))
+    fused = FusedOptimizer(optimizer, shadows, params, decay=decays, backend="aot_eager")
+    for step in range(4):
+        gradients(model, step)
+        fused.step(step)
+        emajit.update_(expected, params, step, decay=decays)
+    assert_close(shadows, expected)
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_litema(warm: bool) -> None:
+    models = network(), network()
+    first, second = (torch.optim.AdamW(model.parameters()) for model in models)
+    expected, found = (LitEma(model, 0.9, use_num_upates=warm) for model in models)
+    fused = FusedOptimizer(second, found, models[1], backend="aot_eager")
+    for step in range(4):
+        for model in models:
+            gradients(model, step)
+        first.step()
+        expected(models[0])
+        fused.step()
+    assert_close(found.state_dict(), expected.state_dict(), **CLOSE)
+
+
+SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "exponential": lambda optimizer: lr_scheduler.ExponentialLR(optimizer, 0.9),
+    "cosine": lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 10),
+    "one cycle": lambda optimizer: lr_scheduler.OneCycleLR(
+        optimizer, 0.1, total_steps=20, cycle_momentum=False
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_scheduler_changes_the_rate_without_a_recompilation(name: str) -> None:
+    twins = Twins(OPTIMIZERS["AdamW"])
+    rates = [SCHEDULERS[name](optimizer) for optimizer in twins.optimizers]
+    for step in range(10):
+        if step == 3:
+            torch.compiler.set_stance("fail_on_recompile")
+        twins.step(step)
+        for rate in rates:
+            rate.step()
+    torch.compiler.set_stance("default")
+    twins.compare()
+    for a, b in zip(*(optimizer.param_groups for optimizer in twins.optimizers), strict=True):
+        assert isinstance(b["lr"], float)
+        assert a["lr"] == b["lr"]
+
+
+def test_parameter_groups_keep_their_rates() -> None:
+    def build(params: Iterable[Any]) -> torch.optim.Optimizer:
+        first, *others = params
+        groups: list[Any] = [
+            {"params": [first], "lr": 0.5, "weight_decay": 0.0},
+            {"params": others},
+        ]
+        return torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1)
+
+    twins = Twins(build)
+    for step in range(4):
+        twins.step(step)
+        for optimizer in twins.optimizers:
+            optimizer.param_groups[0]["lr"] *= 0.7
+    twins.compare()
+    groups = twins.optimizers[1].param_groups
+    assert [group["lr"] for group in groups] == [pytest.approx(0.5 * 0.7**4), 0.01]
+
+
+def test_options_that_change_at_every_step_run_one_after_the_other() -> None:
+    twins = Twins(OPTIMIZERS["AdamW"])
+
+    def run(steps: range) -> None:
+        for step in steps:
+            for optimizer in twins.optimizers:
+                optimizer.param_groups[0]["betas"] = 0.9 + 0.005 * step, 0.999
+            twins.step(step)
+
+    run(range(8))
+    with pytest.warns(RuntimeWarning, match="options of AdamW beside lr, .* more than 8 forms"):
+        run(range(8, 12))
+    twins.compare()
+
+
+def test_gradients_that_come_and_go() -> None:
+    twins = Twins(OPTIMIZERS["AdamW"])
+    for step in range(8):
+        for model in twins.models:
+            gradients(model, step)
+            if step % 2:
+                model.get_parameter("0.bias").grad = None
+        twins.optimizers[0].step()
+        emajit.update_(twins.shadows[0], twins.params[0], step, **twins.options)
+        twins.fused.step(step)
+        twins.compare()
+
+
+def test_the_state_is_saved_and_loaded_as_before() -> None:
+    twins = Twins(OPTIMIZERS["AdamW"])
+    for step in range(6):
+        twins.step(step)
+        if step in (0, 3):
+            for optimizer in twins.optimizers:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    twins.compare()
+    fresh = torch.optim.AdamW(network().parameters())
+    fresh.load_state_dict(twins.optimizers[1].state_dict())
+    assert fresh.param_groups[0]["lr"] == 0.01
+
+
+def test_hooks_run_around_the_step() -> None:
+    twins = Twins(OPTIMIZERS["SGD"])
+    seen: list[str] = []
+    optimizer = twins.optimizers[1]
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    for step in range(3):
+        twins.step(step)
+    assert seen == ["before", "after"] * 3
+
+
+@pytest.mark.parametrize("unscale", [True, False])
+def test_a_gradient_scaler_skips_a_step(unscale: bool) -> None:
+    """An infinite gradient changes nothing, before and after the graph is there."""
+    twins = Twins(OPTIMIZERS["AdamW"])
+    targets: list[Any] = [twins.optimizers[0], twins.fused]
+    scalers = [torch.amp.GradScaler("cpu", init_scale=256.0) for _ in targets]
+    for step in range(8):
+        infinite = step in (0, 3, 5)
+        for model, scaler, target in zip(twins.models, scalers, targets, strict=True):
+            scaled_gradients(model, step, scaler, infinite=infinite)
+            if unscale:
+                scaler.unscale_(target)
+        before = copy.deepcopy((twins.params[1], twins.shadows[1], twins.optimizers[1].state))
+        scalers[0].step(targets[0])
+        if not infinite:
+            emajit.update_(twins.shadows[0], twins.params[0], step, **twins.options)
+        scalers[1].step(targets[1], step)
+        if infinite:
+            after = twins.params[1], twins.shadows[1], twins.optimizers[1].state
+            assert_close([*after[:2]], [*before[:2]], rtol=0, atol=0)
+            assert_close([*after[2].values()], [*before[2].values()], rtol=0, atol=0)
+        for scaler in scalers:
+            scaler.update()
+        twins.compare()
+    assert scalers[0].get_scale() == scalers[1].get_scale()
+
+
+def test_litema_does_not_count_a_skipped_step() -> None:
+    model = network()
+    ema = LitEma(model)
+    fused: Any = FusedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), ema, model, backend="aot_eager"
+    )
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    for step in range(6):
+        scaled_gradients(model, step, scaler, infinite=step in (0, 4))
+        scaler.step(fused)
+        scaler.update()
+    assert int(ema.num_updates) == 4
+
+
+def scaled_gradients(
+    model: nn.Module, seed: int, scaler: torch.amp.GradScaler, *, infinite: bool
+) -> None:
+    gradients(model, seed)
+    for p in model.parameters():
+        assert p.grad is not None
+        p.grad.mul_(scaler.scale(torch.ones(())))
+        if infinite:
+            p.grad.flatten()[0] = math.inf
+
+
+def test_detached_parameters_are_the_new_ones() -> None:
+    """A state_dict() holds other tensors in the same memory."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    params = model.state_dict()
+    shadow = emajit.init(params)
+    fused = FusedOptimizer(optimizer, shadow, params, decay=0.0, backend="aot_eager")
+    for step in range(3):
+        gradients(model, step)
+        fused.step(step)
+        assert_close(shadow, params, rtol=0, atol=0)
+
+
+def test_a_view_of_the_parameters_is_refused() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    params = {"rows": model.get_parameter("0.weight").detach()[:2]}
+    fused = FusedOptimizer(optimizer, emajit.init(params), params, decay=0.5)
+    gradients(model, 0)
+    with pytest.raises(ValueError, match=r"optimizer's own tensors .* view of shape \(2, 5\)"):
+        fused.step(0)
+
+
+def test_complex_weights_run_one_after_the_other() -> None:
+    weight = torch.ones(3, dtype=torch.complex64, requires_grad=True)
+    params = {"w": weight}
+    shadow = {"w": torch.zeros(3, dtype=torch.complex64)}
+    fused = FusedOptimizer(torch.optim.SGD([weight], lr=1.0), shadow, params, decay=0.0)
+    for step in range(3):
+        weight.grad = torch.full((3,), 1j)
+        fused.step(step)
+    assert_close(shadow["w"], torch.full((3,), 1 - 3j, dtype=torch.complex64))
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_compile, "can_compile", lambda _device: False)
+    twins = Twins(OPTIMIZERS["AdamW"], "auto")
+    for step in range(3):
+        twins.step(step)
+    twins.compare()
+
+
+def test_nothing_is_written_where_the_average_does_not_fit() -> None:
+    twins = Twins(OPTIMIZERS["AdamW"])
+    for step in range(3):
+        twins.step(step)
+    gradients(twins.models[1], 3)
+    before = copy.deepcopy(twins.params[1])
+    twins.shadows[1]["0.bias"] = torch.zeros(4)
+    with pytest.raises(ValueError, match=r"params\['0.bias'\]: expected shape \(4,\) as in shadow"):
+        twins.fused.step(3)
+    assert_close(twins.params[1], before, rtol=0, atol=0)
+
+
+class TestErrors:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    params: ClassVar = dict(model.named_parameters())
+    shadow = emajit.init(params)
+
+    def test_optimizer(self) -> None:
+        with pytest.raises(TypeError, match=r"optimizer: expected a torch.optim.Optimizer, found"):
+            FusedOptimizer(self.model, self.shadow, self.params, decay=0.5)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="LBFGS needs a closure"):
+            FusedOptimizer(
+                torch.optim.LBFGS(self.params.values()), self.shadow, self.params, decay=0.5
+            )
+        differentiable = torch.optim.SGD(self.params.values(), lr=0.1, differentiable=True)
+        with pytest.raises(ValueError, match="expected differentiable=False"):
+            FusedOptimizer(differentiable, self.shadow, self.params, decay=0.5)
+
+    def test_average(self) -> None:
+        ema = LitEma(self.model)
+        with pytest.raises(TypeError, match="decay: expected one beside a shadow"):
+            FusedOptimizer(self.optimizer, self.shadow, self.params)
+        with pytest.raises(ValueError, match="expected none beside a LitEma"):
+            FusedOptimizer(self.optimizer, ema, self.model, decay=0.5)
+        with pytest.raises(TypeError, match="expected the model of the LitEma, found dict"):
+            FusedOptimizer(self.optimizer, ema, self.params)
+        with pytest.raises(ValueError, match="backend: expected auto"):
+            FusedOptimizer(self.optimizer, ema, self.model, backend="fast")
+
+    def test_step(self) -> None:
+        with pytest.raises(TypeError, match="step: expected the number of updates so far"):
+            FusedOptimizer(self.optimizer, self.shadow, self.params, decay=0.5).step()
+        with pytest.raises(TypeError, match="step: expected none, since a LitEma counts, found 3"):
+            FusedOptimizer(self.optimizer, LitEma(self.model), self.model).step(3)
+
+
+def test_a_tensor_as_learning_rate() -> None:
+    rate = torch.tensor(0.1)
+    twins = Twins(lambda params: torch.optim.AdamW(params, lr=rate))
+    for step in range(4):
+        twins.step(step)
+    twins.compare()
+    assert twins.optimizers[1].param_groups[0]["lr"] is rate
