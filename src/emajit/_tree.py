@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
@@ -73,19 +72,22 @@ def align(shadow: PyTree, params: PyTree, *, writable: bool = False) -> Pairs:
         TypeError: a leaf is neither a tensor nor None.
     """
     flat = _flat(shadow, params)
-    seen = _Seen.of(*flat) if writable and flat is not None else None
-    known = _checked.get(seen.addresses) if seen is not None else None
-    if flat is not None and known is not None and known == seen:
-        shadows, partners = ([leaves[i] for i in known.first] for leaves in flat)
-        return Pairs(shadow, shadows, partners, known.slots)
+    leaves = flat[0] + flat[1] if flat is not None else []
+    addresses = _addresses(leaves) if writable and flat is not None else None
+    seen = _checked.get(addresses) if addresses is not None else None
+    if flat is not None and seen is not None and seen.guards.check(*leaves):
+        if len(seen.first) == len(flat[0]):
+            return Pairs(shadow, *flat, seen.slots)
+        shadows, partners = ([tree[i] for i in seen.first] for tree in flat)
+        return Pairs(shadow, shadows, partners, seen.slots)
     if flat is not None and _fit(*flat):
         pairs = Pairs(shadow, *flat, range(len(flat[0])))
     else:
         pairs = _align_leaf_by_leaf(shadow, params)
     if writable:
         _check_writable(pairs)
-        if seen is not None:
-            _remember(seen, pairs)
+        if addresses is not None:
+            _remember(addresses, leaves, pairs.slots)
     return pairs
 
 
@@ -136,47 +138,41 @@ def deinterleave(tensors: list[Tensor], parts: int) -> list[Tensor]:
     return [tensor for k in range(parts) for tensor in tensors[k::parts]]
 
 
-@dataclass
-class _Seen:
+class _Seen(NamedTuple):
     """What `update_` has checked once need not be checked again for the same memory.
 
-    Numbers, not tensors: nothing is kept alive, and whatever changes in place is noticed.
+    The guards know addresses' shapes, strides and dtypes, and no tensor: nothing is kept alive.
     """
 
-    addresses: tuple[int, ...]
-    shapes: list[torch.Size]
-    dtypes: list[torch.dtype]
-    strides: list[tuple[int, ...]]
-    slots: Sequence[int | None] = field(default=(), compare=False)
-    first: Sequence[int] = field(default=(), compare=False)
-
-    @classmethod
-    def of(cls, shadows: list[Any], params: list[Any]) -> _Seen | None:
-        leaves = shadows + params
-        try:
-            return cls(
-                tuple([leaf.data_ptr() for leaf in leaves]),
-                [leaf.shape for leaf in leaves],
-                [leaf.dtype for leaf in leaves],
-                [leaf.stride() for leaf in leaves],
-            )
-        except (AttributeError, RuntimeError):  # None, or a leaf without memory of its own
-            return None
+    guards: Any
+    slots: Sequence[int | None]
+    first: Sequence[int]
 
 
 _checked: dict[tuple[int, ...], _Seen] = {}
 
 
-def _remember(seen: _Seen, pairs: Pairs) -> None:
-    seen.slots = pairs.slots
+def _addresses(leaves: list[Any]) -> tuple[int, ...] | None:
+    try:
+        return tuple([leaf.data_ptr() for leaf in leaves])
+    except (AttributeError, RuntimeError):  # None, or a leaf without memory of its own
+        return None
+
+
+def _remember(
+    addresses: tuple[int, ...], leaves: list[Tensor], slots: Sequence[int | None]
+) -> None:
     first: list[int] = []
-    for i, slot in enumerate(pairs.slots):
+    for i, slot in enumerate(slots):
         if slot == len(first):
             first.append(i)
-    seen.first = first
+    # Dynamo's, in C++: 35 ns a tensor, where `Tensor.shape` alone takes 200 to 400.
+    guards = torch._C._dynamo.guards.TensorGuards(
+        *leaves, dynamic_dims_sizes=None, dynamic_dims_strides=None
+    )
     if len(_checked) >= 64:
         _checked.clear()
-    _checked[seen.addresses] = seen
+    _checked[addresses] = _Seen(guards, slots, first)
 
 
 def _align_leaf_by_leaf(shadow: PyTree, params: PyTree) -> Pairs:

@@ -140,8 +140,7 @@ class FusedOptimizer:
         if isinstance(shadow, LitEma):
             if step is not None:
                 raise TypeError(f"step: expected none, since a LitEma counts, found {step}")
-            step = shadow.num_updates
-            shadow, params, decay = shadow._due(params)
+            shadow, params, step, decay = shadow._due(params)
             options = decay, "nearest", "propagate"
         elif step is None:
             raise TypeError("step: expected the number of updates so far, found None")

@@ -78,9 +78,9 @@ class LitEma(nn.Module):
         # to start from the model at the next use.
         self._untouched: set[str] = set()
         self._orphans: set[str] = set()
-        # Of the model seen last: its parameters' names and their averages' keys.
+        # Of the model seen last: the names of its parameters, and the key of each one's average.
         self._known: list[str] = []
-        self._keys: list[str | None] = []
+        self._keys: dict[str, str] = {}
         self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
         updates = 0 if use_num_upates else -1
         self.register_buffer("num_updates", torch.tensor(updates, dtype=torch.int32))
@@ -95,26 +95,35 @@ class LitEma(nn.Module):
         Raises ValueError, before anything is written, where the model lacks an averaged parameter,
         has a trainable one that is not averaged, or a shape differs.
         """
-        averages, params, decay = self._due(model)
-        params = [
-            p if p.device == average.device else p.to(average.device)
-            for average, p in zip(averages, params, strict=True)
-        ]
-        functional.update_(averages, params, self.num_updates, decay=decay, backend=self.backend)
+        averages, params, step, decay = self._due(model)
+        for name, average in averages.items():
+            if params[name].device != average.device:
+                params[name] = params[name].to(average.device)
+        functional.update_(averages, params, step, decay=decay, backend=self.backend)
         self._done()
 
-    def _due(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor], float | Tensor]:
-        """The averages of the next update, their parameters and the decay."""
-        pairs = self._pairs(model)
-        averages, params = [average for _, average, _ in pairs], [p for _, _, p in pairs]
-        on_host = self.num_updates.is_cpu and not torch.compiler.is_compiling()
-        return averages, params, self._decay_on_host() if on_host else self._decay_on_device()
+    def _due(
+        self, model: nn.Module
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, float | Tensor]:
+        """The next update: the averages, their parameters, the step and the decay."""
+        averages, params = self._pairs(model)
+        step = self.num_updates
+        on_host = self._on_host()
+        return averages, params, step, self._decay_on_host() if on_host else self._decay_on_device()
 
     def _done(self, unless: Tensor | None = None) -> None:
         """Count an update, unless a flag on the device says that it was left out."""
-        counted = self.num_updates >= 0
-        self.num_updates.add_(counted if unless is None else counted & ~unless)
+        updates = self.num_updates
+        if unless is not None:
+            updates.add_((updates >= 0) & ~unless)
+        elif not self._on_host():
+            updates.add_(updates >= 0)
+        elif int(updates) >= 0:
+            updates.add_(1)
         self._untouched.clear()
+
+    def _on_host(self) -> bool:
+        return self.num_updates.is_cpu and not torch.compiler.is_compiling()
 
     # The decay that was given counts as it was written, while the float32 buffer still holds it.
     # Another one, from a checkpoint, is taken for the number of 7 decimals that has this float32,
@@ -122,9 +131,11 @@ class LitEma(nn.Module):
 
     def _decay_on_host(self) -> float:
         """In Python numbers, which take a tenth of the time of a dozen 0-d tensor operators."""
-        step, held = int(self.num_updates), float(self.decay)
-        written = self._written_decay, round(held, 7)
-        decay = next((number for number in written if _float32(number) == held), held)
+        step, decay = int(self.num_updates), float(self.decay)
+        if decay == _float32(self._written_decay):
+            decay = self._written_decay
+        elif decay == _float32(round(decay, 7)):
+            decay = round(decay, 7)
         return decay if step < 0 else float(schedules.warmup(decay)(step))
 
     def _decay_on_device(self) -> Tensor:
@@ -139,8 +150,10 @@ class LitEma(nn.Module):
 
     def copy_to(self, model: nn.Module) -> None:
         """Copy the averages into the parameters of `model`; all of them, or an error and none."""
-        for _, average, p in self._pairs(model):
-            p.data.copy_(average)
+        averages, params = self._pairs(model)
+        _check_shapes(averages, params)
+        for name, average in averages.items():
+            params[name].data.copy_(average)
 
     def store(self, parameters: Iterable[Tensor]) -> None:
         """Keep a copy of `parameters` for `restore`.
@@ -186,7 +199,8 @@ class LitEma(nn.Module):
 
         Raises RuntimeError if the model is inside of a scope already, and ValueError as `forward`.
         """
-        averages = {name: average.to(p.device) for name, average, p in self._pairs(model)}
+        averages, params = self._pairs(model)
+        averages = {name: average.to(params[name].device) for name, average in averages.items()}
         with scope.ema_scope(model, averages):
             if context is not None:
                 _log.info("%s: Switched to EMA weights", context)
@@ -200,46 +214,37 @@ class LitEma(nn.Module):
         """Start the warm-up again; without warm-up there is nothing to reset."""
         self.num_updates.clamp_(max=0)
 
-    def _pairs(self, model: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
-        """Name, average and parameter of each averaged parameter of `model`."""
-        found = list(model.named_parameters())
-        scope.check_outside(p for _, p in found)
-        names = [name for name, _ in found]
-        if names != self._known:
-            self._keys, self._known = self._match(names), names
-        pairs: list[tuple[str, Tensor, Tensor]] = []
-        for (name, p), key in zip(found, self._keys, strict=True):
-            average = self._buffers[key] if key is not None else None
-            if average is not None:
-                if average.shape != p.shape:
-                    shape, other = tuple(average.shape), tuple(p.shape)
-                    raise ValueError(f"{name}: expected shape {shape} as averaged, found {other}")
-                pairs.append((name, average, p))
-            elif p.requires_grad:
-                raise ValueError(
-                    f"{name}: expected no trainable parameter beside the averaged ones, found this "
-                    "one requires grad; build a new LitEma to average it"
-                )
-        if self._orphans:
-            self._adopt(pairs)
-        return pairs
+    def _pairs(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The averages and the parameters of `model` that they are of, under its names."""
+        params: dict[str, Tensor] = dict(model.named_parameters())
+        scope.check_outside(params.values())
+        if list(params) != self._known:
+            self._keys, self._known = self._match(list(params)), list(params)
+        buffers: dict[str, Any] = self._buffers
+        averages = {name: buffers[key] for name, key in self._keys.items()}
+        if len(averages) < len(params):
+            for name in [name for name in params if name not in averages]:
+                if params.pop(name).requires_grad:
+                    raise ValueError(
+                        f"{name}: expected no trainable parameter beside the averaged ones, found "
+                        "this one requires grad; build a new LitEma to average it"
+                    )
+        if self._orphans:  # the averages that a checkpoint did not have start from the weights
+            _check_shapes(averages, params)
+            for name, key in self._keys.items():
+                if key in self._orphans:
+                    averages[name].copy_(params[name].detach())
+            self._orphans.clear()
+        return averages, params
 
-    def _adopt(self, pairs: list[tuple[str, Tensor, Tensor]]) -> None:
-        """Start the averages that a checkpoint did not have from the model's weights."""
-        orphans = [self._buffers[key] for key in self._orphans]
-        for _, average, p in pairs:
-            if any(average is orphan for orphan in orphans):
-                average.copy_(p.detach())
-        self._orphans.clear()
-
-    def _match(self, names: list[str]) -> list[str | None]:
-        """For each parameter of a model the key of its average; None for one without."""
+    def _match(self, names: list[str]) -> dict[str, str]:
+        """The key of the average for each parameter of a model that has one."""
         partners = _names.match(self.m_name2s_name, names)
         found = set(partners.values())
         missing = [name for name in self.m_name2s_name if name not in found]
         if missing:
             raise ValueError(f"model: expected every averaged parameter, found it lacks {missing}")
-        return [self.m_name2s_name[partners[name]] if name in partners else None for name in names]
+        return {name: self.m_name2s_name[partners[name]] for name in names if name in partners}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LitEma:
         """Keep the dtypes of the controls, whatever the averages are cast to."""
@@ -282,3 +287,10 @@ class LitEma(nn.Module):
                 "from the model's weights",
                 stacklevel=2,
             )
+
+
+def _check_shapes(averages: dict[str, Tensor], params: dict[str, Tensor]) -> None:
+    for name, average in averages.items():
+        expected, found = tuple(average.shape), tuple(params[name].shape)
+        if expected != found:
+            raise ValueError(f"{name}: expected shape {expected} as averaged, found {found}")
