@@ -1,26 +1,31 @@
-"""The `--device` option, and the table at the end."""
+"""The options of the bench, and its tables at the end."""
 
 from __future__ import annotations
 
-import os
-import platform
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
-from bench.measure import Times, table
+from bench import measure
+from bench.measure import Calls, Times
+from bench.results import Result, save, setting, table
 
-RESULTS = pytest.StashKey[dict[str, Times]]()
+RESULTS = pytest.StashKey[list[Result]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", help="where the tensors live: cpu, cuda")
+    group = parser.getgroup("emajit")
+    group.addoption("--device", default="cpu", help="where the tensors live: cpu, cuda")
+    group.addoption("--save", type=Path, help="a JSON file for every round of every comparison")
+    group.addoption(
+        "--targets", action="store_true", help="fail where a ratio is above what is wanted"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[RESULTS] = {}
+    config.stash[RESULTS] = []
     # Its own table has a row a round, in which all contestants run.
     config.option.benchmark_quiet = True
 
@@ -31,28 +36,37 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def results(request: pytest.FixtureRequest) -> dict[str, Times]:
-    return request.config.stash[RESULTS]
+def interleave(benchmark: Any, device: str) -> Callable[[Calls, int], Times]:
+    """`measure.interleave`, known to pytest-benchmark."""
+
+    def run(calls: Calls, rounds: int) -> Times:
+        times: Times = benchmark.pedantic(measure.interleave, (calls, rounds, device), rounds=1)
+        return times
+
+    return run
+
+
+@pytest.fixture
+def publish(request: pytest.FixtureRequest) -> Callable[[Result], None]:
+    """Add a result to the tables, and hold it against its targets if that was asked for."""
+
+    def add(result: Result) -> None:
+        request.config.stash[RESULTS].append(result)
+        if request.config.getoption("--targets"):
+            missed = [str(t) for t in result.targets if t.found > t.wanted]
+            assert not missed, "\n".join(missed)
+
+    return add
 
 
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    for shape, times in config.stash[RESULTS].items():
-        terminalreporter.section(shape)
-        terminalreporter.write(table(times))
-    if config.stash[RESULTS]:
-        terminalreporter.write_line(f"\n{hardware(str(config.getoption('--device')))}")
-
-
-def hardware(device: str) -> str:
-    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    if device.startswith("cuda"):
-        return f"{torch.cuda.get_device_name(device)}, {versions}"
-    return f"{processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores, {versions}"
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    results, device = config.stash[RESULTS], str(config.getoption("--device"))
+    for result in results:
+        terminalreporter.write_line(table(result))
+    if results:
+        terminalreporter.write_line(", ".join(f"{k} {v}" for k, v in setting(device).items()))
+        path = config.getoption("--save")
+        if path:
+            save(path, device, results)

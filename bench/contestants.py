@@ -1,24 +1,32 @@
-"""Everybody's way of updating an average of a model's parameters, behind one interface."""
+"""Everybody's way of updating an average of a model's parameters, behind one interface.
+
+Each is called as its documentation says, in its fastest setting, with a constant decay.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from importlib import import_module
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import emajit
-from bench.measure import LIMIT
 from tests import reference
 
 DECAY = 0.9999
+LIMIT = "flat lerp_ (the limit)"
 
 
 class Contestant(ABC):
     """Built from a model, whose parameters are the first average."""
 
     name: str
+    needs: str | None = None
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -142,6 +150,107 @@ class DropIn(Published):
     litema = emajit.LitEma
 
 
-CONTESTANTS: tuple[type[Contestant], ...] = (
-    FlatLerp, ForeachLerp, UpdateInPlace, DropIn, Update, Averaged, Published,
-)  # fmt: skip
+class Peer(Contestant):
+    """Of a package; its first update copies the parameters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.ema = self.build(model)
+        self.step()
+
+    @abstractmethod
+    def build(self, model: nn.Module) -> Any: ...
+
+
+class EmaPytorch(Peer):
+    name = "ema-pytorch, use_foreach"
+    needs = "ema_pytorch"
+
+    def build(self, model: nn.Module) -> Any:
+
+        return import_module("ema_pytorch").EMA(
+            model,
+            beta=DECAY,
+            min_value=DECAY,
+            update_after_step=-1,
+            update_every=1,
+            include_online_model=False,
+            use_foreach=True,
+        )
+
+    def step(self) -> None:
+        self.ema.update()
+
+    def averages(self) -> list[Tensor]:
+        return list(self.ema.ema_model.parameters())
+
+
+class TorchEma(Peer):
+    name = "torch-ema"
+    needs = "torch_ema"
+
+    def build(self, model: nn.Module) -> Any:
+
+        torch_ema = import_module("torch_ema")
+        return torch_ema.ExponentialMovingAverage(model.parameters(), DECAY, use_num_updates=False)
+
+    def step(self) -> None:
+        self.ema.update()
+
+    def averages(self) -> list[Tensor]:
+        return list(self.ema.shadow_params)
+
+
+class Diffusers(Peer):
+    name = "diffusers EMAModel, foreach"
+    needs = "diffusers"
+
+    def build(self, model: nn.Module) -> Any:
+
+        training_utils = import_module("diffusers.training_utils")
+        return training_utils.EMAModel(
+            model.parameters(), decay=DECAY, min_decay=DECAY, foreach=True
+        )
+
+    def step(self) -> None:
+        self.ema.step(self.model.parameters())
+
+    def averages(self) -> list[Tensor]:
+        return list(self.ema.shadow_params)
+
+
+class Timm(Peer):
+    name = "timm ModelEmaV3"
+    needs = "timm"
+
+    def build(self, model: nn.Module) -> Any:
+        return timm_model_ema().ModelEmaV3(model, decay=DECAY)
+
+    def step(self) -> None:
+        self.ema.update(self.model)
+
+    def averages(self) -> list[Tensor]:
+        return list(self.ema.module.parameters())
+
+
+def timm_model_ema() -> Any:
+    """The file alone: the package needs torchvision, which it does not."""
+    spec = find_spec("timm")
+    assert spec is not None
+    assert spec.origin is not None
+    file = Path(spec.origin).parent / "utils" / "model_ema.py"
+    alone = spec_from_file_location("timm_model_ema", file)
+    assert alone is not None
+    assert alone.loader is not None
+    module = module_from_spec(alone)
+    alone.loader.exec_module(module)
+    return module
+
+
+OURS: tuple[type[Contestant], ...] = (UpdateInPlace, DropIn, Update)
+PEERS: tuple[type[Contestant], ...] = tuple(
+    peer
+    for peer in (Averaged, EmaPytorch, Timm, Diffusers, TorchEma, Published)
+    if peer.needs is None or find_spec(peer.needs)
+)
+EVERYBODY: tuple[type[Contestant], ...] = (FlatLerp, ForeachLerp, *OURS, *PEERS)

@@ -1,26 +1,32 @@
-"""Interleaved timing: every round calls every contestant once, in a new order."""
+"""Interleaved timing, where every round calls every contestant once, in a new order; and memory."""
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+Calls = dict[str, Callable[[], object]]
 Times = dict[str, list[float]]
-LIMIT = "flat lerp_ (the limit)"
 
 
-def one_round(calls: dict[str, Callable[[], None]], times: Times, device: str) -> None:
-    """Time each call once and append the seconds to `times`."""
-    for name in random.sample(list(calls), len(calls)):
-        synchronize(device)
-        began = time.perf_counter()
-        calls[name]()
-        synchronize(device)
-        times[name].append(time.perf_counter() - began)
+def interleave(calls: Calls, rounds: int, device: str) -> Times:
+    """The seconds of each call in each round."""
+    times: Times = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name in random.sample(list(calls), len(calls)):
+            synchronize(device)
+            began = time.perf_counter()
+            calls[name]()
+            synchronize(device)
+            times[name].append(time.perf_counter() - began)
+    return times
 
 
 def synchronize(device: str) -> None:
@@ -28,12 +34,32 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def table(times: Times) -> str:
-    """Median and quartiles in ms, and the ratio to the limit: the median over the rounds."""
-    lines = [f"{'':30}{'median ms':>12}{'quartiles':>20}{'to the limit':>15}"]
-    for name, seconds in times.items():
-        low, median, high = (1e3 * q for q in statistics.quantiles(seconds, n=4))
-        ratio = statistics.median(s / t for s, t in zip(seconds, times[LIMIT], strict=True))
-        spread = f"{low:.3f} to {high:.3f}"
-        lines.append(f"{name:30}{median:12.3f}{spread:>20}{ratio:15.2f}")
-    return "\n".join(lines) + "\n"
+def ratio(times: Times, name: str, *others: str) -> float:
+    """The median over the rounds of one's time to the others' together."""
+    rows = zip(times[name], *(times[other] for other in others), strict=True)
+    return float(statistics.median(one / sum(rest) for one, *rest in rows))
+
+
+def peak_memory(call: Callable[[], object], device: str) -> int:
+    """The most bytes that a call holds beside what was there before."""
+    if device.startswith("cuda"):
+        synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
+    held = peak = 0
+    for _, change in changes:
+        held += change
+        peak = max(peak, held)
+    return peak

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -16,9 +18,9 @@ def mlp() -> list[Shape]:
     return [s for i, o in pairwise(sizes) for s in ((o, i), (o,))]
 
 
-def tiny() -> list[Shape]:
-    """1000 tensors of 32 elements."""
-    return [(32,)] * 1000
+def tiny(tensors: int) -> list[Shape]:
+    """Tensors of 32 elements."""
+    return [(32,)] * tensors
 
 
 def resnet50() -> list[Shape]:
@@ -47,13 +49,70 @@ def vit_b() -> list[Shape]:
     return [*start, *(norm + attention + norm + feed_forward) * 12, *norm, (1000, d), (1000,)]
 
 
+def unet() -> list[Shape]:
+    """The U-Net of Stable Diffusion 1, arXiv 2112.10752, at 3/5 of its width: 686 tensors, 314M."""
+    base, context = 192, 768
+    widths = [base * factor for factor in (1, 2, 4, 4)]
+
+    def affine(*shape: int) -> list[Shape]:
+        return [shape, shape[:1]]
+
+    def residual(i: int, o: int) -> list[Shape]:
+        convolutions = affine(o, i, 3, 3) + affine(o, 4 * base) + affine(o) + affine(o, o, 3, 3)
+        return affine(i) + convolutions + (affine(o, i, 1, 1) if i != o else [])
+
+    def transformer(c: int) -> list[Shape]:
+        attention: list[Shape] = [(c, c)] * 3 + affine(c, c)
+        cross: list[Shape] = [(c, c), (c, context), (c, context), *affine(c, c)]
+        forward = affine(8 * c, c) + affine(c, 4 * c)
+        inside = attention + forward + cross + affine(c) * 3
+        return affine(c) + affine(c, c, 1, 1) + inside + affine(c, c, 1, 1)
+
+    shapes = affine(4 * base, base) + affine(4 * base, 4 * base) + affine(base, 4, 3, 3)
+    skips, c = [base], base
+    for level, width in enumerate(widths):
+        for _ in range(2):
+            shapes += residual(c, width) + (transformer(width) if level < 3 else [])
+            skips.append(width)
+            c = width
+        if level < 3:
+            shapes += affine(c, c, 3, 3)
+            skips.append(c)
+    shapes += residual(c, c) + transformer(c) + residual(c, c)
+    for level, width in reversed([*enumerate(widths)]):
+        for i in range(3):
+            shapes += residual(c + skips.pop(), width) + (transformer(width) if level < 3 else [])
+            c = width
+            if level and i == 2:
+                shapes += affine(c, c, 3, 3)
+    return shapes + affine(c) + affine(4, c, 3, 3)
+
+
+def even(elements: int, tensors: int) -> list[Shape]:
+    """As many elements in as many tensors of one size."""
+    return [(elements // tensors,)] * tensors
+
+
+MODELS: dict[str, Callable[[], list[Shape]]] = {
+    "MLP": mlp,
+    "200 x 32": partial(tiny, 200),
+    "1000 x 32": partial(tiny, 1000),
+    "ResNet-50": resnet50,
+    "ViT-B": vit_b,
+    "U-Net": unet,
+}
+
+
 class Holder(nn.Module):
     """Random parameters of given shapes, three to a submodule, as layers hold them."""
 
-    def __init__(self, shapes: list[Shape], device: str) -> None:
+    def __init__(
+        self, shapes: list[Shape], device: str, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         for i in range(0, len(shapes), 3):
             layer = nn.Module()
             for name, shape in zip("abc", shapes[i : i + 3], strict=False):
-                layer.register_parameter(name, nn.Parameter(torch.randn(shape, device=device)))
+                values = torch.randn(shape, device=device, dtype=dtype)
+                layer.register_parameter(name, nn.Parameter(values))
             self.add_module(f"layer{i // 3}", layer)

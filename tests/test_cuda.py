@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from torch.testing import assert_close
 
 import emajit
 from emajit import LitEma, schedules
+from emajit.fused import FusedOptimizer
+
+Rounding = Literal["nearest", "stochastic"]
 
 pytestmark = pytest.mark.cuda
 
@@ -60,3 +64,78 @@ def test_litema_on_another_device_than_the_model() -> None:
     assert_close(average, torch.ones(2, 2))
     with ema.ema_scope(model):
         assert model.weight.is_cuda
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_a_captured_update_follows_the_step(backend: str, rounding: Rounding) -> None:
+    """A CUDA graph is replayed with a step that it counts itself."""
+    dtype = torch.float32 if rounding == "nearest" else torch.bfloat16
+    params = {"w": torch.ones(2**16, device="cuda"), "b": torch.ones(3, device="cuda")}
+    captured, expected = (
+        {n: torch.zeros_like(p, dtype=dtype) for n, p in params.items()} for _ in range(2)
+    )
+    step = torch.tensor(0, device="cuda")
+
+    def update() -> None:
+        emajit.update_(
+            captured,
+            params,
+            step,
+            decay=schedules.warmup(0.9),
+            rounding=rounding,
+            backend=backend,
+        )
+        step.add_(1)
+
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        update()
+        update()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        update()
+    for _ in range(5):
+        graph.replay()
+    for t in range(7):  # capturing runs nothing
+        emajit.update_(
+            expected,
+            params,
+            torch.tensor(t, device="cuda"),
+            decay=schedules.warmup(0.9),
+            rounding=rounding,
+            backend=backend,
+        )
+    assert step.item() == 7
+    assert_close(captured, expected, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_noise_is_that_of_the_host(dtype: torch.dtype) -> None:
+    shadow = {"w": torch.ones(1000, dtype=dtype)}
+    params = {"w": torch.linspace(1, 1.1, 1000)}
+    expected = emajit.update(shadow, params, 3, decay=0.5, rounding="stochastic", backend="eager")
+    shadow, params = ({n: t.cuda() for n, t in tree.items()} for tree in (shadow, params))
+    for backend in ("eager", "inductor"):
+        found = emajit.update(shadow, params, 3, decay=0.5, rounding="stochastic", backend=backend)
+        # Half-way between neighbours of float32, a fused multiply-add may round another way.
+        assert (found["w"].cpu() != expected["w"]).sum() <= 2
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+def test_optimizer_and_average_in_one_graph(capturable: bool) -> None:
+    models = [nn.Linear(8, 8).cuda() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [torch.optim.AdamW(m.parameters(), capturable=capturable) for m in models]
+    averages = [LitEma(model, 0.9).cuda() for model in models]
+    fused = FusedOptimizer(optimizers[1], averages[1], models[1])
+    for _ in range(5):
+        x = torch.randn(4, 8, device="cuda")
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+        optimizers[0].step()
+        averages[0](models[0])
+        fused.step()
+    assert_close(averages[1].state_dict(), averages[0].state_dict(), rtol=1e-4, atol=1e-5)

@@ -65,7 +65,7 @@ def average(work: Work, backend: str) -> list[Tensor]:
     if is_traced():
         return _kernels.average(*work[:4], work.keys())
     new: dict[int, Tensor] = {}
-    kernels = _kernels.average, _kernels.foreach_average
+    kernels = _kernels.average, _kernels.average, _kernels.foreach_average
     for leaves, results in _run(kernels, work, backend):
         new |= zip(leaves, results, strict=True)
     return [_laid_out_as(s, new[i]) for i, s in enumerate(work.shadows)]
@@ -76,7 +76,7 @@ def average_(work: Work, backend: str) -> None:
     if is_traced():
         _kernels.average_(*work[:4], work.keys())
     else:
-        kernels = _kernels.average_, _kernels.foreach_average_
+        kernels = _kernels.average_, _kernels.eager_average_, _kernels.foreach_average_
         _run(kernels, work, backend)
 
 
@@ -92,17 +92,17 @@ def _laid_out_as(shadow: Tensor, average: Tensor) -> Tensor:
 
 
 def _run(
-    kernels: tuple[Kernel, Kernel], work: Work, backend: str
+    kernels: tuple[Kernel, Kernel, Kernel], work: Work, backend: str
 ) -> list[tuple[Iterable[int], Any]]:
     """Call a kernel for each group of leaves; their indices and what it returned."""
-    kernel, foreach = kernels
+    kernel, eager, foreach = kernels
     done: list[tuple[Iterable[int], Any]] = []
     for way, leaves in _ways(work, backend).items():
         part = work.part(leaves)
         if way == "foreach":
             result = foreach(*part[:3])
         elif way == "eager" or (backend == "auto" and not _pays(part.shadows)):
-            result = kernel(*part[:4], part.keys())
+            result = eager(*part[:4], part.keys())
         else:
             result = _run_compiled(kernel, part, backend)
         done.append((leaves, result))

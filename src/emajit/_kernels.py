@@ -31,15 +31,22 @@ def blend(
     """
     if not (param.is_floating_point() or param.is_complex()):
         return param.to(shadow.dtype, copy=True)
-    precision = torch.promote_types(_at_least_32_bits(shadow), _at_least_32_bits(param))
+    precision = _precision(shadow, param)
     s, p = shadow.to(precision), param.to(precision)
-    w = weight.to(s.device, precision) if isinstance(weight, Tensor) else weight
-    average = torch.lerp(s, p, w)
+    average = torch.lerp(s, p, _at(weight, s))
     if skip:
         average = torch.where(torch.isfinite(p), average, s)
     if key is not None and shadow.dtype in _rounding.SUPPORTED:
         return _rounding.stochastic(average, shadow.dtype, key.to(s.device))
     return average.to(shadow.dtype)
+
+
+def _at(weight: Weight, leaf: Tensor) -> Weight:
+    return weight.to(leaf.device, leaf.dtype) if isinstance(weight, Tensor) else weight
+
+
+def _precision(shadow: Tensor, param: Tensor) -> torch.dtype:
+    return torch.promote_types(_at_least_32_bits(shadow), _at_least_32_bits(param))
 
 
 def _at_least_32_bits(tensor: Tensor) -> torch.dtype:
@@ -74,6 +81,21 @@ def average_(
         # Inductor loses a write to a 0-d float64 input on the CPU (2.11 to 2.13), not to a view.
         target = s.view(1) if s.ndim == 0 else s
         target.copy_(blend(s, p, w, skip, None if keys is None else keys[i]))
+
+
+def eager_average_(
+    shadows: Sequence[Tensor],
+    params: Sequence[Tensor],
+    weights: Sequence[Weight],
+    skip: bool,
+    keys: Keys = None,
+) -> None:
+    """`average_` with half the temporaries for a shadow that needs no rounding."""
+    for i, (s, p, w) in enumerate(zip(shadows, params, weights, strict=True)):
+        if p.is_floating_point() and s.dtype == _precision(s, p) and not skip:
+            s.lerp_(p.to(s.dtype), _at(w, s))
+        else:
+            s.copy_(blend(s, p, w, skip, None if keys is None else keys[i]))
 
 
 def lerps(shadows: list[Tensor], params: list[Tensor], weights: list[Weight], skip: bool) -> bool:

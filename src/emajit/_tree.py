@@ -75,7 +75,7 @@ def align(shadow: PyTree, params: PyTree, *, writable: bool = False) -> Pairs:
     leaves = flat[0] + flat[1] if flat is not None else []
     addresses = _addresses(leaves) if writable and flat is not None else None
     seen = _checked.get(addresses) if addresses is not None else None
-    if flat is not None and seen is not None and seen.guards.check(*leaves):
+    if flat is not None and seen is not None and seen.fits(leaves):
         if len(seen.first) == len(flat[0]):
             return Pairs(shadow, *flat, seen.slots)
         shadows, partners = ([tree[i] for i in seen.first] for tree in flat)
@@ -145,8 +145,19 @@ class _Seen(NamedTuple):
     """
 
     guards: Any
+    singles: list[int]
+    twins: list[tuple[int, int]]
     slots: Sequence[int | None]
-    first: Sequence[int]
+    first: list[int]
+
+    def fits(self, leaves: list[Tensor]) -> bool:
+        """Whether the leaves at these addresses are still of the same form, and as often there."""
+        for i, j in self.twins:
+            if leaves[i] is not leaves[j]:
+                return False
+        if self.twins:
+            leaves = [leaves[i] for i in self.singles]
+        return bool(self.guards.check(*leaves))
 
 
 _checked: dict[tuple[int, ...], _Seen] = {}
@@ -166,13 +177,17 @@ def _remember(
     for i, slot in enumerate(slots):
         if slot == len(first):
             first.append(i)
-    # Dynamo's, in C++: 35 ns a tensor, where `Tensor.shape` alone takes 200 to 400.
+    places: dict[int, int] = {}
+    twins = [(i, j) for i, leaf in enumerate(leaves) if (j := places.setdefault(id(leaf), i)) < i]
+    singles = [*places.values()]
+    # Dynamo's, in C++: 35 ns a tensor, where `Tensor.shape` alone takes 200 to 400. They take no
+    # tensor twice.
     guards = torch._C._dynamo.guards.TensorGuards(
-        *leaves, dynamic_dims_sizes=None, dynamic_dims_strides=None
+        *[leaves[i] for i in singles], dynamic_dims_sizes=None, dynamic_dims_strides=None
     )
     if len(_checked) >= 64:
         _checked.clear()
-    _checked[addresses] = _Seen(guards, slots, first)
+    _checked[addresses] = _Seen(guards, singles, twins, slots, first)
 
 
 def _align_leaf_by_leaf(shadow: PyTree, params: PyTree) -> Pairs:
