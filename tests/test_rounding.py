@@ -209,6 +209,15 @@ def test_compiled_gives_the_bits_of_eager(dtype: torch.dtype, backend: str) -> N
             assert_same_bits(found, update(tree(dtype), step))
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+def test_examples_of_a_vmap_share_the_noise(dtype: torch.dtype) -> None:
+    batched = {n: torch.stack([s, s]) for n, s in tree(dtype).items()}
+    params = {n: torch.stack([p + 1, p + 1]) for n, p in tree(torch.float32).items()}
+    found = torch.func.vmap(lambda s, p: update(s, 3, p))(batched, params)
+    expected = update(tree(dtype))
+    assert_same_bits(found, {n: torch.stack([s, s]) for n, s in expected.items()})
+
+
 def test_in_place_and_tied() -> None:
     expected, shadow = update(tree(torch.bfloat16)), tree(torch.bfloat16)
     shadow |= {"tied": shadow["w"]}

@@ -20,8 +20,8 @@ Kernel = Any  # of (shadows, params, weights, skip, keys): a plain function, or 
 # "auto" compiles only what `foreach` cannot do in one pass: mixed or low precision,
 # nonfinite="skip", a weight that lives on a CUDA device.
 # Milliseconds of update_ on the 161 tensors of ResNet-50, eager / compiled, interleaved medians, on
-# 2 cores of an AMD EPYC, torch 2.13, 2026-11-21:
-#   float32 3.6 / 4.7, float32 of bfloat16 10 / 6.4, bfloat16 13 / 3.7, float32 with "skip" 30 / 5.0
+# 2 cores of an AMD EPYC, torch 2.13, 2026-11-22:
+#   float32 3.3 / 4.2, float32 of bfloat16 7.4 / 5.7, bfloat16 22 / 3.1, "skip" 41 / 4.4
 # Below this many elements a step takes some ms at the most, and does not earn back in 10,000 steps
 # the seconds to minutes of a compilation, which grow with the number of leaves.
 _WORTH_COMPILING = 2**20

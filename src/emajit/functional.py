@@ -77,7 +77,7 @@ def update(
             decay of 0.9999 is nearly always, it is lost. "stochastic" goes to either neighbour at
             random, so that the mean is right. The noise is a hash of the step, the path of the leaf
             in `shadow` and the index of the element: the same call gives the same bits. Number the
-            steps, and do not use one twice.
+            steps, and do not use one twice. The examples of a `torch.func.vmap` share their noise.
         nonfinite: "propagate" does the arithmetic as written. With "skip" an element whose
             parameter is NaN or infinite keeps its old average.
         backend: "eager" uses a `torch._foreach` operator for the leaves that need no temporary, and
