@@ -126,10 +126,10 @@ class FusedOptimizer:
         if graph is None:
             self._one_after_the_other(work, scale, skipped)
         else:
-            gradients = [] if scale is None else self._gradients()
-            written = [] if skipped is None else [*self._written(), *work.shadows]
             weights, keys = _compile.scalars(work), work.keys()
             with self._hooked(), self._traceable_groups():
+                gradients = [] if scale is None else self._gradients()
+                written = [] if skipped is None else [*self._written(), *work.shadows]
                 graph(work.shadows, work.params, weights, keys, gradients, scale, written, skipped)
         if isinstance(self._ema, LitEma):
             self._ema._done(unless=skipped)
@@ -235,7 +235,8 @@ class FusedOptimizer:
         yield
         for hook in chain.from_iterable(hooks.values() for hooks in after):
             hook(optimizer, (optimizer,), {})
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # for learning-rate schedulers, which warn without it
+        # Learning-rate schedulers warn without it.
+        optimizer._opt_called = True  # type: ignore[attr-defined]
 
     @contextmanager
     def _traceable_groups(self) -> Iterator[None]:
