@@ -180,8 +180,8 @@ def _compiled(kernel: Kernel, _key: Hashable, backend: str) -> Kernel:
     return compiled(kernel, backend)
 
 
-def compiled(function: Any, backend: str) -> Any:
-    """`function`, compiled with a cache of its own.
+def compiled(function: Any, backend: str, **options: bool) -> Any:
+    """`function`, compiled with a cache of its own, and with further options of Inductor.
 
     Dynamo keeps its cache with the code object and gives up after 8 entries, which several models
     would exhaust together.
@@ -194,8 +194,8 @@ def compiled(function: Any, backend: str) -> Any:
         function.__closure__,
     )
     # The size asserts repeat what the guards have checked, 0.5 us a tensor.
-    options: Any = {"size_asserts": False} if backend == "inductor" else None
-    return torch.compile(fresh, fullgraph=True, dynamic=False, backend=backend, options=options)
+    all_options: Any = {"size_asserts": False, **options} if backend == "inductor" else None
+    return torch.compile(fresh, fullgraph=True, dynamic=False, backend=backend, options=all_options)
 
 
 @lru_cache(maxsize=8)

@@ -2,7 +2,8 @@ r"""Stochastic rounding to 16 bits: up or down at random, so that the mean is th
 
 A number between two neighbours $a < x < b$ becomes $b$ with probability $(x - a) / (b - a)$. The
 noise is a hash of the step, the leaf's path and the element's index, in row-major order: the same
-call gives the same bits on every device, eager or compiled.
+on every device, eager or compiled. So are the results, but for a few elements in a million, whose
+average itself differs in its last bit of float32.
 """
 
 from __future__ import annotations

@@ -77,7 +77,8 @@ def update(
             decay of 0.9999 is nearly always, it is lost. "stochastic" goes to either neighbour at
             random, so that the mean is right. The noise is a hash of the step, the path of the leaf
             in `shadow` and the index of the element: the same call gives the same bits. Number the
-            steps, and do not use one twice. The examples of a `torch.func.vmap` share their noise.
+            steps, and do not use one twice. Within
+            `torch.func.vmap` (torch 2.13) the examples share their noise.
         nonfinite: "propagate" does the arithmetic as written. With "skip" an element whose
             parameter is NaN or infinite keeps its old average.
         backend: "eager" uses a `torch._foreach` operator for the leaves that need no temporary, and
@@ -155,11 +156,11 @@ def prepare(
     pairs = _pairs(shadow, params, decay, writable=writable)
     several = len(weights)
     shadows, partners = (_tree.interleave(t, several) for t in (pairs.shadows, pairs.params))
-    weights *= len(shadows) // max(1, several)
+    repeated = weights * (len(shadows) // max(1, several))
     noise = None
     if rounding == "stochastic":
         noise = Noise(_tree.interleave(_paths(pairs), several), step)
-    return pairs, _compile.Work(shadows, partners, weights, nonfinite == "skip", noise)
+    return pairs, _compile.Work(shadows, partners, repeated, nonfinite == "skip", noise)
 
 
 def _pairs(shadow: Any, params: Any, decay: Any, *, writable: bool) -> _tree.Pairs:

@@ -16,33 +16,38 @@ import torch
 from torch import Tensor, nn
 from torch.optim import optimizer as _torch
 
-from emajit import _compile, _kernels, _memory, functional
+from emajit import _compile, _kernels, _memory, functional, scope
 from emajit._compile import Work
 from emajit._kernels import Keys
 from emajit.functional import Decay, Schedule, Step
 from emajit.litema import LitEma
 
 _GRAPHS = 8
+_GLOBAL_HOOKS = _torch._global_optimizer_pre_hooks, _torch._global_optimizer_post_hooks
 
 
 class FusedOptimizer:
     r"""Steps `optimizer` and updates an average of the weights, in one compiled graph.
 
     `step` does what `optimizer.step()` and then `ema(model)` or `emajit.update_` do, within
-    rounding. The optimizer stays the owner of its state: learning-rate schedulers, `zero_grad`,
-    `state_dict` and `load_state_dict` go to it as before. A learning rate may change at every step.
+    rounding: a compiled Adam has its bias corrections in float32, off by up to 6e-5 of themselves,
+    and before torch 2.13 weights in 16 bits are averaged as they were before they were rounded.
+    The optimizer stays the owner of its state: learning-rate schedulers, `zero_grad`, `state_dict`
+    and `load_state_dict` go to it as before. A learning rate may change at every step.
 
     The first step runs the two one after the other, since it creates the optimizer's state; the
     second one compiles, seconds to minutes. Part of the graph are the other options of the
-    parameter groups, and which gradients are None: where they differ at nearly every step, as
-    with `OneCycleLR` and its momentum, the two go on one after the other, with a warning. So they
-    do for complex weights.
+    parameter groups, and which gradients are None. One after the other, as long as it is so, run
+    complex weights, an optimizer with step hooks, and, with a warning, options that differ at
+    nearly every step (`OneCycleLR` with its momentum) and what `torch.compile` refuses (sparse
+    gradients).
 
-    It is itself accepted by `torch.amp.GradScaler.step`: gradients are unscaled within the graph,
-    and where one is infinite or NaN, nothing changes, without a host synchronisation.
+    It is itself what `torch.amp.GradScaler` takes: `scaler.step(fused)`, `scaler.unscale_(fused)`.
+    Gradients are unscaled within the graph, and where one is infinite or NaN, nothing changes,
+    without a host synchronisation.
 
     Args:
-        optimizer: of `torch.optim`, or one whose `step` can be traced; its `step` needs no closure.
+        optimizer: one of `torch.optim`'s own, not `LBFGS`, which needs a closure.
         ema: a `LitEma`, or a shadow from `emajit.init`.
         params: the model of the `LitEma`, or the parameters of the shadow.
         decay, rounding, nonfinite: as in `emajit.update_`, for a shadow only.
@@ -50,8 +55,8 @@ class FusedOptimizer:
             and without a compiler one after the other, with a warning.
 
     Raises:
-        TypeError: `optimizer` is no `torch.optim.Optimizer`; `decay` is missing beside a shadow;
-            the model of a `LitEma` is no module.
+        TypeError: `optimizer` is not of a class of `torch.optim`; `decay` is missing beside a
+            shadow; the model of a `LitEma` is no module.
         ValueError: the optimizer needs a closure or is differentiable; options beside a `LitEma`,
             which has its own; an unknown backend.
 
@@ -78,9 +83,10 @@ class FusedOptimizer:
         nonfinite: Literal["propagate", "skip"] = "propagate",
         backend: str = "auto",
     ) -> None:
-        if not isinstance(optimizer, torch.optim.Optimizer):
+        # Another's step may keep numbers in its state or options, which a graph would freeze.
+        if not f"{type(optimizer).__module__}.".startswith("torch.optim."):
             found = type(optimizer).__qualname__
-            raise TypeError(f"optimizer: expected a torch.optim.Optimizer, found {found}")
+            raise TypeError(f"optimizer: expected one of torch.optim's own, found {found}")
         closure = inspect.signature(type(optimizer).step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise ValueError(f"optimizer: {type(optimizer).__name__} needs a closure at each step")
@@ -119,23 +125,35 @@ class FusedOptimizer:
         Raises TypeError where `step` is missing or one too many, and what `ema(model)` or
         `emajit.update_` raise; in either case before anything is written.
         """
-        work = self._work(step)
-        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        skipped = None if found is None else (found != 0).reshape(())
-        graph = self._graph(work, scale is None, found is None)
-        if graph is None:
+        try:
+            self._step(self._work(step))
+        except BaseException:  # GradScaler clears them after a step that succeeds, and only then
+            vars(self).pop("grad_scale", None)
+            vars(self).pop("found_inf", None)
+            raise
+
+    def _step(self, work: Work) -> None:
+        scale, skipped = vars(self).get("grad_scale"), self._skipped()
+        key = self._key(work, scale, skipped)
+        graph = self._graph(key, work)
+        if not graph or not self._run(graph, key, work, scale, skipped):
             self._one_after_the_other(work, scale, skipped)
-        else:
-            weights, keys = _compile.scalars(work), work.keys()
-            with self._hooked(), self._traceable_groups():
-                gradients = [] if scale is None else self._gradients()
-                written = [] if skipped is None else [*self._written(), *work.shadows]
-                graph(work.shadows, work.params, weights, keys, gradients, scale, written, skipped)
         if isinstance(self._ema, LitEma):
             self._ema._done(unless=skipped)
 
+    def _skipped(self) -> Tensor | None:
+        """A flag on the device, whether the step is to be left out; None without GradScaler."""
+        if "found_inf" not in vars(self):
+            return None
+        if not isinstance(self.found_inf, Tensor):
+            raise RuntimeError(  # noqa: TRY004, as GradScaler does
+                "found_inf: expected a tensor, found that no parameter has a gradient"
+            )
+        return (self.found_inf != 0).reshape(())
+
     def _work(self, step: Step | None) -> Work:
         """What is to be averaged, checked."""
+        scope.check_outside(self._weights())
         shadow, params, options = self._ema, self._params, self._options
         if isinstance(shadow, LitEma):
             if step is not None:
@@ -157,41 +175,88 @@ class FusedOptimizer:
             return params
         twins = {_memory.identity(p): p for p in mine.values()}
         own = [twins.get(_memory.identity(p), p) for p in params]
-        places = {p.untyped_storage().data_ptr() for p in mine.values()}
-        for p in own:
-            if id(p) not in mine and p.numel() and p.untyped_storage().data_ptr() in places:
+        leaves = [*(p for p in own if id(p) not in mine), *mine.values()]
+        views = [_memory.view(leaf) for leaf in leaves]
+        starts, stops = tuple(view[0] for view in views), tuple(map(_memory.end, views))
+        others = len(leaves) - len(mine)
+        for i, j in _memory.touching(starts, stops, others):
+            if j >= others and _memory.share_memory(views[i], views[j]):
                 raise ValueError(
                     f"params: expected the optimizer's own tensors or none of their memory, found "
-                    f"a view of shape {tuple(p.shape)}"
+                    f"a view of shape {tuple(leaves[i].shape)}"
                 )
         return own
 
-    def _graph(self, work: Work, *scaling: bool) -> Any:
-        """The graph for this step; None where the two are to run one after the other."""
-        if self._state is not self.optimizer.state:  # another one was loaded
-            self._state = self.optimizer.state
+    def _graph(self, key: Hashable, work: Work) -> Any:
+        """The graph for this step; nothing where the two are to run one after the other."""
+        optimizer = self.optimizer
+        if self._state is not optimizer.state:  # another one was loaded
+            self._state = optimizer.state
             self._graphs.clear()
-        device = work.shadows[0].device.type if work.shadows else "cpu"
-        if any(leaf.is_complex() or leaf.is_neg() for leaf in (*work.shadows, *work.params)) or (
-            self._backend == "auto" and not _compile.can_compile(device)
+        leaves = (*work.shadows, *work.params)
+        step = vars(optimizer).get("step")
+        if (
+            any(leaf.is_complex() or leaf.is_neg() for leaf in leaves)
+            or any(hooks for hooks in (*_GLOBAL_HOOKS, *_own_hooks(optimizer)))
+            or (step is not None and not hasattr(step, "_wrapped_by_lr_sched"))
+            or (self._backend == "auto" and not _compile.can_compile(_device(work)))
         ):
             return None
-        key = self._key(work), scaling
-        if self._graphs.get(key) is None:
-            if key in self._graphs:
-                self._graphs[key] = _compiled(self.optimizer, work.skip, self._backend)
-            elif len(self._graphs) < _GRAPHS:
-                self._graphs[key] = None  # its first step runs apart, since it may create state
-            else:
-                message = (
-                    "FusedOptimizer runs optimizer and average one after the other: options of "
-                    f"{type(self.optimizer).__name__} beside lr, or which gradients are None, "
-                    f"took more than {_GRAPHS} forms"
-                )
-                warnings.warn(message, RuntimeWarning, stacklevel=3)
+        if self._graphs.get(key) is None and key in self._graphs:
+            self._graphs[key] = _compiled(optimizer, work.skip, self._backend)
         return self._graphs.get(key)
 
-    def _key(self, work: Work) -> Hashable:
+    def _run(
+        self,
+        graph: Any,
+        key: Hashable,
+        work: Work,
+        scale: Tensor | None,
+        skipped: Tensor | None,
+    ) -> bool:
+        """Whether the graph could be made, and then has done the step."""
+        weights, keys = _compile.scalars(work), work.keys()
+        gradients = [] if scale is None else self._gradients()
+        written = [] if skipped is None else [*self._written(), *work.shadows]
+        try:
+            with self._traceable_groups():
+                graph(work.shadows, work.params, weights, keys, gradients, scale, written, skipped)
+        except torch._dynamo.exc.TorchDynamoException as error:  # before anything is written
+            self._graphs[key] = False
+            self._warn(f"torch.compile failed: {error}")
+            return False
+        # Learning-rate schedulers warn without it.
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        return True
+
+    def _one_after_the_other(
+        self, work: Work, scale: Tensor | None, skipped: Tensor | None
+    ) -> None:
+        if scale is not None:
+            torch._foreach_div_(self._gradients(), scale)
+        if skipped is not None and skipped:
+            return
+        self.optimizer.step()
+        _compile.average_(work, "auto")
+        # Only now there is all the state that a graph would have to put back.
+        key = self._key(work, scale, skipped)
+        if key not in self._graphs and len(self._graphs) < _GRAPHS:
+            self._graphs[key] = None
+        elif key not in self._graphs:
+            self._warn(
+                f"options of {type(self.optimizer).__name__} beside lr, or which gradients are "
+                f"None, took more than {_GRAPHS} forms"
+            )
+
+    def _warn(self, reason: str) -> None:
+        message = f"FusedOptimizer runs optimizer and average one after the other: {reason}"
+        warnings.warn(message, RuntimeWarning, stacklevel=5)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the graphs, which belong to the optimizer that they were made for."""
+        return vars(self) | {"_graphs": {}, "_state": None}
+
+    def _key(self, work: Work, scale: Tensor | None, skipped: Tensor | None) -> Hashable:
         """What a graph depends on."""
         options = tuple(
             (name, value if isinstance(value, Hashable) else repr(value))
@@ -200,7 +265,8 @@ class FusedOptimizer:
             if name not in ("params", "lr")
         )
         gradients = tuple([None if p.grad is None else p.grad.dtype for p in self._weights()])
-        return options, gradients, _compile.layout(work)
+        scaling = scale is None, skipped is None
+        return options, gradients, len(self.optimizer.state), _compile.layout(work), scaling
 
     def _weights(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -215,29 +281,6 @@ class FusedOptimizer:
         values = chain.from_iterable(state.values() for state in states)
         return stepped + [value for value in values if isinstance(value, Tensor)]
 
-    def _one_after_the_other(
-        self, work: Work, scale: Tensor | None, skipped: Tensor | None
-    ) -> None:
-        if scale is not None:
-            torch._foreach_div_(self._gradients(), scale)
-        if skipped is None or not skipped:
-            self.optimizer.step()
-            _compile.average_(work, "auto")
-
-    @contextmanager
-    def _hooked(self) -> Iterator[None]:
-        """What the wrappers of `Optimizer.step` do beside the step itself."""
-        optimizer = self.optimizer
-        before = _torch._global_optimizer_pre_hooks, optimizer._optimizer_step_pre_hooks
-        after = optimizer._optimizer_step_post_hooks, _torch._global_optimizer_post_hooks
-        for hook in chain.from_iterable(hooks.values() for hooks in before):
-            hook(optimizer, (optimizer,), {})
-        yield
-        for hook in chain.from_iterable(hooks.values() for hooks in after):
-            hook(optimizer, (optimizer,), {})
-        # Learning-rate schedulers warn without it.
-        optimizer._opt_called = True  # type: ignore[attr-defined]
-
     @contextmanager
     def _traceable_groups(self) -> Iterator[None]:
         """Inside, the groups ask for the form of the step that a graph is made of.
@@ -246,13 +289,14 @@ class FusedOptimizer:
         numbers are, since in float32 `1 - lr * weight_decay` is off. Inductor fuses the operators
         of single tensors, and nothing with the kernels of `foreach` and `fused`.
         """
-        before = [dict(group) for group in self.param_groups]
+        names = "lr", "foreach", "fused"
+        before = [{n: group[n] for n in names if n in group} for group in self.param_groups]
         while len(self._rates) < len(before):
             self._rates.append(torch.zeros((), dtype=torch.float64))
         for group, rate in zip(self.param_groups, self._rates, strict=False):
             if not isinstance(group["lr"], Tensor):
                 group["lr"] = rate.fill_(group["lr"])
-            group.update({name: False for name in ("foreach", "fused") if name in group})
+            group.update({name: False for name in names[1:] if name in group})
         try:
             yield
         finally:
@@ -280,6 +324,19 @@ def _compiled(optimizer: torch.optim.Optimizer, skip: bool, backend: str) -> Any
         _kernels.average_(shadows, params, weights, skip, keys)
         if skipped is not None:
             for tensor, old in zip(written, before, strict=True):
-                tensor.copy_(torch.where(skipped.to(tensor.device), old, tensor))
+                # A view of a 0-d tensor, as in `_kernels.average_`.
+                new = tensor.view(1) if tensor.ndim == 0 else tensor
+                new.copy_(torch.where(skipped.to(new.device), old.view_as(new), new))
 
-    return _compile.compiled(run, "inductor" if backend == "auto" else backend)
+    # A weight in 16 bits is averaged as it was rounded, not as it was before.
+    return _compile.compiled(
+        run, "inductor" if backend == "auto" else backend, emulate_precision_casts=True
+    )
+
+
+def _own_hooks(optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+    return optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+
+
+def _device(work: Work) -> str:
+    return work.shadows[0].device.type if work.shadows else "cpu"
