@@ -21,7 +21,7 @@ Kernel = Any  # of (shadows, params, weights, skip, keys): a plain function, or 
 # nonfinite="skip", a weight that lives on a CUDA device.
 # Milliseconds of update_ on the 161 tensors of ResNet-50, eager / compiled, interleaved medians, on
 # 2 cores of an AMD EPYC, torch 2.13, 2026-11-22:
-#   float32 3.3 / 4.2, float32 of bfloat16 7.4 / 5.7, bfloat16 22 / 3.1, "skip" 41 / 4.4
+#   float32 5.1 / 6.3, float32 of bfloat16 7.5 / 6.7, bfloat16 21 / 4.0, "skip" 34 / 6.2
 # Below this many elements a step takes some ms at the most, and does not earn back in 10,000 steps
 # the seconds to minutes of a compilation, which grow with the number of leaves.
 _WORTH_COMPILING = 2**20
