@@ -52,12 +52,12 @@ def test_in_place_equals_pure(dtype: torch.dtype, shape: tuple[int, ...]) -> Non
 
 
 def test_lerps_only_what_needs_no_temporary() -> None:
-    single, double, half = (torch.zeros(2, dtype=d) for d in strategies.FLOATS[:3])
-    assert _kernels.lerps([single, double], [single, double], [0.5, 0.5], skip=False)
-    assert not _kernels.lerps([single, half], [single, half], [0.5, 0.5], skip=False)
-    assert not _kernels.lerps([single], [half], [0.5], skip=False)
-    assert not _kernels.lerps([single], [single], [0.5], skip=True)
-    assert not _kernels.lerps([single], [single], [torch.tensor(0.5)], skip=False)
+    full, half = torch.float32, torch.bfloat16
+    assert _kernels.lerps({(full, full), (torch.float64, torch.float64)}, [0.5, 0.1], skip=False)
+    assert not _kernels.lerps({(full, full)}, [0.5], skip=True)
+    assert not _kernels.lerps({(full, full), (full, half)}, [0.5], skip=False)
+    assert not _kernels.lerps({(half, half)}, [0.5], skip=False)
+    assert not _kernels.lerps({(full, full)}, [torch.tensor(0.5)], skip=False)
 
 
 def test_foreach_equals_leaf_by_leaf() -> None:

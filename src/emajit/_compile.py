@@ -14,6 +14,7 @@ from torch import Tensor
 from emajit import _kernels
 from emajit._kernels import Keys, Weight
 from emajit._rounding import Noise
+from emajit._tree import Dtypes
 
 Kernel = Any  # of (shadows, params, weights, skip, keys): a plain function, or one compiled
 
@@ -36,13 +37,14 @@ def is_traced() -> bool:
 
 
 class Work(NamedTuple):
-    """What is to be averaged: lists of one length, and how."""
+    """What is to be averaged: lists of one length, and how; `dtypes` as in `_tree.Pairs`."""
 
     shadows: list[Tensor]
     params: list[Tensor]
     weights: list[Weight]
     skip: bool
     noise: Noise | None
+    dtypes: Dtypes | None = None
 
     def part(self, leaves: Sequence[int]) -> Work:
         if len(leaves) == len(self.shadows):
@@ -147,14 +149,16 @@ def _scalar(weight: Weight, device: torch.device) -> Tensor:
 
 def _ways(work: Work, backend: str) -> dict[Hashable, Sequence[int]]:
     """The leaves for `foreach`, the ones for an eager kernel, and for each device the rest."""
-    shadows, params, weights, skip, _ = work
+    shadows, params, weights, skip, _, dtypes = work
     foreach = backend in ("auto", "eager")
-    if foreach and _kernels.lerps(shadows, params, weights, skip):
+    if dtypes is None:
+        dtypes = frozenset((s.dtype, p.dtype) for s, p in zip(shadows, params, strict=True))
+    if foreach and _kernels.lerps(dtypes, weights, skip):
         return {"foreach": range(len(shadows))}
     ways: dict[Hashable, list[int]] = {}
     for i, (s, p, w) in enumerate(zip(shadows, params, weights, strict=True)):
         way: Hashable
-        if foreach and _kernels.lerps([s], [p], [w], skip):
+        if foreach and _kernels.lerps({(s.dtype, p.dtype)}, [w], skip):
             way = "foreach"
         elif backend == "eager" or not (_is_plain(s) and _is_plain(p)):
             way = "eager"

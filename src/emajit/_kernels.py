@@ -7,7 +7,8 @@ length; where several averages of a parameter follow each other, it is read once
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -98,17 +99,17 @@ def eager_average_(
             s.copy_(blend(s, p, w, skip, None if keys is None else keys[i]))
 
 
-def lerps(shadows: list[Tensor], params: list[Tensor], weights: list[Weight], skip: bool) -> bool:
-    """Whether `_foreach_lerp_` is the whole update of these leaves, without a temporary.
+_FULL = {(dtype, dtype) for dtype in (torch.float32, torch.float64)}
+
+
+def lerps(
+    dtypes: AbstractSet[tuple[torch.dtype, torch.dtype]], weights: Iterable[Weight], skip: bool
+) -> bool:
+    """Whether `_foreach_lerp_` is the whole update of leaves that have these pairs of dtypes.
 
     It is not for a weight that is a tensor, for which it launches one kernel a leaf.
     """
-    return (
-        not skip
-        and set(map(type, weights)) == {float}
-        and {s.dtype for s in shadows} <= {torch.float32, torch.float64}
-        and [s.dtype for s in shadows] == [p.dtype for p in params]
-    )
+    return not skip and dtypes <= _FULL and set(map(type, weights)) == {float}
 
 
 def foreach_average(

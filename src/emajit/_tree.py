@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from emajit import _memory
 
 PyTree = Any
+Dtypes = frozenset[tuple[torch.dtype, torch.dtype]]
 
 _HINT = "pass dict(model.named_parameters())"
 
@@ -21,12 +22,14 @@ class Pairs(NamedTuple):
     """The leaves of a shadow and of its params, tied leaves once.
 
     `slots` has, for each leaf of the shadow's tree, its index in the two lists; None for None.
+    `dtypes` are those that the pairs have, where they are known.
     """
 
     shadow: PyTree
     shadows: list[Tensor]
     params: list[Tensor]
     slots: Sequence[int | None]
+    dtypes: Dtypes | None = None
 
     def rebuild(self, leaves: Sequence[Tensor]) -> PyTree:
         """The shadow's tree with `leaves` in place of `shadows`."""
@@ -77,9 +80,9 @@ def align(shadow: PyTree, params: PyTree, *, writable: bool = False) -> Pairs:
     seen = _checked.get(addresses) if addresses is not None else None
     if flat is not None and seen is not None and seen.fits(leaves):
         if len(seen.first) == len(flat[0]):
-            return Pairs(shadow, *flat, seen.slots)
+            return Pairs(shadow, *flat, seen.slots, seen.dtypes)
         shadows, partners = ([tree[i] for i in seen.first] for tree in flat)
-        return Pairs(shadow, shadows, partners, seen.slots)
+        return Pairs(shadow, shadows, partners, seen.slots, seen.dtypes)
     if flat is not None and _fit(*flat):
         pairs = Pairs(shadow, *flat, range(len(flat[0])))
     else:
@@ -87,7 +90,7 @@ def align(shadow: PyTree, params: PyTree, *, writable: bool = False) -> Pairs:
     if writable:
         _check_writable(pairs)
         if addresses is not None:
-            _remember(addresses, leaves, pairs.slots)
+            _remember(addresses, leaves, pairs)
     return pairs
 
 
@@ -149,6 +152,7 @@ class _Seen(NamedTuple):
     twins: list[tuple[int, int]]
     slots: Sequence[int | None]
     first: list[int]
+    dtypes: Dtypes
 
     def fits(self, leaves: list[Tensor]) -> bool:
         """Whether the leaves at these addresses are still of the same form, and as often there."""
@@ -170,11 +174,10 @@ def _addresses(leaves: list[Any]) -> tuple[int, ...] | None:
         return None
 
 
-def _remember(
-    addresses: tuple[int, ...], leaves: list[Tensor], slots: Sequence[int | None]
-) -> None:
+def _remember(addresses: tuple[int, ...], leaves: list[Tensor], pairs: Pairs) -> None:
+    dtypes = frozenset((s.dtype, p.dtype) for s, p in zip(pairs.shadows, pairs.params, strict=True))
     first: list[int] = []
-    for i, slot in enumerate(slots):
+    for i, slot in enumerate(pairs.slots):
         if slot == len(first):
             first.append(i)
     places: dict[int, int] = {}
@@ -187,7 +190,7 @@ def _remember(
     )
     if len(_checked) >= 64:
         _checked.clear()
-    _checked[addresses] = _Seen(guards, singles, twins, slots, first)
+    _checked[addresses] = _Seen(guards, singles, twins, pairs.slots, first, dtypes)
 
 
 def _align_leaf_by_leaf(shadow: PyTree, params: PyTree) -> Pairs:

@@ -160,7 +160,8 @@ def prepare(
     noise = None
     if rounding == "stochastic":
         noise = Noise(_tree.interleave(_paths(pairs), several), step)
-    return pairs, _compile.Work(shadows, partners, repeated, nonfinite == "skip", noise)
+    skip = nonfinite == "skip"
+    return pairs, _compile.Work(shadows, partners, repeated, skip, noise, pairs.dtypes)
 
 
 def _pairs(shadow: Any, params: Any, decay: Any, *, writable: bool) -> _tree.Pairs:
