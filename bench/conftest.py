@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench import measure
-from bench.measure import Calls, Times
-from bench.results import Result, save, setting, table
+from bench.measure import Calls, Interleave, Times
+from bench.results import Publish, Result, save, setting, table
 
 RESULTS = pytest.StashKey[list[Result]]()
 
@@ -36,7 +35,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def interleave(benchmark: Any, device: str) -> Callable[[Calls, int], Times]:
+def interleave(benchmark: Any, device: str) -> Interleave:
     """`measure.interleave`, known to pytest-benchmark."""
 
     def run(calls: Calls, rounds: int) -> Times:
@@ -47,13 +46,13 @@ def interleave(benchmark: Any, device: str) -> Callable[[Calls, int], Times]:
 
 
 @pytest.fixture
-def publish(request: pytest.FixtureRequest) -> Callable[[Result], None]:
+def publish(request: pytest.FixtureRequest) -> Publish:
     """Add a result to the tables, and hold it against its targets if that was asked for."""
 
     def add(result: Result) -> None:
         request.config.stash[RESULTS].append(result)
         if request.config.getoption("--targets"):
-            missed = [str(t) for t in result.targets if t.found > t.wanted]
+            missed = [str(target) for target in result.targets if not target.met]
             assert not missed, "\n".join(missed)
 
     return add

@@ -167,7 +167,6 @@ class EmaPytorch(Peer):
     needs = "ema_pytorch"
 
     def build(self, model: nn.Module) -> Any:
-
         return import_module("ema_pytorch").EMA(
             model,
             beta=DECAY,
@@ -190,7 +189,6 @@ class TorchEma(Peer):
     needs = "torch_ema"
 
     def build(self, model: nn.Module) -> Any:
-
         torch_ema = import_module("torch_ema")
         return torch_ema.ExponentialMovingAverage(model.parameters(), DECAY, use_num_updates=False)
 
@@ -206,7 +204,6 @@ class Diffusers(Peer):
     needs = "diffusers"
 
     def build(self, model: nn.Module) -> Any:
-
         training_utils = import_module("diffusers.training_utils")
         return training_utils.EMAModel(
             model.parameters(), decay=DECAY, min_decay=DECAY, foreach=True

@@ -14,6 +14,7 @@ import torch
 
 Calls = dict[str, Callable[[], object]]
 Times = dict[str, list[float]]
+Interleave = Callable[[Calls, int], Times]
 
 
 def interleave(calls: Calls, rounds: int, device: str) -> Times:
@@ -34,10 +35,10 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def ratio(times: Times, name: str, *others: str) -> float:
-    """The median over the rounds of one's time to the others' together."""
-    rows = zip(times[name], *(times[other] for other in others), strict=True)
-    return float(statistics.median(one / sum(rest) for one, *rest in rows))
+def ratio(times: Times, name: str, other: str) -> float:
+    """Of one's time to another's, the median over the rounds."""
+    rounds = zip(times[name], times[other], strict=True)
+    return float(statistics.median(a / b for a, b in rounds))
 
 
 def peak_memory(call: Callable[[], object], device: str) -> int:

@@ -70,7 +70,7 @@ def main() -> int:
 def page(setting: dict[str, str], results: list[Result], name: str) -> str:
     """All tables, and what of the targets was met."""
     targets = [target for result in results for target in result.targets]
-    met = sum(target.found <= target.wanted for target in targets)
+    met = sum(target.met for target in targets)
     parts = [
         f"# {setting['hardware']}",
         (

@@ -7,13 +7,14 @@ import os
 import platform
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
-from bench.measure import Times
+from bench.measure import Times, ratio
 
 
 @dataclass
@@ -24,9 +25,13 @@ class Target:
     found: float
     wanted: float
 
+    @property
+    def met(self) -> bool:
+        return self.found <= self.wanted
+
     def __str__(self) -> str:
-        met = "met" if self.found <= self.wanted else "MISSED"
-        return f"{self.what}: {self.found:.2f}, wanted at most {self.wanted:.2f}: {met}"
+        verdict = "met" if self.met else "MISSED"
+        return f"{self.what}: {self.found:.2f}, wanted at most {self.wanted:.2f}: {verdict}"
 
 
 @dataclass
@@ -42,8 +47,7 @@ class Result:
 
     def ratio(self, name: str) -> float:
         """To the baseline, the median over the rounds."""
-        pairs = zip(self.times[name], self.times[self.baseline], strict=True)
-        return statistics.median(s / t for s, t in pairs)
+        return ratio(self.times, name, self.baseline)
 
     def milliseconds(self, name: str) -> tuple[float, float, float]:
         """Median and quartiles."""
@@ -52,6 +56,9 @@ class Result:
             return (1e3 * seconds[0],) * 3
         low, median, high = statistics.quantiles(seconds, n=4)
         return 1e3 * median, 1e3 * low, 1e3 * high
+
+
+Publish = Callable[[Result], None]
 
 
 def table(result: Result) -> str:

@@ -16,12 +16,10 @@ from torch import Tensor
 
 import emajit
 from bench import contestants, measure, shapes
-from bench.measure import Calls, Times
-from bench.results import Result, Target
+from bench.measure import Calls, Interleave, Times
+from bench.results import Publish, Result, Target
 from emajit.fused import FusedOptimizer
 
-Interleave = Callable[[Calls, int], Times]
-Publish = Callable[[Result], None]
 Params = dict[str, Tensor]
 
 DECAY = contestants.DECAY
@@ -187,8 +185,8 @@ def test_fused_with_adamw(device: str, interleave: Interleave, publish: Publish)
 COMPILE = """
 import sys, time, torch, emajit
 from bench import shapes
-name, device, dtype = sys.argv[1:]
-model = shapes.Holder(shapes.MODELS[name](), device, getattr(torch, dtype))
+name, device = sys.argv[1:]
+model = shapes.Holder(shapes.MODELS[name](), device, torch.bfloat16)
 params = dict(model.named_parameters())
 shadow = emajit.init(params, dtype=torch.float32)
 began = time.perf_counter()
@@ -204,7 +202,7 @@ def test_compilation(name: str, device: str, publish: Publish, tmp_path: Path) -
 
     def first_call() -> float:
         done = subprocess.run(  # noqa: S603, our own code
-            [sys.executable, "-c", COMPILE, name, device, "bfloat16"],
+            [sys.executable, "-c", COMPILE, name, device],
             env=environment,
             capture_output=True,
             text=True,

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch.testing import assert_close
 
 from bench import contestants, measure, shapes
 from bench.contestants import DECAY, EVERYBODY, LIMIT, PEERS, Contestant
-from bench.measure import Calls, Times
-from bench.results import Result, Target
+from bench.measure import Calls, Interleave
+from bench.results import Publish, Result, Target
 
 ROUNDS = {"MLP": 300, "200 x 32": 200, "1000 x 32": 100, "ResNet-50": 100, "ViT-B": 60, "U-Net": 30}
 # Of the memory's limit, of which only large trees come near.
@@ -19,12 +17,7 @@ LIMITS = {"ResNet-50": 1.12, "ViT-B": 1.05, "U-Net": 1.05}
 
 
 @pytest.mark.parametrize("name", shapes.MODELS)
-def test_models(
-    name: str,
-    device: str,
-    interleave: Callable[[Calls, int], Times],
-    publish: Callable[[Result], None],
-) -> None:
+def test_models(name: str, device: str, interleave: Interleave, publish: Publish) -> None:
     shape = shapes.MODELS[name]()
     model = shapes.Holder(shape, device)
     calls = checked(EVERYBODY, model)
@@ -64,12 +57,7 @@ SOME = (
 
 
 @pytest.mark.parametrize("elements", [2**k for k in range(12, 28, 3)])
-def test_size(
-    elements: int,
-    device: str,
-    interleave: Callable[[Calls, int], Times],
-    publish: Callable[[Result], None],
-) -> None:
+def test_size(elements: int, device: str, interleave: Interleave, publish: Publish) -> None:
     """Cost against the number of elements, in 32 tensors."""
     calls = checked(SOME, shapes.Holder(shapes.even(elements, 32), device))
     times = interleave(calls, 60 if elements < 2**24 else 20)
@@ -77,12 +65,7 @@ def test_size(
 
 
 @pytest.mark.parametrize("tensors", [4**k for k in range(7)])
-def test_tensors(
-    tensors: int,
-    device: str,
-    interleave: Callable[[Calls, int], Times],
-    publish: Callable[[Result], None],
-) -> None:
+def test_tensors(tensors: int, device: str, interleave: Interleave, publish: Publish) -> None:
     """Cost against the number of tensors that hold 2^20 elements together."""
     calls = checked(SOME, shapes.Holder(shapes.even(2**20, tensors), device))
     publish(Result("tensors", str(tensors), LIMIT, interleave(calls, 60)))

@@ -58,8 +58,12 @@ class Work(NamedTuple):
             noise,
         )
 
+    @property
+    def device(self) -> torch.device:
+        return self.shadows[0].device if self.shadows else torch.device("cpu")
+
     def keys(self) -> Keys:
-        return self.noise.keys(self.shadows[0].device) if self.noise and self.shadows else None
+        return self.noise.keys(self.device) if self.noise and self.shadows else None
 
 
 def average(work: Work, backend: str) -> list[Tensor]:
@@ -116,7 +120,7 @@ def _run_compiled(kernel: Kernel, work: Work, backend: str) -> Any:
     # a parameter of several averages stays one tensor, which is read once.
     detached = {id(leaf): leaf.detach() for leaf in (*work.shadows, *work.params)}
     s, p = ([detached[id(leaf)] for leaf in leaves] for leaves in (work.shadows, work.params))
-    key = kernel, layout(work), s[0].device, work.skip, work.noise is None
+    key = kernel, layout(work), work.device, work.skip, work.noise is None
     run = _compiled(kernel, key, "inductor" if backend == "auto" else backend)
     return run(s, p, scalars(work), work.skip, work.keys())
 
@@ -135,8 +139,7 @@ def scalars(work: Work) -> list[Tensor]:
 
     What is one object stays one: two decays may have the same value at one step, not at the next.
     """
-    device = work.shadows[0].device if work.shadows else torch.device("cpu")
-    tensors = {i: _scalar(w, device) for i, w in {id(w): w for w in work.weights}.items()}
+    tensors = {i: _scalar(w, work.device) for i, w in {id(w): w for w in work.weights}.items()}
     return [tensors[id(w)] for w in work.weights]
 
 

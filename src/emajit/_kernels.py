@@ -56,6 +56,10 @@ def _at_least_32_bits(tensor: Tensor) -> torch.dtype:
     return tensor.dtype if tensor.dtype.itemsize >= 4 else torch.float32
 
 
+def _each(keys: Keys, shadows: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    return [None] * len(shadows) if keys is None else keys.unbind()
+
+
 def average(
     shadows: Sequence[Tensor],
     params: Sequence[Tensor],
@@ -64,10 +68,8 @@ def average(
     keys: Keys = None,
 ) -> list[Tensor]:
     """Blend every leaf; the form to compile and to trace."""
-    return [
-        blend(s, p, w, skip, None if keys is None else keys[i])
-        for i, (s, p, w) in enumerate(zip(shadows, params, weights, strict=True))
-    ]
+    rows = zip(shadows, params, weights, _each(keys, shadows), strict=True)
+    return [blend(s, p, w, skip, key) for s, p, w, key in rows]
 
 
 def average_(
@@ -78,10 +80,10 @@ def average_(
     keys: Keys = None,
 ) -> None:
     """Blend every leaf in place; the form to compile and to trace."""
-    for i, (s, p, w) in enumerate(zip(shadows, params, weights, strict=True)):
+    for s, p, w, key in zip(shadows, params, weights, _each(keys, shadows), strict=True):
         # Inductor loses a write to a 0-d float64 input on the CPU (2.11 to 2.13), not to a view.
         target = s.view(1) if s.ndim == 0 else s
-        target.copy_(blend(s, p, w, skip, None if keys is None else keys[i]))
+        target.copy_(blend(s, p, w, skip, key))
 
 
 def eager_average_(
@@ -92,11 +94,11 @@ def eager_average_(
     keys: Keys = None,
 ) -> None:
     """`average_` with half the temporaries for a shadow that needs no rounding."""
-    for i, (s, p, w) in enumerate(zip(shadows, params, weights, strict=True)):
+    for s, p, w, key in zip(shadows, params, weights, _each(keys, shadows), strict=True):
         if p.is_floating_point() and s.dtype == _precision(s, p) and not skip:
             s.lerp_(p.to(s.dtype), _at(w, s))
         else:
-            s.copy_(blend(s, p, w, skip, None if keys is None else keys[i]))
+            s.copy_(blend(s, p, w, skip, key))
 
 
 _FULL = {(dtype, dtype) for dtype in (torch.float32, torch.float64)}

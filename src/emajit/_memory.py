@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -46,6 +46,20 @@ def touching(
         pairs += [(min(i, j), max(i, j)) for j in reached if min(i, j) < shadows]
         reached.append(i)
     return pairs
+
+
+def overlaps(leaves: Sequence[Tensor], first: int) -> Iterator[tuple[int, int]]:
+    """The pairs of leaves that have a byte in common, at least one among the `first` ones."""
+    starts = [leaf.data_ptr() for leaf in leaves]
+    if all(map(Tensor.is_contiguous, leaves)):
+        stops = [start + leaf.nbytes for start, leaf in zip(starts, leaves, strict=True)]
+    else:
+        stops = [end(view(leaf)) for leaf in leaves]
+    for i, j in touching(tuple(starts), tuple(stops), first):
+        if leaves[i].device == leaves[j].device and share_memory(
+            *map(view, (leaves[i], leaves[j]))
+        ):
+            yield i, j
 
 
 @lru_cache(maxsize=1024)

@@ -273,11 +273,7 @@ def _fit(shadows: list[Any], params: list[Any]) -> bool:
 def _check_writable(pairs: Pairs) -> None:
     """Raise ValueError if writing one of the shadows would change another leaf, or itself twice."""
     leaves = pairs.shadows + pairs.params
-    starts = [leaf.data_ptr() for leaf in leaves]
-    if all(map(Tensor.is_contiguous, leaves)):
-        stops = [start + leaf.nbytes for start, leaf in zip(starts, leaves, strict=True)]
-    else:
-        stops = [_memory.end(_memory.view(leaf)) for leaf in leaves]
+    if not all(map(Tensor.is_contiguous, leaves)):
         for slot, s in enumerate(pairs.shadows):
             if s.numel() and _memory.repeats_itself(s.shape, s.stride()):
                 raise ValueError(
@@ -285,11 +281,9 @@ def _check_writable(pairs: Pairs) -> None:
                     f"of its own for each element, found shape {tuple(s.shape)} with strides "
                     f"{s.stride()}"
                 )
-    for i, j in _memory.touching(tuple(starts), tuple(stops), len(pairs.shadows)):
-        if leaves[i].device == leaves[j].device and _memory.share_memory(
-            *map(_memory.view, (leaves[i], leaves[j]))
-        ):
-            raise ValueError(_overlap(pairs, i, j))
+    overlap = next(_memory.overlaps(leaves, len(pairs.shadows)), None)
+    if overlap is not None:
+        raise ValueError(_overlap(pairs, *overlap))
 
 
 def _paths(tree: PyTree) -> list[str]:

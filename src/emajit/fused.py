@@ -176,11 +176,9 @@ class FusedOptimizer:
         twins = {_memory.identity(p): p for p in mine.values()}
         own = [twins.get(_memory.identity(p), p) for p in params]
         leaves = [*(p for p in own if id(p) not in mine), *mine.values()]
-        views = [_memory.view(leaf) for leaf in leaves]
-        starts, stops = tuple(view[0] for view in views), tuple(map(_memory.end, views))
         others = len(leaves) - len(mine)
-        for i, j in _memory.touching(starts, stops, others):
-            if j >= others and _memory.share_memory(views[i], views[j]):
+        for i, j in _memory.overlaps(leaves, others):
+            if j >= others:
                 raise ValueError(
                     f"params: expected the optimizer's own tensors or none of their memory, found "
                     f"a view of shape {tuple(leaves[i].shape)}"
@@ -199,7 +197,7 @@ class FusedOptimizer:
             any(leaf.is_complex() or leaf.is_neg() for leaf in leaves)
             or any(hooks for hooks in (*_GLOBAL_HOOKS, *_own_hooks(optimizer)))
             or (step is not None and not hasattr(step, "_wrapped_by_lr_sched"))
-            or (self._backend == "auto" and not _compile.can_compile(_device(work)))
+            or (self._backend == "auto" and not _compile.can_compile(work.device.type))
         ):
             return None
         if self._graphs.get(key) is None and key in self._graphs:
@@ -336,7 +334,3 @@ def _compiled(optimizer: torch.optim.Optimizer, skip: bool, backend: str) -> Any
 
 def _own_hooks(optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
     return optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
-
-
-def _device(work: Work) -> str:
-    return work.shadows[0].device.type if work.shadows else "cpu"
