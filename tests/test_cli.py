@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from emajit import cli, demo
+from emajit.checkpoint import files
 
 
 def emajit(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -63,7 +64,7 @@ def test_an_unusable_value_is_one_line_and_exit_code_2(
     assert file.read_bytes() == b""
 
 
-@pytest.mark.parametrize("when", ["train", "draw_samples", "save"])
+@pytest.mark.parametrize("when", ["train", "draw_samples", "checksum"])
 def test_ctrl_c_leaves_no_half_written_file(
     when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -72,9 +73,9 @@ def test_ctrl_c_leaves_no_half_written_file(
             arguments[-1].write(b"half of a picture")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, when, interrupt)
+    monkeypatch.setattr(files if when == "checksum" else demo, when, interrupt)
     assert emajit(monkeypatch, "demo", "--steps", "2", "--out", str(tmp_path)) == 130
-    whole = {"train": [], "draw_samples": ["losses.png"], "save": ["losses.png", "samples.png"]}
+    whole = {"train": [], "draw_samples": ["losses.png"], "checksum": ["losses.png", "samples.png"]}
     assert sorted(path.name for path in tmp_path.iterdir()) == whole[when]
     assert "interrupted" in capsys.readouterr().err
 

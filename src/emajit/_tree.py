@@ -47,11 +47,16 @@ class Pairs(NamedTuple):
 
 def copy(params: PyTree, dtype: torch.dtype | None) -> PyTree:
     """A detached copy of each leaf, floating-point ones in `dtype`; tied leaves stay tied."""
-    for i, leaf in enumerate(pytree.tree_leaves(params)):
-        if not (leaf is None or isinstance(leaf, Tensor)):
-            raise TypeError(_not_a_leaf("params", params, i, leaf))
+    check_leaves("params", params)
     pairs = align(params, params)
     return pairs.rebuild([p.detach().to(_copy_dtype(p, dtype), copy=True) for p in pairs.params])
+
+
+def check_leaves(which: str, tree: PyTree) -> None:
+    """Raise TypeError if a leaf is neither a tensor nor None."""
+    for i, leaf in enumerate(pytree.tree_leaves(tree)):
+        if not (leaf is None or isinstance(leaf, Tensor)):
+            raise TypeError(_not_a_leaf(which, tree, i, leaf))
 
 
 def _copy_dtype(leaf: Tensor, dtype: torch.dtype | None) -> torch.dtype:
@@ -294,6 +299,30 @@ def _paths(tree: PyTree) -> list[str]:
         return [f"<leaf {i}>" for i in range(len(pytree.tree_leaves(tree)))]
 
 
+def named_leaves(which: str, tree: PyTree) -> list[tuple[str, str, Tensor]]:
+    """Of each leaf that is not None, where it stands, that in plain words, and the leaf.
+
+    Raises TypeError for a leaf that is no tensor; `which` is what the tree is called in errors.
+
+    >>> [row[:2] for row in named_leaves("shadow", {"a": [torch.ones(1)], "b": None})]
+    [("shadow['a'][0]", 'a.0')]
+    """
+    check_leaves(which, tree)
+    paths = [which + path for path in _paths(tree)]
+    try:
+        keys = [key for key, _ in pytree.tree_flatten_with_path(tree)[0]]
+        names = [".".join(map(_word, key)) for key in keys]
+    except ValueError:
+        names = [str(i) for i in range(len(paths))]
+    leaves = pytree.tree_leaves(tree)
+    return [row for row in zip(paths, names, leaves, strict=True) if row[2] is not None]
+
+
+def _word(entry: Any) -> str:
+    """One step of a path, of pytree's three classes for them."""
+    return str(next(getattr(entry, a) for a in ("key", "idx", "name") if hasattr(entry, a)))
+
+
 def _path(name: str, tree: PyTree, index: int) -> str:
     return name + _paths(tree)[index]
 
@@ -340,11 +369,12 @@ def _structure_differs(shadow: PyTree, params: PyTree, error: ValueError) -> str
     missing, extra = sorted(ours - theirs), sorted(theirs - ours)
     if not missing and not extra:
         return f"params: expected the structure of shadow, found another: {error}"
-    told = [f"lacks {_some(missing)}"] * bool(missing) + [f"has {_some(extra)} too"] * bool(extra)
+    told = [f"lacks {some(missing)}"] * bool(missing) + [f"has {some(extra)} too"] * bool(extra)
     return f"params: expected the structure of shadow, found that it {' and '.join(told)}"
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first five of `names`, and how many more there are."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more
 

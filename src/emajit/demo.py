@@ -22,12 +22,13 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from safetensors.torch import save
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import emajit
+from emajit import checkpoint
+from emajit.checkpoint import files
 
 BATCH = 64
 LEARNING_RATE = 2e-3
@@ -221,18 +222,6 @@ def draw_samples(grids: dict[str, Tensor], file: BinaryIO) -> None:
     figure.savefig(file, format="png", dpi=150)
 
 
-def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
-    """Write a file whole or not at all: `fill` a neighbour of it, then rename that."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            fill(file)
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
 def table(history: History) -> Table:
     step, average = (
         statistics.median(seconds) for seconds in (history.step_seconds, history.average_seconds)
@@ -279,14 +268,12 @@ def run(settings: Settings, console: Console) -> History:
     grids = {"raw": sample(model, noise)}
     with emajit.ema_scope(model, shadow):
         grids["averaged"] = sample(model, noise)
-    weights = {name: average.cpu() for name, average in shadow.items()}
-    files: dict[str, Callable[[BinaryIO], object]] = {
-        "losses.png": lambda file: draw_losses(history, file),
-        "samples.png": lambda file: draw_samples(grids, file),
-        "averaged.safetensors": lambda file: file.write(save(weights)),
-    }
-    for name, fill in files.items():
-        write(settings.out / name, fill)
+    files.write(settings.out / "losses.png", lambda file: draw_losses(history, file))
+    files.write(settings.out / "samples.png", lambda file: draw_samples(grids, file))
+    checkpoint.save(settings.out / "averaged.safetensors", shadow, settings.steps)
     console.print(table(history))
-    console.print(f"Written into {settings.out}: {', '.join(files)}", highlight=False)
+    console.print(
+        f"Written into {settings.out}: losses.png, samples.png, averaged.safetensors",
+        highlight=False,
+    )
     return history

@@ -1,0 +1,153 @@
+"""Files that are written whole or not at all, and safetensors files tensor by tensor."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import secrets
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+try:
+    from safetensors import SafetensorError, safe_open
+except ModuleNotFoundError as error:
+    message = "emajit.checkpoint needs safetensors; pip install 'emajit[checkpoint]' brings it"
+    raise ModuleNotFoundError(message, name=error.name) from None
+
+_CODES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+}
+_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+
+
+def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+    """Write a file whole or not at all: `fill` a neighbour of it, and rename that when it is safe.
+
+    The neighbour has a name of its own, so that two writers do not mix. A link stays a link.
+    """
+    path = Path(os.path.realpath(path))
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with part.open("xb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Make the renaming in `folder` last, where the system can."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Callable[[Mapping[str, str]], Mapping[str, str]],
+    seed: int,
+) -> None:
+    """Write a safetensors file, one tensor at a time in host memory.
+
+    `metadata` is made of the `checksum` of each tensor. safetensors' own writer leaves the file
+    unreadable to others, does not wait for the disk, and wants all tensors at once.
+
+    Raises ValueError, before anything is written, for a dtype that the format does not have.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _CODES or tensor.layout is not torch.strided:
+            found = tensor.dtype if tensor.layout is torch.strided else tensor.layout
+            raise ValueError(f"{name}: expected a dtype that safetensors has, found {found}")
+    # Wide numbers first: so each lies at a multiple of its size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+
+    def fill(file: BinaryIO) -> None:
+        checksums = dict.fromkeys(tensors, "00000000")
+        file.write(_header(tensors, names, metadata(checksums)))
+        for name in names:
+            host = tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous()
+            checksums[name] = checksum(host, seed)
+            file.write(_bytes(host))
+        file.seek(0)
+        file.write(_header(tensors, names, metadata(checksums)))
+
+    write(path, fill)
+
+
+def _header(tensors: Mapping[str, Tensor], names: list[str], metadata: Mapping[str, str]) -> bytes:
+    """The length in 8 bytes, then JSON, padded with spaces to a multiple of 8."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.nbytes
+        entries[name] = {
+            "dtype": _CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def checksum(host: Tensor, seed: int) -> str:
+    """The CRC-32 of a contiguous tensor in host memory, in 8 hexadecimal digits."""
+    return f"{zlib.crc32(_bytes(host), seed):08x}"
+
+
+def _bytes(host: Tensor) -> Any:
+    """The memory of a contiguous tensor, which has to be kept alive, as a buffer."""
+    return (ctypes.c_ubyte * host.nbytes).from_address(host.data_ptr()) if host.nbytes else b""
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """The safetensors file at `path`, as `safetensors.safe_open` gives it.
+
+    Raises ValueError, with the path, for what is no whole safetensors file.
+    """
+    path.open("rb").close()  # the OSError of Python names the path
+    try:
+        file = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: expected a whole safetensors file, found {error}") from None
+    with file:
+        yield file
+
+
+def form(file: Any, name: str) -> tuple[tuple[int, ...], torch.dtype | str]:
+    """Shape and dtype of a tensor in the file; the format's own name of a dtype torch lacks."""
+    part = file.get_slice(name)
+    code = part.get_dtype()
+    return tuple(part.get_shape()), _DTYPES.get(code, code)
