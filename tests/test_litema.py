@@ -606,13 +606,56 @@ class TestCheckpoints:
         assert ema.decay.item() == pytest.approx(0.9999)
         assert ema.num_updates.item() == 0
 
-    def test_strict_loading_names_keys(self) -> None:
-        ema = LitEma(small())
-        state = ema.state_dict()
-        del state["0weight"]
-        ema(small())
-        with pytest.raises(RuntimeError, match=r'Missing key.*"0weight"'):
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda s: s.pop("0weight"), 'found missing key "0weight"'),
+            (lambda s: s.update(extra=torch.ones(1)), 'found unexpected key "extra"'),
+            (lambda s: s.update(renamed=s.pop("2bias")), 'missing key "2bias", unexpected key "r'),
+            (
+                lambda s: s.update({"2bias": torch.ones(2)}),
+                r"2bias: expected shape \(1,\), found \(2",
+            ),
+            (lambda s: s.update({"2bias": [1.0]}), "2bias: expected a tensor, found list"),
+            (
+                lambda s: s.update({"2bias": torch.ones(1) * 1j}),
+                r"2bias: expected a number that torch\.float32 can hold, found torch\.complex64",
+            ),
+            (
+                lambda s: s.update({"2bias": torch.ones(1, device="meta")}),
+                "2bias: expected numbers",
+            ),
+            (lambda s: s.update(decay=torch.tensor(1.5)), r"decay: expected a number in \[0, 1\]"),
+            (lambda s: s.update(decay=torch.tensor(math.nan)), "found nan"),
+            (lambda s: s.update(decay=None), "decay: expected a tensor, found NoneType"),
+            (lambda s: s.update(num_updates=torch.tensor(-2)), r"in \[-1, 2147483647\], found -2"),
+            (lambda s: s.update(num_updates=torch.tensor(2**40)), "found 1099511627776"),
+            (lambda s: s.update(num_updates=torch.tensor(3.5)), "found 3.5"),
+        ],
+    )
+    def test_loads_all_or_nothing(self, change: Any, message: str) -> None:
+        model = small()
+        ema, donor = LitEma(model), LitEma(small(), decay=0.5)
+        ema(model)
+        state = donor.state_dict()
+        change(state)
+        before = {key: b.clone() for key, b in ema.state_dict().items()}
+        with pytest.raises(RuntimeError, match=message):
             ema.load_state_dict(state)
+        assert ema.state_dict().keys() == before.keys()
+        assert all(torch.equal(before[key], b) for key, b in ema.state_dict().items())
+
+    def test_a_value_that_does_not_fit_leaves_all_averages_of_a_host_alone(self) -> None:
+        host, state = Host(), Host().state_dict()
+        host.model_ema(host.model)
+        before = [b.clone() for b in host.model_ema.buffers()]
+        (last,) = [key for key in state if key.startswith("model_ema.")][-1:]
+        state[last] = torch.zeros(99)
+        for strict in (True, False):
+            with pytest.raises(RuntimeError, match=f"{last}: expected shape"):
+                host.load_state_dict(state, strict=strict)
+            for a, b in zip(before, host.model_ema.buffers(), strict=True):
+                assert torch.equal(a, b)
 
     def test_after_to_empty_and_meta(self) -> None:
         with torch.device("meta"):

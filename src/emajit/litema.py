@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 import struct
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from emajit import _names, functional, schedules, scope
+from emajit import _names, _tree, functional, schedules, scope
 
 _log = logging.getLogger(__name__)
+_RANGES = {"decay": (0, 1), "num_updates": (-1, 2**31 - 1)}
 
 
 def _float32(number: float) -> float:
@@ -264,12 +265,40 @@ class LitEma(nn.Module):
         for key in self._orphans:
             del destination[prefix + key]
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load all of it, or raise and load nothing.
+
+        With `strict=False` averages may be missing; they start from the model at the next use.
+        Loaded as part of another module, a value that does not fit still leaves all averages as
+        they are, but of missing ones torch tells only when the others are loaded.
+
+        Raises RuntimeError for missing and unexpected keys (if `strict`), for a value that is no
+        tensor or of another shape or kind of number, for a decay outside [0, 1], and for a
+        negative number of updates other than -1.
+        """
+        if strict:
+            known = self.state_dict().keys() | self._orphans
+            found = _names.unwrap_flat_keys(state_dict, known).keys()
+            told = [f'missing key "{key}"' for key in sorted(known - found)]
+            told += [f'unexpected key "{key}"' for key in sorted(found - known)]
+            if told:
+                raise RuntimeError(
+                    f"LitEma: expected the keys of its state, found {_tree.some(told)}"
+                )
+        return super().load_state_dict(state_dict, strict, assign)
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         state = _names.unwrap_flat_keys(state_dict, [prefix + key for key in self._buffers])
         controls = {prefix + key: self._buffers[key] for key in ("decay", "num_updates")}
-        broken = [key for key in controls if key in state and state[key].dtype.itemsize < 4]
+        broken = [
+            key
+            for key in controls
+            if isinstance(state.get(key), Tensor) and state[key].dtype.itemsize < 4
+        ]
         if broken:
             warnings.warn(
                 f"{' and '.join(broken)} were saved in {state[broken[0]].dtype}, which cannot hold "
@@ -277,6 +306,15 @@ class LitEma(nn.Module):
                 stacklevel=2,
             )
             state |= {key: controls[key] for key in broken}
+        misfits = [
+            f"{prefix}{key}: {misfit}"
+            for key, buffer in self._buffers.items()
+            if prefix + key in state and (misfit := _misfit(key, state[prefix + key], buffer))
+        ]
+        if misfits:
+            error_msgs: list[str] = args[-1]
+            error_msgs += misfits
+            return
         super()._load_from_state_dict(state, prefix, *args, **kwargs)
         self._untouched = {key for key in self._untouched if prefix + key not in state}
         self._orphans = set(self._untouched)
@@ -287,6 +325,23 @@ class LitEma(nn.Module):
                 "from the model's weights",
                 stacklevel=2,
             )
+
+
+def _misfit(key: str, value: object, buffer: Any) -> str:
+    """What is wrong with a value that is to be loaded into a buffer; nothing if it fits."""
+    if not isinstance(value, Tensor):
+        return f"expected a tensor, found {type(value).__qualname__}"
+    if value.shape != buffer.shape:
+        return f"expected shape {tuple(buffer.shape)}, found {tuple(value.shape)}"
+    if value.is_meta:
+        return "" if buffer.is_meta else "expected numbers, found a tensor on the meta device"
+    if key in _RANGES:  # of any dtype: converters cast them along with the rest
+        (low, high), number = _RANGES[key], value.item()
+        if not low <= number <= high or (key == "num_updates" and number % 1):
+            return f"expected a number in [{low}, {high}], found {number}"
+    elif not torch.can_cast(value.dtype, buffer.dtype):
+        return f"expected a number that {buffer.dtype} can hold, found {value.dtype}"
+    return ""
 
 
 def _check_shapes(averages: dict[str, Tensor], params: dict[str, Tensor]) -> None:
