@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -78,6 +81,37 @@ def test_one_scope_at_a_time() -> None:
     spy.assert_untouched()
     with emajit.ema_scope(model, shadow_of(model)):
         pass
+
+
+def test_two_threads_cannot_be_inside_at_once() -> None:
+    """One of them enters, the other raises; neither sees the other's weights."""
+    model = small()
+    shadows, outcomes, wrong = [shadow_of(model) for _ in range(4)], Counter[str](), []
+    spy, start = Spy(model), threading.Barrier(4)
+
+    def work(shadow: dict[str, Tensor]) -> None:
+        for _ in range(100):
+            start.wait()
+            try:
+                with emajit.ema_scope(model, shadow):
+                    for name, p in model.named_parameters():
+                        time.sleep(0)
+                        if p.data_ptr() != shadow[name].data_ptr():
+                            wrong.append(name)
+                    outcomes["entered"] += 1
+            except RuntimeError:
+                outcomes["refused"] += 1
+
+    threads = [threading.Thread(target=work, args=(shadow,)) for shadow in shadows]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert outcomes.total() == 400
+    assert outcomes["entered"] >= 100
+    assert outcomes["refused"] >= 100
+    spy.assert_untouched()
 
 
 def test_another_dtype_is_cast() -> None:

@@ -153,8 +153,7 @@ class LitEma(nn.Module):
         """Copy the averages into the parameters of `model`; all of them, or an error and none."""
         averages, params = self._pairs(model)
         _check_shapes(averages, params)
-        for name, average in averages.items():
-            params[name].data.copy_(average)
+        _copy([params[name] for name in averages], [*averages.values()])
 
     def store(self, parameters: Iterable[Tensor]) -> None:
         """Keep a copy of `parameters` for `restore`.
@@ -187,8 +186,7 @@ class LitEma(nn.Module):
         for i, (a, b) in enumerate(zip(expected, found, strict=True)):
             if a != b:
                 raise ValueError(f"restore: expected shape {a} for parameter {i}, found {b}")
-        for stored, p in zip(self.collected_params, parameters, strict=True):
-            p.data.copy_(stored)
+        _copy(parameters, self.collected_params)
         self.collected_params = []
 
     @contextmanager
@@ -335,13 +333,19 @@ def _misfit(key: str, value: object, buffer: Any) -> str:
         return f"expected shape {tuple(buffer.shape)}, found {tuple(value.shape)}"
     if value.is_meta:
         return "" if buffer.is_meta else "expected numbers, found a tensor on the meta device"
-    if key in _RANGES:  # of any dtype: converters cast them along with the rest
+    if key in _RANGES and not value.is_complex():  # converters cast them along with the rest
         (low, high), number = _RANGES[key], value.item()
         if not low <= number <= high or (key == "num_updates" and number % 1):
             return f"expected a number in [{low}, {high}], found {number}"
     elif not torch.can_cast(value.dtype, buffer.dtype):
         return f"expected a number that {buffer.dtype} can hold, found {value.dtype}"
     return ""
+
+
+def _copy(params: list[Tensor], values: list[Tensor]) -> None:
+    """In one call, so that no interrupt comes between two tensors."""
+    alike = [v.to(p.device, p.dtype) for p, v in zip(params, values, strict=True)]
+    torch._foreach_copy_([p.data for p in params], alike)
 
 
 def _check_shapes(averages: dict[str, Tensor], params: dict[str, Tensor]) -> None:

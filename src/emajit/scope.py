@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from emajit import _names
 
-# The parameters and buffers that are inside a scope now, each held alive by that scope.
-_inside: set[int] = set()
+# The scopes that are entered now, in that order, and the parameters and buffers in each, which the
+# scope keeps alive. A dict has no state between two operations, whatever thread or signal comes.
+_inside: dict[object, set[int]] = {}
 
 
-def check_outside(tensors: Iterable[Tensor]) -> None:
-    """Raise RuntimeError if one of `tensors` holds averaged weights in an `ema_scope` now."""
-    if _inside and not _inside.isdisjoint(map(id, tensors)):
-        raise RuntimeError("expected a model outside of ema_scope, found it inside of one")
+def check_outside(tensors: Iterable[Tensor], *, before: object = None) -> None:
+    """Raise RuntimeError if one of `tensors` holds averaged weights in an `ema_scope` now.
+
+    In one that was entered `before` another, if that is given.
+    """
+    if not _inside:
+        return
+    ours = set(map(id, tensors))
+    for scope, theirs in list(_inside.items()):
+        if scope is before:
+            return
+        if not ours.isdisjoint(theirs):
+            raise RuntimeError("expected a model outside of ema_scope, found it inside of one")
 
 
 @contextmanager
@@ -42,7 +52,7 @@ def ema_scope(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> Iterator
         ValueError: a name is missing in `shadow` or unknown to `model`, a shape or device differs,
             or tied parameters have different averages. The model is then untouched.
         TypeError: `model` is not a module, or `shadow` is not a mapping.
-        RuntimeError: the model is inside such a scope already.
+        RuntimeError: the model is inside such a scope already, in this thread or another.
 
     >>> model, shadow = nn.Linear(1, 1, bias=False), {"weight": torch.tensor([[2.0]])}
     >>> with torch.no_grad(), ema_scope(model, shadow):
@@ -51,44 +61,34 @@ def ema_scope(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> Iterator
     """
     averages = _averages(model, shadow)
     tensors = [tensor for tensor, _ in averages]
-    check_outside(tensors)
-    raw = [tensor.data for tensor in tensors]
     swapped = set(map(id, tensors))
-    buffers = [
-        (module, name, buffer)
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if id(buffer) in swapped
-    ]
-    _inside.update(swapped)
-    try:
-        with _another_version(tensors):
-            for tensor, average in averages:
-                tensor.data = average
-            yield
-    finally:
-        for tensor, data in zip(tensors, raw, strict=True):
-            tensor.data = data
-        for module, name, buffer in buffers:  # a forward may have put another object there
-            module._buffers[name] = buffer
-        _inside.difference_update(swapped)
+    # Only callbacks undo: each of them runs, whatever one before it raises.
+    with ExitStack() as undo:
+        undo.callback(_inside.pop, undo, None)
+        _inside[undo] = swapped
+        check_outside(tensors, before=undo)
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if id(buffer) in swapped:  # a forward may put another object there
+                    undo.callback(module._buffers.__setitem__, name, buffer)
+        _move_to_another_version(tensors, undo)
+        for tensor, average in averages:
+            undo.callback(setattr, tensor, "data", tensor.data)
+            tensor.data = average
+        yield
 
 
-@contextmanager
-def _another_version(tensors: Iterable[Tensor]) -> Iterator[None]:
+def _move_to_another_version(tensors: Iterable[Tensor], undo: ExitStack) -> None:
     """Give tensors a version inside that they never have outside, and theirs again afterwards.
 
     Autograd compares versions, not memory: a graph from inside would otherwise be differentiated
     with the weights from outside, without an error.
     """
+    set_versions = torch._C._autograd._unsafe_set_version_counter
     tracked = tuple(tensor for tensor in tensors if not tensor.is_inference())
     versions = tuple(tensor._version for tensor in tracked)
-    apart = tuple(version + 2**30 for version in versions)
-    torch._C._autograd._unsafe_set_version_counter(tracked, apart)
-    try:
-        yield
-    finally:
-        torch._C._autograd._unsafe_set_version_counter(tracked, versions)
+    undo.callback(set_versions, tracked, versions)
+    set_versions(tracked, tuple(version + 2**30 for version in versions))
 
 
 def _averages(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> list[tuple[Tensor, Tensor]]:
