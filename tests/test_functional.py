@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 import weakref
 from collections import OrderedDict
 from typing import Any, ClassVar, NamedTuple
@@ -17,7 +18,7 @@ from torch.testing import assert_close
 from torch.utils import _pytree as pytree
 
 import emajit
-from emajit import _memory, schedules
+from emajit import _memory, functional, schedules
 from tests import reference, strategies
 
 BACKENDS = ("eager", "aot_eager")
@@ -197,6 +198,50 @@ class TestUpdate:
         params = {"a": torch.ones(2), "n": torch.tensor([1, 2])}
         new = emajit.update(params, params, 0, decay=0.5)
         assert not {t.data_ptr() for t in tensors(new)} & {t.data_ptr() for t in tensors(params)}
+
+
+class TestLowPrecision:
+    def test_a_float32_shadow_of_bfloat16_parameters_follows_the_truth(self, backend: str) -> None:
+        """Over 10,000 steps of a random walk, within 1e-4 of the distance that it went."""
+        generator = torch.Generator().manual_seed(5)
+        walk = torch.randn(64, generator=generator).double()
+        shadow = {"w": walk.bfloat16().float()}
+        truth = start = shadow["w"].double()
+        for step in range(10_000):
+            walk += 0.01 * torch.randn(64, generator=generator)
+            params = {"w": walk.bfloat16()}
+            emajit.update_(shadow, params, step, decay=0.9999, backend=backend)
+            truth = truth + (1 - 0.9999) * (params["w"].double() - truth)
+        moved = (truth - start).abs().mean()
+        assert moved > 0.1
+        assert (shadow["w"] - truth).abs().max() < 1e-4 * moved
+
+    @pytest.mark.parametrize(("dtype", "enough"), [(torch.bfloat16, 0.99), (torch.float16, 0.999)])
+    def test_an_average_that_stalls_warns_once(self, dtype: torch.dtype, enough: float) -> None:
+        functional._warn_of_stall.cache_clear()
+        model = nn.Linear(2, 2).to(dtype)
+        params = dict(model.named_parameters())
+        shadow = emajit.init(params)
+
+        def step(shadow: Any = shadow, decay: Any = 0.9999, **options: Any) -> None:
+            emajit.update_(shadow, params, 0, decay=decay, **options)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            step(emajit.init(params, dtype=torch.float32))
+            step(decay=enough)
+            step(decay=1.0)  # nothing is to move
+            step(decay=schedules.warmup(0.9999))
+            step(rounding="stochastic")
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            step([emajit.init(params, dtype=torch.float64), shadow], decay=[0.5, 0.9999])
+            for _ in range(3):
+                step()
+            emajit.LitEma(model, use_num_upates=False)(model)
+        (warning,) = told
+        assert f"an average in {dtype} stalls: where 1 - decay is below" in str(warning.message)
+        assert warning.filename == __file__
 
 
 class TestSeveralAverages:

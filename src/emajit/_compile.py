@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from emajit import _kernels
+from emajit import _kernels, _tree
 from emajit._kernels import Keys, Weight
 from emajit._rounding import Noise
 from emajit._tree import Dtypes
@@ -155,7 +155,7 @@ def _ways(work: Work, backend: str) -> dict[Hashable, Sequence[int]]:
     shadows, params, weights, skip, _, dtypes = work
     foreach = backend in ("auto", "eager")
     if dtypes is None:
-        dtypes = frozenset((s.dtype, p.dtype) for s, p in zip(shadows, params, strict=True))
+        dtypes = _tree.dtypes(shadows, params)
     if foreach and _kernels.lerps(dtypes, weights, skip):
         return {"foreach": range(len(shadows))}
     ways: dict[Hashable, list[int]] = {}

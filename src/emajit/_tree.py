@@ -180,7 +180,6 @@ def _addresses(leaves: list[Any]) -> tuple[int, ...] | None:
 
 
 def _remember(addresses: tuple[int, ...], leaves: list[Tensor], pairs: Pairs) -> None:
-    dtypes = frozenset((s.dtype, p.dtype) for s, p in zip(pairs.shadows, pairs.params, strict=True))
     first: list[int] = []
     for i, slot in enumerate(pairs.slots):
         if slot == len(first):
@@ -195,7 +194,11 @@ def _remember(addresses: tuple[int, ...], leaves: list[Tensor], pairs: Pairs) ->
     )
     if len(_checked) >= 64:
         _checked.clear()
-    _checked[addresses] = _Seen(guards, singles, twins, pairs.slots, first, dtypes)
+    _checked[addresses] = _Seen(guards, singles, twins, pairs.slots, first, dtypes(*pairs[1:3]))
+
+
+def dtypes(shadows: list[Tensor], params: list[Tensor]) -> Dtypes:
+    return frozenset([(s.dtype, p.dtype) for s, p in zip(shadows, params, strict=True)])
 
 
 def _align_leaf_by_leaf(shadow: PyTree, params: PyTree) -> Pairs:

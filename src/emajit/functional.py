@@ -6,7 +6,9 @@ parameters.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -74,11 +76,11 @@ def update(
             then a list of as many shadows, which are updated in one pass over the parameters.
         rounding: how bfloat16 and float16 shadows round. To "nearest" they stall: where a step of
             the average is below half the distance to the next number, which for bfloat16 and a
-            decay of 0.9999 is nearly always, it is lost. "stochastic" goes to either neighbour at
-            random, so that the mean is right. The noise is a hash of the step, the path of the leaf
-            in `shadow` and the index of the element: the same call gives the same bits. Number the
-            steps, and do not use one twice. Within
-            `torch.func.vmap` (torch 2.13) the examples share their noise.
+            decay of 0.9999 is nearly always, it is lost; one warning says so. "stochastic" goes to
+            either neighbour at random, so that the mean is right. The noise is a hash of the step,
+            the path of the leaf in `shadow` and the index of the element: the same call gives the
+            same bits. Number the steps, and do not use one twice. Within `torch.func.vmap` (torch
+            2.13) the examples share their noise.
         nonfinite: "propagate" does the arithmetic as written. With "skip" an element whose
             parameter is NaN or infinite keeps its old average.
         backend: "eager" uses a `torch._foreach` operator for the leaves that need no temporary, and
@@ -160,8 +162,37 @@ def prepare(
     noise = None
     if rounding == "stochastic":
         noise = Noise(_tree.interleave(_paths(pairs), several), step)
+    dtypes = pairs.dtypes
+    if not _compile.is_traced():
+        dtypes = dtypes or _tree.dtypes(shadows, partners)
+        if noise is None and not dtypes <= _NEVER_STALL:
+            _warn_of_stalls({s for s, _ in dtypes}, weights)
     skip = nonfinite == "skip"
-    return pairs, _compile.Work(shadows, partners, repeated, skip, noise, pairs.dtypes)
+    return pairs, _compile.Work(shadows, partners, repeated, skip, noise, dtypes)
+
+
+_NEVER_STALL = {
+    (shadow, param)
+    for shadow in (torch.float32, torch.float64)
+    for param in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+}
+
+
+def _warn_of_stalls(dtypes: set[torch.dtype], weights: list[Weight]) -> None:
+    smallest = min((w for w in weights if isinstance(w, float) and w > 0), default=1.0)
+    for dtype in dtypes:
+        if dtype.is_floating_point and smallest < torch.finfo(dtype).eps / 2 and dtype.itemsize < 4:
+            _warn_of_stall(dtype)
+
+
+@lru_cache
+def _warn_of_stall(dtype: torch.dtype) -> None:
+    message = (
+        f"an average in {dtype} stalls: where 1 - decay is below {torch.finfo(dtype).eps / 2:.2g}, "
+        "rounding to nearest loses nearly every step; an average in float32 does not, nor does "
+        "rounding='stochastic'"
+    )
+    warnings.warn(message, UserWarning, stacklevel=5)
 
 
 def _pairs(shadow: Any, params: Any, decay: Any, *, writable: bool) -> _tree.Pairs:

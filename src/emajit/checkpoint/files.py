@@ -137,13 +137,22 @@ def opened(path: Path) -> Iterator[Any]:
 
     Raises ValueError, with the path, for what is no whole safetensors file.
     """
-    path.open("rb").close()  # the OSError of Python names the path
     try:
-        file = safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+        file = _opened(path)
+    except SafetensorError as error:
         raise ValueError(f"{path}: expected a whole safetensors file, found {error}") from None
     with file:
         yield file
+
+
+def _opened(path: Path) -> Any:
+    # safetensors opens the path twice, for the header and for the numbers; meanwhile the file may
+    # be replaced.
+    while True:
+        with path.open("rb") as held:  # Python's OSError names the path
+            file = safe_open(path, framework="pt")
+            if os.path.samestat(os.fstat(held.fileno()), path.stat()):
+                return file
 
 
 def form(file: Any, name: str) -> tuple[tuple[int, ...], torch.dtype | str]:
