@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -27,6 +28,45 @@ def update(shadow: Any, params: Any, beta: float, *, skip: bool = False) -> Any:
     return pytree.tree_map(
         lambda s, p: None if s is None else average(s, p, beta, skip=skip), shadow, params
     )
+
+
+def assert_within(ulps: float, found: Any, shadow: Any, params: Any, beta: float) -> float:
+    """Each leaf of `found` is the average of the two, within some units in the last place.
+
+    `s + w (p - s)`, `w = 1 - beta` in float64, is taken in 80-bit numbers. The unit is that of the
+    arithmetic (float32, or float64 if a leaf is) at the greater of |s| and |p|; where the shadow is
+    narrower than that, one rounding to it comes on top. Returns the largest error in these units.
+    """
+    worst = 0.0
+    for f, s, p in zip(*map(pytree.tree_leaves, (found, shadow, params)), strict=True):
+        if s is None:
+            assert f is None
+            continue
+        assert (f.dtype, f.shape, f.device) == (s.dtype, s.shape, s.device)
+        if not (p.is_floating_point() or p.is_complex()):
+            assert torch.equal(f, p.to(s.dtype))
+            continue
+        for part in ("real", "imag") if s.is_complex() else ("real",):
+            new, old, param = (_wide(getattr(x, part)) for x in (f, s, p))
+            exact = old + np.longdouble(1.0 - beta) * (param - old)
+            wide = torch.promote_types(torch.promote_types(s.dtype, p.dtype), torch.float32)
+            unit = _unit(wide, np.maximum(abs(old), abs(param)))
+            error = abs(new - exact)
+            if torch.finfo(s.dtype).bits < torch.finfo(wide).bits:
+                error = error - _unit(s.dtype, abs(exact)) / 2
+            worst = max([worst, *(error / unit).ravel().tolist()])
+    assert worst <= ulps
+    return worst
+
+
+def _wide(tensor: Tensor) -> Any:
+    return tensor.detach().double().numpy().astype(np.longdouble)
+
+
+def _unit(dtype: torch.dtype, size: Any) -> Any:
+    """The distance of two numbers of a dtype at most; at least that of the smallest ones."""
+    limits = torch.finfo(dtype)
+    return np.maximum(size, np.longdouble(limits.tiny)) * np.longdouble(limits.eps)
 
 
 class LitEma(nn.Module):

@@ -81,8 +81,9 @@ def update(
             the path of the leaf in `shadow` and the index of the element: the same call gives the
             same bits. Number the steps, and do not use one twice. Within `torch.func.vmap` (torch
             2.13) the examples share their noise.
-        nonfinite: "propagate" does the arithmetic as written. With "skip" an element whose
-            parameter is NaN or infinite keeps its old average.
+        nonfinite: "propagate" does the arithmetic as written: what is NaN or infinite, such as a
+            mask among the buffers of a `state_dict()`, stays NaN or infinite or becomes NaN. With
+            "skip" an element whose parameter is NaN or infinite keeps its old average.
         backend: "eager" uses a `torch._foreach` operator for the leaves that need no temporary, and
             takes the others one by one; "inductor" (or the name of another `torch.compile` backend)
             is one compiled kernel; "auto" takes for each leaf the faster. Inside your own
