@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.counting import Counting
+
 EXTRAS = ("hypothesis", "matplotlib", "rich", "safetensors", "sklearn", "typer")
 
 if find_spec("hypothesis"):
@@ -48,3 +50,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def counting() -> tuple[str, Counting]:
+    """The name of a backend that counts, for `backend=`, and the counter."""
+    counter = Counting()
+    name = f"counting_{id(counter)}"
+    torch._dynamo.register_backend(counter, name)
+    return name, counter

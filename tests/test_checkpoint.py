@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -52,6 +52,7 @@ class TestRoundTrip:
     def test_any_tree(self, tmp_path_factory: Any, trees: tuple[Any, Any], step: int) -> None:
         path = tmp_path_factory.getbasetemp() / "any.safetensors"
         shadow, _ = trees
+        assume(all(t is None or t.dtype in files._CODES for t in pytree.tree_leaves(shadow)))
         like = emajit.init(shadow)
         for leaf in pytree.tree_leaves(like):
             if leaf is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from emajit import cli, demo
@@ -62,6 +66,38 @@ def test_an_unusable_value_is_one_line_and_exit_code_2(
     assert line in err
     assert err.count("\n") == 1
     assert file.read_bytes() == b""
+
+
+WORDS = st.one_of(
+    st.sampled_from(["demo", "--help", "--steps", "--decay", "--seed", "--device", "--out", "--"]),
+    st.sampled_from(
+        ["0", "1", "-1", "0.5", "1e400", "nan", "inf", "9" * 30, "cpu", "cpu:7", "meta"]
+    ),
+    st.sampled_from(["", "out", "out/deeper", "file", "file/out", "x" * 300, "--steps=2", "-s"]),
+    st.text(max_size=6),
+)
+
+
+@given(words=st.lists(WORDS, max_size=7))
+@example(words=["demo", "--out", "a\0b"])
+@example(words=["demo", "--device", "meta"])
+def test_any_command_line(tmp_path_factory: pytest.TempPathFactory, words: list[str]) -> None:
+    """It runs, or ends with exit code 2 and one line; nothing is made but the folder it is told."""
+    folder = tmp_path_factory.mktemp("any")
+    (folder / "file").write_text("kept")
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(demo, "run", lambda *_: None)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = emajit(patch, *words)
+    assert code in (0, 2)
+    if code == 2:
+        assert err.getvalue().startswith("emajit: ")
+        assert err.getvalue().count("\n") == 1
+    made = {path.name for path in folder.iterdir()} - {"file"}
+    assert made <= {"emajit-demo", *(word.rpartition("=")[2].partition("/")[0] for word in words)}
+    assert (folder / "file").read_text() == "kept"
 
 
 @pytest.mark.parametrize("when", ["train", "draw_samples", "checksum"])

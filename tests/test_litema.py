@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -614,7 +616,7 @@ class TestCheckpoints:
             (lambda s: s.update(renamed=s.pop("2bias")), 'missing key "2bias", unexpected key "r'),
             (
                 lambda s: s.update({"2bias": torch.ones(2)}),
-                r"2bias: expected shape \(1,\), found \(2",
+                r"2bias: expected shape \(1,\) in torch.strided, found \(2,\)",
             ),
             (lambda s: s.update({"2bias": [1.0]}), "2bias: expected a tensor, found list"),
             (
@@ -644,6 +646,40 @@ class TestCheckpoints:
             ema.load_state_dict(state)
         assert ema.state_dict().keys() == before.keys()
         assert all(torch.equal(before[key], b) for key, b in ema.state_dict().items())
+
+    @given(
+        state=st.dictionaries(
+            st.sampled_from(
+                ["decay", "num_updates", "0weight", "0bias", "2bias", "_orig_mod0bias"]
+            ),
+            st.one_of(
+                st.none(),
+                st.text(max_size=3),
+                st.builds(
+                    torch.full,
+                    st.sampled_from([(), (1,), (2,), (3,), (3, 2), (1, 3), (0,)]),
+                    st.sampled_from([0, 1, 0.5, -1, -3, math.nan, math.inf, 1j]),
+                ),
+                st.sampled_from([torch.tensor(7), torch.ones(3).half(), torch.ones(3).to_sparse()]),
+            ),
+        ),
+        strict=st.booleans(),
+    )
+    @pytest.mark.filterwarnings("ignore:.* averages are not in", "ignore:.* were saved in")
+    def test_any_state(self, state: dict[str, Any], strict: bool) -> None:
+        """It is loaded, or a RuntimeError is raised and nothing has changed."""
+        model = small()
+        ema = LitEma(model)
+        before = {key: b.clone() for key, b in ema.state_dict().items()}
+        try:
+            ema.load_state_dict(state, strict=strict)
+        except RuntimeError:
+            assert ema.state_dict().keys() == before.keys()
+            assert all(torch.equal(before[key], b) for key, b in ema.state_dict().items())
+        else:
+            assert not strict
+            ema(model)
+            assert 0 <= ema.decay <= 1
 
     def test_a_value_that_does_not_fit_leaves_all_averages_of_a_host_alone(self) -> None:
         host, state = Host(), Host().state_dict()

@@ -87,14 +87,48 @@ class TestEachSchedule:
         assert all(0 <= float(schedule(step)) <= 1 >= formula(step) for step in range(200))
 
 
-def test_published_values() -> None:
+@pytest.mark.parametrize(
+    ("schedule", "values"),
+    [
+        # LitEma and TensorFlow: n = t + 1 begins at 2/11, and 0.9999 is reached at n = 89,990.
+        (schedules.warmup(0.9999), {0: 2 / 11, 89_988: 0.9999 - 1e-9, 89_989: 0.9999}),
+        # k-diffusion: a power of 2/3 "reaches decay factor 0.999 at 31.6K steps, 0.9999 at 1M
+        # steps", one of 3/4 "0.999 at 10K steps, 0.9999 at 215.4k steps".
+        (schedules.inverse_gamma(power=2 / 3, max_decay=1.0), {31_600: 0.999, 10**6: 0.9999}),
+        (schedules.inverse_gamma(power=3 / 4, max_decay=1.0), {10_000: 0.999, 215_400: 0.9999}),
+        # arXiv 2312.02696, section 3.1: (1 - 1/n)^(gamma + 1).
+        (schedules.power_function(gamma=6.94), {0: 0.0, 9: 0.9**7.94, 99: 0.99**7.94}),
+        # arXiv 2206.00364, CIFAR-10: 0.5M images at batch 512, after a ramp-up of 5%.
+        (schedules.half_life(500_000, 512), {10**6: 2 ** (-512 / 500_000), 100: 2 ** (-1 / 5)}),
+        # arXiv 2006.07733, section 3.2: from 0.996 to 1, so half way at 0.998.
+        (schedules.cosine(0.996, 1.0, 1000), {0: 0.996, 500: 0.998, 1000: 1.0}),
+        # arXiv 2202.03555, speech: from 0.999 to 0.9999 in 30,000 updates.
+        (schedules.linear(0.999, 0.9999, 30_000), {0: 0.999, 15_000: 0.99945, 30_000: 0.9999}),
+        # arXiv 1803.05407, algorithm 1: w <- (w n + w_new) / (n + 1).
+        (schedules.uniform(), {0: 0.0, 1: 1 / 2, 9: 9 / 10}),
+        # arXiv 1412.6980, section 3: the second value weighs 1/1.9 of the average at 0.9.
+        (schedules.debiased(0.9), {0: 0.0, 1: 1 - 1 / 1.9}),
+    ],
+)
+def test_published_values(schedule: Schedule, values: dict[int, float]) -> None:
+    for step, value in values.items():
+        assert schedule(step) == pytest.approx(value, rel=1e-5, abs=1e-8)
+
+
+def test_published_gammas() -> None:
     """arXiv 2312.02696: sigma_rel 0.05 is gamma 16.97, and 0.10 is 6.94; 0.15 is 3.56."""
     gammas = [schedules._sigma_rel_to_gamma(s) for s in (0.05, 0.10, 0.15, 12**-0.5)]
     assert [round(g, 2) for g in gammas] == [16.97, 6.94, 3.56, 0.0]
-    first = schedules.warmup(0.9999)(0)
-    assert first == pytest.approx(2 / 11)
+
+
+def test_warmup_ends_where_it_is_said_to() -> None:
     reached = [step for step in (89_988, 89_989) if schedules.warmup(0.9999)(step) == 0.9999]
     assert reached == [89_989]
+
+
+def test_half_of_an_average_is_younger_than_its_half_life() -> None:
+    schedule = schedules.half_life(6400, 64, None)
+    assert math.prod(float(schedule(step)) for step in range(100)) == pytest.approx(0.5)
 
 
 @given(st.floats(0.0, 200.0))

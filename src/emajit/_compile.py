@@ -110,18 +110,18 @@ def _run(
         elif way == "eager" or (backend == "auto" and not _pays(part.shadows)):
             result = eager(*part[:4], part.keys())
         else:
-            result = _run_compiled(kernel, part, backend)
+            result = _run_compiled(kernel, part, backend, eager)
         done.append((leaves, result))
     return done
 
 
-def _run_compiled(kernel: Kernel, work: Work, backend: str) -> Any:
+def _run_compiled(kernel: Kernel, work: Work, backend: str, eager: Kernel) -> Any:
     # Detached, a leaf is the same to dynamo's guards whether it is a frozen parameter or a tensor;
     # a parameter of several averages stays one tensor, which is read once.
     detached = {id(leaf): leaf.detach() for leaf in (*work.shadows, *work.params)}
     s, p = ([detached[id(leaf)] for leaf in leaves] for leaves in (work.shadows, work.params))
     key = kernel, layout(work), work.device, work.skip, work.noise is None
-    run = _compiled(kernel, key, "inductor" if backend == "auto" else backend)
+    run = _compiled(kernel, key, backend, eager)
     return run(s, p, scalars(work), work.skip, work.keys())
 
 
@@ -182,9 +182,29 @@ def _pays(shadows: list[Tensor]) -> bool:
 
 
 @lru_cache(maxsize=256)
-def _compiled(kernel: Kernel, _key: Hashable, backend: str) -> Kernel:
+def _compiled(kernel: Kernel, _key: Hashable, backend: str, eager: Kernel) -> Kernel:
     """`kernel`, compiled for the leaves and options that `_key` tells."""
-    return compiled(kernel, backend)
+    return _IfItCompiles(kernel, eager) if backend == "auto" else compiled(kernel, backend)
+
+
+class _IfItCompiles:
+    """A compiled kernel; an eager one from when that fails to compile, before it writes."""
+
+    def __init__(self, kernel: Kernel, eager: Kernel) -> None:
+        self.kernel, self.eager = kernel, eager
+        self.run: Kernel = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        try:
+            self.run = self.run or compiled(self.kernel, "inductor")
+            return self.run(*arguments)
+        except (torch._dynamo.exc.TorchDynamoException, OSError) as error:  # OSError: of its cache
+            if self.run is self.eager:
+                raise
+            message = f"emajit runs an update without a compiler: {error}"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            self.run = self.eager
+            return self.run(*arguments)
 
 
 def compiled(function: Any, backend: str, **options: bool) -> Any:
@@ -210,7 +230,8 @@ def can_compile(device: str) -> bool:
     """Whether Inductor works here for a device; the reason why not is told in one warning."""
     one = [torch.zeros(1, device=device)]
     try:
-        _run_compiled(_kernels.average, Work(one, one, [1.0], False, None), "inductor")
+        work = Work(one, one, [1.0], False, None)
+        _run_compiled(_kernels.average, work, "inductor", _kernels.average)
     except Exception as error:  # noqa: BLE001, what fails without a compiler differs by platform
         message = f"emajit runs without a compiler on {device}, since torch.compile failed: {error}"
         warnings.warn(message, RuntimeWarning, stacklevel=2)

@@ -329,8 +329,9 @@ def _misfit(key: str, value: object, buffer: Any) -> str:
     """What is wrong with a value that is to be loaded into a buffer; nothing if it fits."""
     if not isinstance(value, Tensor):
         return f"expected a tensor, found {type(value).__qualname__}"
-    if value.shape != buffer.shape:
-        return f"expected shape {tuple(buffer.shape)}, found {tuple(value.shape)}"
+    if value.shape != buffer.shape or value.layout is not torch.strided:
+        found = f"{tuple(value.shape)} in {value.layout}"
+        return f"expected shape {tuple(buffer.shape)} in torch.strided, found {found}"
     if value.is_meta:
         return "" if buffer.is_meta else "expected numbers, found a tensor on the meta device"
     if key in _RANGES and not value.is_complex():  # converters cast them along with the rest
