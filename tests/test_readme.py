@@ -37,3 +37,17 @@ def test_commands() -> None:
 def test_pictures_exist() -> None:
     for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
         assert (ROOT / path).is_file()
+
+
+def test_promises_are_held_by_tests_that_exist() -> None:
+    rows = re.findall(r"^\|.*\| (`test_.*) \|$", README, flags=re.MULTILINE)
+    assert len(rows) > 10
+    for row in rows:
+        source = ""
+        for name in re.findall(r"`([^`]+)`", row):
+            file, _, test = name.partition("::")
+            if file.endswith(".py"):
+                source = (ROOT / "tests" / file).read_text()
+            else:
+                test = file
+            assert not test or f"def {test}(" in source, name

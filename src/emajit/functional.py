@@ -120,7 +120,10 @@ def update_(
 ) -> Tree:
     """`update` written into the shadow's own memory; returns `shadow`.
 
-    The results are those of `update`. Everything is checked before the first leaf is written.
+    The results are those of `update`. Everything is checked before the first leaf is written. One
+    operator then writes all leaves of one kind: float32 and float64 with parameters of the same
+    dtype, or what is compiled. Between two kinds, and in eager mode between two leaves of any
+    other dtype, Ctrl-C or a lack of memory can leave some averaged and some not.
 
     Raises:
         ValueError: as `update`; also where a leaf of the shadow overlaps the memory of another

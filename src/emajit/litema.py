@@ -150,7 +150,10 @@ class LitEma(nn.Module):
         return torch.where(self.num_updates < 0, decay, warm)
 
     def copy_to(self, model: nn.Module) -> None:
-        """Copy the averages into the parameters of `model`; all of them, or an error and none."""
+        """Copy the averages into the parameters of `model`; all of them, or an error and none.
+
+        Ctrl-C does not come between two parameters. An error of the device within the copy may.
+        """
         averages, params = self._pairs(model)
         _check_shapes(averages, params)
         _copy([params[name] for name in averages], [*averages.values()])
