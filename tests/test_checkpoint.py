@@ -116,6 +116,22 @@ class TestRoundTrip:
         assert found["conj"].tolist() == [1 - 2j]
         assert found["neg"].tolist() == [-2.0]
 
+    def test_metadata_is_for_the_user(self, path: Path) -> None:
+        checkpoint.save(path, small(), 3, metadata={"run": "a \u00e9"})
+        with safe_open(path, "pt") as file:
+            assert file.metadata()["run"] == "a \u00e9"
+        whole = path.read_bytes()
+        path.write_bytes(whole.replace(b'"run\\": \\"a', b'"run\\": \\"b'))
+        with pytest.raises(ValueError, match="is corrupt"):
+            checkpoint.load(path, small())
+        for key, value, error in (
+            ("format", "a", ValueError),
+            ("emajit.x", "a", ValueError),
+            ("a", 1, TypeError),
+        ):
+            with pytest.raises(error, match="metadata: expected"):
+                checkpoint.save(path, small(), 3, metadata={key: value})  # type: ignore[dict-item]
+
     def test_what_is_loaded_is_not_the_file(self, path: Path) -> None:
         checkpoint.save(path, {"w": torch.ones(3)}, 0)
         found, _ = checkpoint.load(path, {"w": nn.Parameter(torch.zeros(3))})
@@ -228,7 +244,7 @@ class TestRefused:
             checkpoint.load(path, {"w": torch.zeros(1)})
 
     @given(
-        st.one_of(
+        record=st.one_of(
             st.none(),
             st.text(max_size=8),
             st.fixed_dictionaries(
@@ -239,20 +255,19 @@ class TestRefused:
                         st.dictionaries(st.sampled_from("vw"), st.sampled_from(["w", "x", 1])),
                         st.lists(st.integers(), max_size=2),
                     ),
-                    "crc32": st.one_of(
-                        st.dictionaries(
-                            st.sampled_from("vw"), st.one_of(st.integers(), st.just(""))
-                        ),
-                        st.just("w"),
-                    ),
+                    "metadata": st.one_of(st.just({}), st.lists(st.integers(), max_size=2)),
                     "more": st.integers(),
                 },
             ),
-        )
+        ),
+        crc32=st.one_of(
+            st.dictionaries(st.sampled_from("vw"), st.sampled_from([1, ""])), st.just("w")
+        ),
     )
-    def test_any_record(self, tmp_path_factory: Any, record: Any) -> None:
+    def test_any_record(self, tmp_path_factory: Any, record: Any, crc32: Any) -> None:
         path = tmp_path_factory.getbasetemp() / "record.safetensors"
-        save_file({"w": torch.zeros(1)}, path, metadata={"emajit": json.dumps(record)})
+        header = {"emajit": json.dumps(record), "emajit.crc32": json.dumps(crc32)}
+        save_file({"w": torch.zeros(1)}, path, metadata=header)
         with pytest.raises(ValueError, match=r"record\.safetensors: "):
             checkpoint.load(path, {"w": torch.zeros(1)})
 
@@ -311,6 +326,7 @@ class TestRefused:
             ({"__metadata__": torch.ones(1)}, 0, ValueError, "which safetensors reserves"),
             ({"w": torch.ones(1)}, -1, ValueError, "step: expected the number of updates so far"),
             ({"w": torch.ones(1)}, 1.5, TypeError, "float"),
+            ({"w": torch.ones(1, device="meta")}, 0, ValueError, "w: expected numbers, found a te"),
         ],
     )
     def test_what_cannot_be_saved(

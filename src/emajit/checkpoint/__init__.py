@@ -6,13 +6,11 @@ its own names.
 
 from __future__ import annotations
 
-import json
 import operator
 import os
-import zlib
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,14 +18,20 @@ from torch.utils import _pytree as pytree
 
 from emajit import _memory, _tree
 from emajit.checkpoint import files
+from emajit.checkpoint.saved import KEY, Record, Saved, opened
 
 __all__ = ["load", "save"]
 
 Tree = TypeVar("Tree")
-_KEY = "emajit"
 
 
-def save(path: str | os.PathLike[str], shadow: Any, step: int | Tensor) -> None:
+def save(
+    path: str | os.PathLike[str],
+    shadow: Any,
+    step: int | Tensor,
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write `shadow` and the number of updates it has taken.
 
     Whatever happens meanwhile, a kill or a full disk included, `path` is afterwards the old file or
@@ -39,16 +43,24 @@ def save(path: str | os.PathLike[str], shadow: Any, step: int | Tensor) -> None:
             file a leaf has its path in the tree as its name, joined by dots: `{"encoder": [w]}`
             holds `encoder.0`. Leaves that are tied are written once.
         step: how many updates the shadow has taken, which is the step of the next one.
+        metadata: strings for the header of the file; the keys "format" and "emajit…" are taken.
 
     Raises:
         ValueError: two leaves have the same name, safetensors lacks a dtype (complex32,
-            complex128), or the step is negative.
-        TypeError: a leaf is neither a tensor nor None, or the step is no integer.
+            complex128), the step is negative, or a key of `metadata` is taken.
+        TypeError: a leaf is neither a tensor nor None, the step is no integer, or `metadata` is no
+            dict of strings.
         OSError: the file cannot be written.
     """
     count = operator.index(step)
     if count < 0:
         raise ValueError(f"step: expected the number of updates so far, >= 0, found {count}")
+    own = dict(metadata or {})
+    for key, value in own.items():
+        if not (isinstance(key, str) and isinstance(value, str)):
+            raise TypeError(f"metadata: expected strings, found {key!r}: {value!r}")
+        if key == "format" or key.startswith(KEY):
+            raise ValueError(f"metadata: expected keys of your own, found {key!r}")
     kept: dict[Hashable, str] = {}
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
@@ -58,11 +70,8 @@ def save(path: str | os.PathLike[str], shadow: Any, step: int | Tensor) -> None:
             tensors[name] = leaf
         else:
             tied[name] = first
-
-    def metadata(crc32: Mapping[str, str]) -> dict[str, str]:
-        return _Record(count, tied, dict(crc32)).metadata()
-
-    files.write_tensors(Path(path), tensors, metadata, _seed(count))
+    record = Record(count, tied, own)
+    files.write_tensors(Path(path), tensors, record.header, record.seed())
 
 
 def load(path: str | os.PathLike[str], like: Tree) -> tuple[Tree, int]:
@@ -92,81 +101,43 @@ def load(path: str | os.PathLike[str], like: Tree) -> tuple[Tree, int]:
     """
     path = Path(path)
     wanted = _named("like", like)
-    with files.opened(path) as file:
-        record = _record(path, file)
-        _check_forms(path, file, record, wanted)
+    with opened(path) as saved:
+        _check_forms(saved, wanted)
+        tied = saved.record.tied
         loaded: dict[str, Tensor] = {}
         first: dict[Hashable, str] = {}
         for name, leaf in wanted.items():
             same = first.setdefault(_memory.identity(leaf), name)
             if same == name:
-                loaded[name] = _read(path, file, record, record.tied.get(name, name), leaf)
-            elif record.tied.get(same, same) == record.tied.get(name, name):
+                # Not the file's own memory, which changes with the file.
+                loaded[name] = torch.empty_like(leaf, requires_grad=False).copy_(saved.read(name))
+            elif tied.get(same, same) == tied.get(name, name):
                 loaded[name] = loaded[same]
             else:
                 raise ValueError(f"{path}: expected {name!r} tied to {same!r} as in like")
     leaves = iter(loaded.values())
-    return pytree.tree_map(lambda leaf: None if leaf is None else next(leaves), like), record.step
+    shadow = pytree.tree_map(lambda leaf: None if leaf is None else next(leaves), like)
+    return shadow, saved.record.step
 
 
-class _Record(NamedTuple):
-    """What is saved beside the tensors."""
-
-    step: int
-    tied: dict[str, str]
-    crc32: dict[str, str]
-
-    def metadata(self) -> dict[str, str]:
-        return {"format": "pt", _KEY: json.dumps(self._asdict())}
-
-
-def _seed(step: int) -> int:
-    """Where the checksums start, so that another step fits none of them."""
-    return zlib.crc32(str(step).encode())
-
-
-def _record(path: Path, file: Any) -> _Record:
-    text = (file.metadata() or {}).get(_KEY)
-    if text is None:
-        raise ValueError(f"{path}: expected a file of emajit.checkpoint.save, found another's")
-    try:
-        record = _Record(**json.loads(text))
-    except (TypeError, ValueError):
-        record = _Record(-1, {}, {})
-    step, tied, crc32 = record
-    if not (
-        (type(step), type(tied), type(crc32)) == (int, dict, dict)
-        and step >= 0
-        and set(file.keys()) == set(crc32) >= set(map(str, tied.values()))
-    ):
-        found = f"{text:.200}"
-        raise ValueError(f"{path}: expected a step and a checksum of each tensor, found {found}")
-    return record
-
-
-def _check_forms(path: Path, file: Any, record: _Record, wanted: dict[str, Tensor]) -> None:
-    held = record.crc32.keys() | record.tied.keys()
+def _check_forms(saved: Saved, wanted: dict[str, Tensor]) -> None:
+    held = saved.names()
     missing, unknown = sorted(wanted.keys() - held), sorted(held - wanted.keys())
     if missing or unknown:
         told = [f"without {_tree.some(missing)}"] * bool(missing)
         told += [f"with {_tree.some(unknown)} too"] * bool(unknown)
-        raise ValueError(f"{path}: expected the leaves of like, found it {' and '.join(told)}")
+        raise ValueError(
+            f"{saved.path}: expected the leaves of like, found it {' and '.join(told)}"
+        )
     for name, leaf in wanted.items():
-        expected = tuple(leaf.shape), leaf.dtype
-        found = files.form(file, record.tied.get(name, name))
-        if found != expected:
-            expected_form, found_form = ("shape {} in {}".format(*f) for f in (expected, found))
+        if leaf.is_meta:
+            raise ValueError(f"like: {name!r}: expected a device to load to, found meta")
+        forms = (tuple(leaf.shape), leaf.dtype), saved.form(name)
+        if forms[0] != forms[1]:
+            expected, found = ("shape {} in {}".format(*form) for form in forms)
             raise ValueError(
-                f"{path}: {name!r}: expected {expected_form} as in like, found {found_form}"
+                f"{saved.path}: {name!r}: expected {expected} as in like, found {found}"
             )
-
-
-def _read(path: Path, file: Any, record: _Record, name: str, leaf: Tensor) -> Tensor:
-    host = file.get_tensor(name)
-    if files.checksum(host, _seed(record.step)) != record.crc32[name]:
-        raise ValueError(f"{path}: {name!r} is corrupt: its checksum is another than was saved")
-    # Not the file's own memory, which changes with the file.
-    return torch.empty_like(leaf, requires_grad=False).copy_(host)
 
 
 def _named(which: str, tree: Any) -> dict[str, Tensor]:

@@ -85,6 +85,8 @@ def write_tensors(
     Raises ValueError, before anything is written, for a dtype that the format does not have.
     """
     for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(f"{name}: expected numbers, found a tensor on the meta device")
         if tensor.dtype not in _CODES or tensor.layout is not torch.strided:
             found = tensor.dtype if tensor.layout is torch.strided else tensor.layout
             raise ValueError(f"{name}: expected a dtype that safetensors has, found {found}")

@@ -1,0 +1,89 @@
+"""What a file of `checkpoint.save` holds beside the tensors, and how it is read."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from emajit.checkpoint import files
+
+KEY = "emajit"
+
+
+class Record(NamedTuple):
+    """The step, the names of tied leaves with that of the one that is written, the user's own."""
+
+    step: int
+    tied: dict[str, str]
+    metadata: dict[str, str]
+
+    def text(self) -> str:
+        return json.dumps(self._asdict())
+
+    def seed(self) -> int:
+        """Where the checksums of the tensors start, so that those of another record fit none."""
+        return zlib.crc32(self.text().encode())
+
+    def header(self, checksums: Mapping[str, str]) -> dict[str, str]:
+        crc32 = json.dumps(dict(checksums))
+        return {**self.metadata, "format": "pt", KEY: self.text(), f"{KEY}.crc32": crc32}
+
+
+class Saved:
+    """A file of `checkpoint.save`, open for reading tensor by tensor."""
+
+    def __init__(self, path: Path, file: Any) -> None:
+        """Raise ValueError, with the path, where the record is missing or does not fit."""
+        header = file.metadata() or {}
+        if KEY not in header:
+            raise ValueError(f"{path}: expected a file of emajit.checkpoint.save, found another's")
+        self.path, self._file = path, file
+        try:
+            self.record = Record(**json.loads(header[KEY]))
+            self._crc32 = json.loads(header.get(f"{KEY}.crc32", ""))
+            fits = self._fits()
+        except (TypeError, ValueError, AttributeError):
+            fits = False
+        if not fits:
+            found = f"{header[KEY]:.200}"
+            raise ValueError(
+                f"{path}: expected a step and a checksum of each tensor, found {found}"
+            )
+
+    def _fits(self) -> bool:
+        step, tied, metadata = self.record
+        return (
+            (type(step), type(tied), type(metadata)) == (int, dict, dict)
+            and step >= 0
+            and set(self._file.keys()) == set(self._crc32) >= set(map(str, tied.values()))
+        )
+
+    def names(self) -> set[str]:
+        return {*self._crc32, *self.record.tied}
+
+    def form(self, name: str) -> tuple[tuple[int, ...], torch.dtype | str]:
+        """The shape and dtype of a leaf."""
+        return files.form(self._file, self.record.tied.get(name, name))
+
+    def read(self, name: str) -> Tensor:
+        """A leaf, in the memory of the file, after its checksum was compared."""
+        kept = self.record.tied.get(name, name)
+        host: Tensor = self._file.get_tensor(kept)
+        if files.checksum(host, self.record.seed()) != self._crc32[kept]:
+            raise ValueError(
+                f"{self.path}: {name!r} is corrupt: its checksum is another than was saved"
+            )
+        return host
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Saved]:
+    with files.opened(path) as file:
+        yield Saved(path, file)
