@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 import emajit
 from emajit import _compile, schedules
@@ -218,6 +220,32 @@ def test_mismatch_inside_a_trace_raises() -> None:
     step = torch.compile(lambda s, p: emajit.update(s, p, 0, decay=0.5), backend="aot_eager")
     with pytest.raises(Exception, match=r"expected shape \(2,\)"):
         step({"a": torch.zeros(2)}, {"a": torch.zeros(3)})
+
+
+@pytest.mark.inductor
+def test_under_a_mode_that_sees_each_operator() -> None:
+    """Compiled code does not run there; nothing is applied twice, and later it does again."""
+    shadow = {"w": torch.zeros(_compile._WORTH_COMPILING + 1), "v": torch.zeros(1)}
+    params = {"w": torch.ones(_compile._WORTH_COMPILING + 1).bfloat16(), "v": torch.ones(1)}
+    mode = FlopCounterMode(display=False)
+    contexts: list[Any] = [mode, nullcontext(), mode, nullcontext()]
+    for step, context in enumerate(contexts):
+        with context:
+            emajit.update_(shadow, params, step, decay=0.5)
+        assert {leaf[0].item() for leaf in shadow.values()} == {1 - 0.5 ** (step + 1)}
+    with mode:
+        emajit.update_(shadow, params, 0, decay=0.0, backend="inductor")
+    assert shadow["w"][0] == 1
+
+
+@pytest.mark.inductor
+def test_what_does_not_compile_is_not_half_applied() -> None:
+    shadow = {"v": torch.zeros(1), "w": torch.zeros(_compile._WORTH_COMPILING + 7)}
+    params = {name: torch.ones_like(leaf) for name, leaf in shadow.items()}
+    params["w"] = params["w"].bfloat16()
+    with torch.compiler.set_stance("fail_on_recompile"), pytest.raises(RuntimeError):
+        emajit.update_(shadow, params, 0, decay=0.5)
+    assert not any(leaf.any() for leaf in shadow.values())
 
 
 WITHOUT_COMPILER = """

@@ -213,6 +213,10 @@ class TestLowPrecision:
             step(emajit.init(params, dtype=torch.float32))
             step(decay=enough)
             step(decay=1.0)  # nothing is to move
+            both = [emajit.init(params, dtype=torch.float32), shadow]
+            step(both, decay=[0.9999, 0.5])
+            whole = {"n": torch.zeros(1).to(dtype)}, {"n": torch.ones(1).int()}
+            emajit.update(*whole, 0, decay=0.9999)  # copied
             step(decay=schedules.warmup(0.9999))
             step(rounding="stochastic")
         with warnings.catch_warnings(record=True) as told:

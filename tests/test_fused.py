@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 import emajit
 from emajit import LitEma, _compile, schedules
@@ -261,6 +263,17 @@ def test_what_cannot_be_compiled_runs_one_after_the_other() -> None:
         twins.step(1)
     for step in range(2, 5):
         twins.step(step)
+        twins.compare()
+
+
+@pytest.mark.inductor
+def test_under_a_mode_that_sees_each_operator() -> None:
+    twins = Twins(OPTIMIZERS["AdamW"], "inductor")
+    mode = FlopCounterMode(display=False)
+    contexts: list[Any] = [nullcontext(), mode, nullcontext(), mode, nullcontext()]
+    for step, context in enumerate(contexts):
+        with context:
+            twins.step(step)
         twins.compare()
 
 

@@ -621,7 +621,7 @@ class TestCheckpoints:
             (lambda s: s.update({"2bias": [1.0]}), "2bias: expected a tensor, found list"),
             (
                 lambda s: s.update({"2bias": torch.ones(1) * 1j}),
-                r"2bias: expected a number that torch\.float32 can hold, found torch\.complex64",
+                r"2bias: expected a number of the kind of torch\.float32, found torch\.complex64",
             ),
             (
                 lambda s: s.update({"2bias": torch.ones(1, device="meta")}),
@@ -680,6 +680,49 @@ class TestCheckpoints:
             assert not strict
             ema(model)
             assert 0 <= ema.decay <= 1
+
+    def test_assigned_values_are_the_own_ones_of_this_average(self) -> None:
+        donor, model = LitEma(small(), decay=0.5), small()
+        state: dict[str, Tensor] = {
+            key: nn.Parameter(b.double(), requires_grad=False)
+            for key, b in donor.state_dict().items()
+        }
+        state["0bias"] = torch.ones(1).double().expand(3)
+        for device in ("cpu", "meta"):
+            with torch.device(device):
+                ema = LitEma(small())
+            ema.load_state_dict(state, assign=True)
+            assert (ema.decay.dtype, ema.num_updates.dtype) == (torch.float32, torch.int32)
+            assert not list(ema.parameters())
+            ema(model)
+            assert ema.num_updates.item() == 1
+            assert dict(ema.named_buffers())["0weight"].dtype == torch.float64
+        assert state["0bias"].tolist() == [1.0] * 3
+        assert state["num_updates"].item() == 0
+
+    @pytest.mark.parametrize("use", ["copy_to", "restore"])
+    @pytest.mark.parametrize(
+        ("broken", "message"),
+        [
+            (torch.ones(1).expand(3), "found one that repeats an element"),
+            (torch.ones(3).to_sparse(), r"found torch\.sparse_coo"),
+            (torch.ones(3, device="meta"), "expected one on cpu, found meta"),
+        ],
+    )
+    def test_what_cannot_be_written_is_told_before(
+        self, use: str, broken: Tensor, message: str
+    ) -> None:
+        model: Any = small()
+        ema = LitEma(model)
+        perturb(model)
+        ema.store(model.parameters())
+        before = values(model)
+        model[0].bias = nn.Parameter(broken)
+        with pytest.raises(ValueError, match=f"parameter 1: .*{message}"):
+            ema.copy_to(model) if use == "copy_to" else ema.restore(model.parameters())
+        for i, (p, value) in enumerate(zip(model.parameters(), before, strict=True)):
+            assert i == 1 or torch.equal(p, value)
+        assert ema.collected_params
 
     def test_a_value_that_does_not_fit_leaves_all_averages_of_a_host_alone(self) -> None:
         host, state = Host(), Host().state_dict()

@@ -83,6 +83,18 @@ def test_one_scope_at_a_time() -> None:
         pass
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_averages_are_not_averaged(dtype: torch.dtype) -> None:
+    model = small().to(dtype)
+    params = dict(model.named_parameters())
+    shadow = emajit.init(params, dtype=torch.float32)
+    with emajit.ema_scope(model, shadow):
+        for update in (emajit.update, emajit.update_):
+            with pytest.raises((RuntimeError, ValueError), match=r"outside of ema_scope|overlaps"):
+                update(shadow, params, 0, decay=0.5)
+    emajit.update_(shadow, params, 0, decay=0.5)
+
+
 def test_two_threads_cannot_be_inside_at_once() -> None:
     """One of them enters, the other raises; neither sees the other's weights."""
     model = small()

@@ -36,6 +36,14 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
 
 
+def in_dispatch_mode() -> bool:
+    """Whether a `TorchDispatchMode` is on, such as one that counts or records operators.
+
+    Dynamo runs no graph inside of one; it raises after it has run the function as it is.
+    """
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 class Work(NamedTuple):
     """What is to be averaged: lists of one length, and how; `dtypes` as in `_tree.Pairs`."""
 
@@ -102,6 +110,8 @@ def _run(
 ) -> list[tuple[Iterable[int], Any]]:
     """Call a kernel for each group of leaves; their indices and what it returned."""
     kernel, eager, foreach = kernels
+    if in_dispatch_mode():
+        backend = "eager"
     done: list[tuple[Iterable[int], Any]] = []
     for way, leaves in _ways(work, backend).items():
         part = work.part(leaves)
@@ -168,7 +178,8 @@ def _ways(work: Work, backend: str) -> dict[Hashable, Sequence[int]]:
         else:
             way = s.device
         ways.setdefault(way, []).append(i)
-    return dict(ways)
+    # What is compiled comes first: it may fail before it writes, the others do not.
+    return dict(sorted(ways.items(), key=lambda item: item[0] in ("foreach", "eager")))
 
 
 def _is_plain(leaf: Tensor) -> bool:

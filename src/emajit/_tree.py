@@ -305,7 +305,8 @@ def _paths(tree: PyTree) -> list[str]:
 def named_leaves(which: str, tree: PyTree) -> list[tuple[str, str, Tensor]]:
     """Of each leaf that is not None, where it stands, that in plain words, and the leaf.
 
-    Raises TypeError for a leaf that is no tensor; `which` is what the tree is called in errors.
+    Raises TypeError for a leaf that is no tensor, and ValueError for a node whose class was
+    registered without names for its children; `which` is what the tree is called in errors.
 
     >>> [row[:2] for row in named_leaves("shadow", {"a": [torch.ones(1)], "b": None})]
     [("shadow['a'][0]", 'a.0')]
@@ -314,9 +315,9 @@ def named_leaves(which: str, tree: PyTree) -> list[tuple[str, str, Tensor]]:
     paths = [which + path for path in _paths(tree)]
     try:
         keys = [key for key, _ in pytree.tree_flatten_with_path(tree)[0]]
-        names = [".".join(map(_word, key)) for key in keys]
-    except ValueError:
-        names = [str(i) for i in range(len(paths))]
+    except ValueError as error:
+        raise ValueError(f"{which}: expected names for all children, found {error}") from None
+    names = [".".join(map(_word, key)) for key in keys]
     leaves = pytree.tree_leaves(tree)
     return [row for row in zip(paths, names, leaves, strict=True) if row[2] is not None]
 

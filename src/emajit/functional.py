@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from emajit import _compile, _tree
+from emajit import _compile, _tree, scope
 from emajit._kernels import Weight
 from emajit._rounding import Noise
 
@@ -95,6 +95,7 @@ def update(
             number; a tensor is used unread, so a wrong one goes unnoticed); an unknown option.
         TypeError: a leaf is neither a tensor nor None, the step is not an integer, or the decay is
             none of the three.
+        RuntimeError: a parameter is inside of an `ema_scope`, and holds an average.
 
     >>> shadow = {"w": torch.tensor([0.0])}
     >>> update(shadow, {"w": torch.tensor([1.0])}, 0, decay=0.75)
@@ -129,7 +130,7 @@ def update_(
         ValueError: as `update`; also where a leaf of the shadow overlaps the memory of another
             leaf, of a parameter, or its own. Inside a trace memory cannot be seen: there overlap
             is not checked, and only leaves that are one object are known to be tied.
-        TypeError: as `update`.
+        TypeError, RuntimeError: as `update`.
 
     >>> shadow = {"w": torch.tensor([0.0])}
     >>> update_(shadow, {"w": torch.tensor([1.0])}, 0, decay=0.75) is shadow
@@ -170,7 +171,8 @@ def prepare(
     if not _compile.is_traced():
         dtypes = dtypes or _tree.dtypes(shadows, partners)
         if noise is None and not dtypes <= _NEVER_STALL:
-            _warn_of_stalls({s for s, _ in dtypes}, weights)
+            _warn_of_stalls(shadows, partners, repeated)
+        scope.check_outside(partners)
     skip = nonfinite == "skip"
     return pairs, _compile.Work(shadows, partners, repeated, skip, noise, dtypes)
 
@@ -182,17 +184,23 @@ _NEVER_STALL = {
 }
 
 
-def _warn_of_stalls(dtypes: set[torch.dtype], weights: list[Weight]) -> None:
-    smallest = min((w for w in weights if isinstance(w, float) and w > 0), default=1.0)
-    for dtype in dtypes:
-        if dtype.is_floating_point and smallest < torch.finfo(dtype).eps / 2 and dtype.itemsize < 4:
-            _warn_of_stall(dtype)
+_RESOLUTION = {
+    dtype: torch.finfo(dtype).eps / 2
+    for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
+}
+
+
+def _warn_of_stalls(shadows: list[Tensor], params: list[Tensor], weights: list[Weight]) -> None:
+    rows = zip(shadows, params, weights, strict=True)
+    for s, p, w in {(s.dtype, p.dtype, w) for s, p, w in rows if isinstance(w, float)}:
+        if p.is_floating_point and 0 < w < _RESOLUTION.get(s, 0):
+            _warn_of_stall(s)
 
 
 @lru_cache
 def _warn_of_stall(dtype: torch.dtype) -> None:
     message = (
-        f"an average in {dtype} stalls: where 1 - decay is below {torch.finfo(dtype).eps / 2:.2g}, "
+        f"an average in {dtype} stalls: where 1 - decay is below {_RESOLUTION[dtype]:.2g}, "
         "rounding to nearest loses nearly every step; an average in float32 does not, nor does "
         "rounding='stochastic'"
     )

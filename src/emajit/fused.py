@@ -194,7 +194,8 @@ class FusedOptimizer:
         leaves = (*work.shadows, *work.params)
         step = vars(optimizer).get("step")
         if (
-            any(leaf.is_complex() or leaf.is_neg() for leaf in leaves)
+            _compile.in_dispatch_mode()
+            or any(leaf.is_complex() or leaf.is_neg() for leaf in leaves)
             or any(hooks for hooks in (*_GLOBAL_HOOKS, *_own_hooks(optimizer)))
             or (step is not None and not hasattr(step, "_wrapped_by_lr_sched"))
             or (self._backend == "auto" and not _compile.can_compile(work.device.type))

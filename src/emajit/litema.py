@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emajit import _names, _tree, functional, schedules, scope
+from emajit import _memory, _names, _tree, functional, schedules, scope
 
 _log = logging.getLogger(__name__)
 _RANGES = {"decay": (0, 1), "num_updates": (-1, 2**31 - 1)}
@@ -271,15 +271,17 @@ class LitEma(nn.Module):
     ) -> Any:
         """Load all of it, or raise and load nothing.
 
-        With `strict=False` averages may be missing; they start from the model at the next use.
-        Loaded as part of another module, a value that does not fit still leaves all averages as
-        they are, but of missing ones torch tells only when the others are loaded.
+        With `strict=False` averages may be missing: those that were never updated or loaded start
+        from the model at the next use, the others stay. With `assign` the values are copied all the
+        same, in their own dtype and on their device. Loaded as part of another module, a value that
+        does not fit still leaves all averages as they are, but of missing ones torch tells only
+        when the others are loaded.
 
         Raises RuntimeError for missing and unexpected keys (if `strict`), for a value that is no
         tensor or of another shape or kind of number, for a decay outside [0, 1], and for a
         negative number of updates other than -1.
         """
-        if strict:
+        if strict and isinstance(state_dict, Mapping):
             known = self.state_dict().keys() | self._orphans
             found = _names.unwrap_flat_keys(state_dict, known).keys()
             told = [f'missing key "{key}"' for key in sorted(known - found)]
@@ -294,7 +296,7 @@ class LitEma(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         state = _names.unwrap_flat_keys(state_dict, [prefix + key for key in self._buffers])
-        controls = {prefix + key: self._buffers[key] for key in ("decay", "num_updates")}
+        controls = {prefix + "decay": self.decay, prefix + "num_updates": self.num_updates}
         broken = [
             key
             for key in controls
@@ -316,6 +318,10 @@ class LitEma(nn.Module):
             error_msgs: list[str] = args[-1]
             error_msgs += misfits
             return
+        if args[0].get("assign_to_params_buffers"):
+            for key in [prefix + key for key in self._buffers if prefix + key in state]:
+                own = torch.empty_like(state[key], requires_grad=False).copy_(state[key].detach())
+                state[key] = own.to(controls[key].dtype) if key in controls else own
         super()._load_from_state_dict(state, prefix, *args, **kwargs)
         self._untouched = {key for key in self._untouched if prefix + key not in state}
         self._orphans = set(self._untouched)
@@ -341,13 +347,23 @@ def _misfit(key: str, value: object, buffer: Any) -> str:
         (low, high), number = _RANGES[key], value.item()
         if not low <= number <= high or (key == "num_updates" and number % 1):
             return f"expected a number in [{low}, {high}], found {number}"
-    elif not torch.can_cast(value.dtype, buffer.dtype):
-        return f"expected a number that {buffer.dtype} can hold, found {value.dtype}"
+    elif (value.is_floating_point(), value.is_complex()) != (
+        buffer.is_floating_point(),
+        buffer.is_complex(),
+    ):
+        return f"expected a number of the kind of {buffer.dtype}, found {value.dtype}"
     return ""
 
 
 def _copy(params: list[Tensor], values: list[Tensor]) -> None:
-    """In one call, so that no interrupt comes between two tensors."""
+    """In one call, so that no interrupt comes between two tensors; what it would refuse before."""
+    for i, (p, value) in enumerate(zip(params, values, strict=True)):
+        if p.layout is not torch.strided or _memory.repeats_itself(p.shape, p.stride()):
+            found = "one that repeats an element" if p.layout is torch.strided else str(p.layout)
+            raise ValueError(f"parameter {i}: expected a dense tensor to write, found {found}")
+        if p.is_meta != value.is_meta:
+            expected, found = str(value.device), str(p.device)
+            raise ValueError(f"parameter {i}: expected one on {expected}, found {found}")
     alike = [v.to(p.device, p.dtype) for p, v in zip(params, values, strict=True)]
     torch._foreach_copy_([p.data for p in params], alike)
 

@@ -43,10 +43,11 @@ def save(
             file a leaf has its path in the tree as its name, joined by dots: `{"encoder": [w]}`
             holds `encoder.0`. Leaves that are tied are written once.
         step: how many updates the shadow has taken, which is the step of the next one.
-        metadata: strings for the header of the file; the keys "format" and "emajit…" are taken.
+        metadata: strings for the header of the file; the keys "format" and "emajit" are taken.
 
     Raises:
-        ValueError: two leaves have the same name, safetensors lacks a dtype (complex32,
+        ValueError: two leaves have the same name, a node of the tree has none for its children, a
+            tensor is not dense (sparse, on meta, a DTensor), safetensors lacks a dtype (complex32,
             complex128), the step is negative, or a key of `metadata` is taken.
         TypeError: a leaf is neither a tensor nor None, the step is no integer, or `metadata` is no
             dict of strings.
@@ -59,7 +60,7 @@ def save(
     for key, value in own.items():
         if not (isinstance(key, str) and isinstance(value, str)):
             raise TypeError(f"metadata: expected strings, found {key!r}: {value!r}")
-        if key == "format" or key.startswith(KEY):
+        if key in ("format", KEY):
             raise ValueError(f"metadata: expected keys of your own, found {key!r}")
     kept: dict[Hashable, str] = {}
     tensors: dict[str, Tensor] = {}
@@ -130,8 +131,9 @@ def _check_forms(saved: Saved, wanted: dict[str, Tensor]) -> None:
             f"{saved.path}: expected the leaves of like, found it {' and '.join(told)}"
         )
     for name, leaf in wanted.items():
-        if leaf.is_meta:
-            raise ValueError(f"like: {name!r}: expected a device to load to, found meta")
+        if not files.is_dense(leaf):
+            found = f"{type(leaf).__name__} in {leaf.layout} on {leaf.device}"
+            raise ValueError(f"like: {name!r}: expected a dense tensor, found {found}")
         forms = (tuple(leaf.shape), leaf.dtype), saved.form(name)
         if forms[0] != forms[1]:
             expected, found = ("shape {} in {}".format(*form) for form in forms)

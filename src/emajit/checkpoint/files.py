@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import secrets
+import stat
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,18 +40,22 @@ _CODES = {
     torch.float64: "F64",
     torch.complex64: "C64",
 }
+_LONGEST_HEADER = 99_999_000  # of the 100 MB that safetensors reads, less the padding
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 
 
 def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     """Write a file whole or not at all: `fill` a neighbour of it, and rename that when it is safe.
 
-    The neighbour has a name of its own, so that two writers do not mix. A link stays a link.
+    The neighbour has a name of its own, so that two writers do not mix. A link stays a link, and a
+    file keeps its permissions.
     """
     path = Path(os.path.realpath(path))
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with part.open("xb") as file:
+            if path.exists():
+                part.chmod(stat.S_IMODE(path.stat().st_mode))
             fill(file)
             file.flush()
             os.fsync(file.fileno())
@@ -82,14 +87,17 @@ def write_tensors(
     `metadata` is made of the `checksum` of each tensor. safetensors' own writer leaves the file
     unreadable to others, does not wait for the disk, and wants all tensors at once.
 
-    Raises ValueError, before anything is written, for a dtype that the format does not have.
+    Raises ValueError for a name that is no text, a tensor without memory of its own or of a dtype
+    that the format does not have, and a header beyond 100 MB, which nothing would read.
     """
     for name, tensor in tensors.items():
-        if tensor.is_meta:
-            raise ValueError(f"{name}: expected numbers, found a tensor on the meta device")
-        if tensor.dtype not in _CODES or tensor.layout is not torch.strided:
-            found = tensor.dtype if tensor.layout is torch.strided else tensor.layout
-            raise ValueError(f"{name}: expected a dtype that safetensors has, found {found}")
+        if not is_dense(tensor):
+            found = f"{type(tensor).__name__} in {tensor.layout} on {tensor.device}"
+            raise ValueError(f"{name!r}: expected a dense tensor, found {found}")
+        if tensor.dtype not in _CODES:
+            raise ValueError(
+                f"{name!r}: expected a dtype that safetensors has, found {tensor.dtype}"
+            )
     # Wide numbers first: so each lies at a multiple of its size.
     names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
 
@@ -106,6 +114,16 @@ def write_tensors(
     write(path, fill)
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor has its numbers in memory: no meta, sparse or nested one, no DTensor."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return False
+    try:
+        return bool(tensor.data_ptr()) or not tensor.numel()
+    except RuntimeError:  # inside a `torch.func` transform
+        return False
+
+
 def _header(tensors: Mapping[str, Tensor], names: list[str], metadata: Mapping[str, str]) -> bytes:
     """The length in 8 bytes, then JSON, padded with spaces to a multiple of 8."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -118,7 +136,13 @@ def _header(tensors: Mapping[str, Tensor], names: list[str], metadata: Mapping[s
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
-    text = json.dumps(entries, separators=(",", ":")).encode()
+    try:
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"expected names and metadata in Unicode, found {error}") from None
+    if len(text) > _LONGEST_HEADER:
+        found = f"{len(text):,} bytes of names and metadata"
+        raise ValueError(f"expected a header of at most {_LONGEST_HEADER:,} bytes, found {found}")
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
@@ -141,7 +165,9 @@ def opened(path: Path) -> Iterator[Any]:
     """
     try:
         file = _opened(path)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         raise ValueError(f"{path}: expected a whole safetensors file, found {error}") from None
     with file:
         yield file

@@ -24,16 +24,13 @@ class Record(NamedTuple):
     tied: dict[str, str]
     metadata: dict[str, str]
 
-    def text(self) -> str:
-        return json.dumps(self._asdict())
-
     def seed(self) -> int:
         """Where the checksums of the tensors start, so that those of another record fit none."""
-        return zlib.crc32(self.text().encode())
+        return zlib.crc32(json.dumps(self, sort_keys=True).encode())
 
     def header(self, checksums: Mapping[str, str]) -> dict[str, str]:
-        crc32 = json.dumps(dict(checksums))
-        return {**self.metadata, "format": "pt", KEY: self.text(), f"{KEY}.crc32": crc32}
+        ours = json.dumps({"step": self.step, "tied": self.tied, "crc32": dict(checksums)})
+        return {**self.metadata, "format": "pt", KEY: ours}
 
 
 class Saved:
@@ -44,26 +41,24 @@ class Saved:
         header = file.metadata() or {}
         if KEY not in header:
             raise ValueError(f"{path}: expected a file of emajit.checkpoint.save, found another's")
+        ours = header[KEY]
+        own = {key: v for key, v in header.items() if key not in ("format", KEY)}
         self.path, self._file = path, file
         try:
-            self.record = Record(**json.loads(header[KEY]))
-            self._crc32 = json.loads(header.get(f"{KEY}.crc32", ""))
-            fits = self._fits()
-        except (TypeError, ValueError, AttributeError):
+            step, tied, self._crc32 = (json.loads(ours)[key] for key in ("step", "tied", "crc32"))
+            self.record = Record(step, tied, own)
+            fits = (
+                (type(step), type(tied), type(self._crc32)) == (int, dict, dict)
+                and step >= 0
+                and set(file.keys()) == set(self._crc32)
+                and all(isinstance(kept, str) and kept in self._crc32 for kept in tied.values())
+            )
+        except (KeyError, TypeError, ValueError, RecursionError):
             fits = False
         if not fits:
-            found = f"{header[KEY]:.200}"
             raise ValueError(
-                f"{path}: expected a step and a checksum of each tensor, found {found}"
+                f"{path}: expected a step and a checksum of each tensor, found {ours:.200}"
             )
-
-    def _fits(self) -> bool:
-        step, tied, metadata = self.record
-        return (
-            (type(step), type(tied), type(metadata)) == (int, dict, dict)
-            and step >= 0
-            and set(self._file.keys()) == set(self._crc32) >= set(map(str, tied.values()))
-        )
 
     def names(self) -> set[str]:
         return {*self._crc32, *self.record.tied}
