@@ -117,7 +117,7 @@ def test_published_values(schedule: Schedule, values: dict[int, float]) -> None:
 
 def test_published_gammas() -> None:
     """arXiv 2312.02696: sigma_rel 0.05 is gamma 16.97, and 0.10 is 6.94; 0.15 is 3.56."""
-    gammas = [schedules._sigma_rel_to_gamma(s) for s in (0.05, 0.10, 0.15, 12**-0.5)]
+    gammas = [schedules.sigma_rel_to_gamma(s) for s in (0.05, 0.10, 0.15, 12**-0.5)]
     assert [round(g, 2) for g in gammas] == [16.97, 6.94, 3.56, 0.0]
 
 
@@ -134,7 +134,7 @@ def test_half_of_an_average_is_younger_than_its_half_life() -> None:
 @given(st.floats(0.0, 200.0))
 def test_sigma_rel_is_inverted(gamma: float) -> None:
     sigma = math.sqrt(gamma + 1) / (gamma + 2) / math.sqrt(gamma + 3)
-    assert schedules._sigma_rel_to_gamma(sigma) == pytest.approx(gamma, rel=1e-9, abs=1e-6)
+    assert schedules.sigma_rel_to_gamma(sigma) == pytest.approx(gamma, rel=1e-9, abs=1e-6)
 
 
 def test_sigma_rel_is_the_width_of_the_profile() -> None:

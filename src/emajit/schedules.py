@@ -11,7 +11,8 @@ Every factory here raises ValueError for an argument outside its range.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -91,12 +92,15 @@ def power_function(sigma_rel: float | None = None, gamma: float | None = None) -
 
     $\sigma_{rel} = (\gamma + 1)^{1/2} (\gamma + 2)^{-1} (\gamma + 3)^{-1/2}$
 
+    An average that is updated at each k-th training step only has the same profile, since the step
+    counts its updates: `every(power_function(...), k)` is the same schedule.
+
     >>> schedule = power_function(sigma_rel=0.10)
     >>> [round(schedule(step), 4) for step in (0, 1, 2, 999)]
     [0.0, 0.0041, 0.04, 0.9921]
     """
     if sigma_rel is not None and gamma is None:
-        exponent = _sigma_rel_to_gamma(sigma_rel) + 1
+        exponent = sigma_rel_to_gamma(sigma_rel) + 1
     elif gamma is not None and sigma_rel is None:
         _check(0 <= gamma < math.inf, "gamma", "a number >= 0", gamma)
         exponent = gamma + 1
@@ -110,12 +114,55 @@ def power_function(sigma_rel: float | None = None, gamma: float | None = None) -
     return schedule
 
 
-def _sigma_rel_to_gamma(sigma_rel: float) -> float:
-    r"""The largest root of $\gamma^3 + 7\gamma^2 + (16 - \sigma^{-2})\gamma + (12 - \sigma^{-2})$.
+@overload
+def sigma_rel_to_gamma(sigma_rel: float) -> float: ...
+@overload
+def sigma_rel_to_gamma(sigma_rel: Sequence[float] | Tensor) -> Tensor: ...
+def sigma_rel_to_gamma(sigma_rel: float | Sequence[float] | Tensor) -> float | Tensor:
+    r"""The exponent $\gamma$ of the power-function average of a relative length.
 
-    >>> round(_sigma_rel_to_gamma(0.05), 2), round(_sigma_rel_to_gamma(0.10), 2)
-    (16.97, 6.94)
+    The largest root of $\gamma^3 + 7\gamma^2 + (16 - \sigma^{-2})\gamma + (12 - \sigma^{-2})$, from
+    arXiv 2312.02696, section 3.1. Of a number a float; of several a float64 tensor of their shape.
+
+    Raises ValueError where `sigma_rel` is not in $(0, 1/\sqrt{12}]$.
+
+    >>> round(sigma_rel_to_gamma(0.05), 2)
+    16.97
+    >>> sigma_rel_to_gamma([0.05, 0.10])
+    tensor([16.9722,  6.9372], dtype=torch.float64)
     """
+    return _each(_gamma, sigma_rel)
+
+
+@overload
+def gamma_to_sigma_rel(gamma: float) -> float: ...
+@overload
+def gamma_to_sigma_rel(gamma: Sequence[float] | Tensor) -> Tensor: ...
+def gamma_to_sigma_rel(gamma: float | Sequence[float] | Tensor) -> float | Tensor:
+    r"""The relative length: $(\gamma + 1)^{1/2} (\gamma + 2)^{-1} (\gamma + 3)^{-1/2}$.
+
+    The inverse of `sigma_rel_to_gamma`. Raises ValueError where `gamma` is negative.
+
+    >>> round(gamma_to_sigma_rel(6.94), 4)
+    0.1
+    """
+    return _each(_sigma_rel, gamma)
+
+
+def _each(function: Callable[[float], float], values: Any) -> float | Tensor:
+    if isinstance(values, float | int):
+        return function(values)
+    numbers = torch.as_tensor(values, dtype=torch.float64)
+    mapped = [function(number) for number in numbers.flatten().tolist()]
+    return torch.tensor(mapped, dtype=torch.float64).reshape(numbers.shape)
+
+
+def _sigma_rel(gamma: float) -> float:
+    _check(0 <= gamma < math.inf, "gamma", "a number >= 0", gamma)
+    return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
+
+
+def _gamma(sigma_rel: float) -> float:
     uniform_width = 12**-0.5
     in_range = 0 < sigma_rel < uniform_width or math.isclose(sigma_rel, uniform_width)
     _check(in_range, "sigma_rel", "0 < sigma_rel <= 12 ** -0.5", sigma_rel)

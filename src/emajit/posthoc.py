@@ -1,0 +1,377 @@
+r"""The averaging length chosen after training: reconstruct any average from snapshots of two.
+
+Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models" (arXiv
+2312.02696), section 3 and appendix C. The power-function average of the weights $\theta$ at time
+$T$ is $\int_0^T p(t) \theta(t) dt$ with the profile $p(t) = (\gamma + 1) t^\gamma / T^{\gamma + 1}$
+on $[0, T]$. Its length, relative to the run, is $\sigma_{rel}$, the standard deviation of $p$
+divided by $T$. A weighted sum of averages is the average of the same weighted sum of profiles: so
+the profile that is wanted is fitted with those of the snapshots.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from emajit import _tree, checkpoint, functional
+from emajit.checkpoint.saved import Saved, opened
+from emajit.schedules import gamma_to_sigma_rel, sigma_rel_to_gamma
+
+__all__ = [
+    "Snapshot",
+    "Solution",
+    "gamma_to_sigma_rel",
+    "profile",
+    "reconstruct",
+    "save",
+    "sigma_rel_to_gamma",
+    "snapshots",
+    "solve_coefficients",
+]
+
+_GAMMA = "posthoc.gamma"
+
+
+class Snapshot(NamedTuple):
+    """A file with the average of length `gamma` after `step` updates."""
+
+    step: int
+    gamma: float
+    path: Path
+
+
+class Solution(NamedTuple):
+    r"""How an average is put together.
+
+    `coefficients` has one number for each profile, float64. `error` is the distance of the
+    fitted profile to the wanted one, $\|\sum_i x_i p_i - p\| / \|p\|$: of the noise in the wanted
+    average, the share by which the reconstruction differs.
+    """
+
+    coefficients: Tensor
+    error: float
+
+
+def save(
+    folder: str | os.PathLike[str],
+    shadow: Any,
+    step: int | Tensor,
+    *,
+    sigma_rel: float | Sequence[float],
+    dtype: torch.dtype | None = None,
+) -> list[Path]:
+    """Write a snapshot of one average, or of a list of averages, into `folder`.
+
+    Each is a file `STEP-SIGMA_REL.safetensors` of `emajit.checkpoint.save`, with its gamma in the
+    header. A resumed run that comes to the same step writes the same file again.
+
+    Args:
+        folder: where to; it is made.
+        shadow: a pytree, averaged with `schedules.power_function(sigma_rel)`, or a list of those.
+        step: how many updates the shadow has taken, at least 1.
+        sigma_rel: the relative length of the average, or of each.
+        dtype: of the floating-point leaves in the file; default their own. float16 halves the file
+            and rounds each weight by at most 4.9e-4 of itself, and so a reconstruction within the
+            span of the lengths by about half of that.
+
+    Raises:
+        ValueError: `shadow` and `sigma_rel` are not of one length, `sigma_rel` is out of range,
+            the step is 0, or a finite number is beyond the largest one of `dtype`.
+        TypeError, OSError: as `emajit.checkpoint.save`.
+
+    Returns the files.
+    """
+    lengths, several = _listed(sigma_rel)
+    shadows = shadow if several else [shadow]
+    if not isinstance(shadows, list) or len(shadows) != len(lengths):
+        found = f"a list of {len(shadows)}" if isinstance(shadows, list) else type(shadows).__name__
+        raise ValueError(f"shadow: expected a list of {len(lengths)}, as sigma_rel, found {found}")
+    count = operator.index(step)
+    if count < 1:
+        raise ValueError(f"step: expected the number of updates so far, >= 1, found {count}")
+    paths = [Path(folder, f"{count:010d}-{length:.6g}.safetensors") for length in lengths]
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"sigma_rel: expected different lengths, found {lengths}")
+    gammas = [sigma_rel_to_gamma(length) for length in lengths]
+    averages = [functional.init(average, dtype=dtype) for average in shadows]
+    for pair in zip(averages, shadows, strict=True):
+        _check_range(*pair)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for path, average, gamma in zip(paths, averages, gammas, strict=True):
+        checkpoint.save(path, average, count, metadata={_GAMMA: repr(gamma)})
+    return paths
+
+
+def _listed(sigma_rel: float | Sequence[float]) -> tuple[list[float], bool]:
+    """The lengths, and whether they came as several."""
+    if isinstance(sigma_rel, float | int):
+        return [sigma_rel], False
+    return [*sigma_rel], True
+
+
+def _check_range(narrow: Any, wide: Any) -> None:
+    """Raise ValueError where a number that was finite is not any more."""
+    pairs = zip(*(_tree.named_leaves("shadow", tree) for tree in (narrow, wide)), strict=True)
+    for (path, _, cast), (_, _, leaf) in pairs:
+        if cast.dtype != leaf.dtype and bool((leaf.isfinite() & ~cast.isfinite()).any()):
+            largest = torch.finfo(cast.dtype).max
+            raise ValueError(f"{path}: expected numbers up to {largest:g}, found a larger one")
+
+
+def snapshots(folder: str | os.PathLike[str]) -> list[Snapshot]:
+    """The snapshots that `save` has put into `folder`, by step and gamma.
+
+    Other files of `emajit.checkpoint.save`, and those that are being written, are left out.
+
+    Raises:
+        ValueError: a `.safetensors` file there is broken, or not from emajit.
+        OSError: `folder` cannot be read.
+    """
+    found = []
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix != ".safetensors":
+            continue
+        with opened(path) as saved:
+            gamma = saved.record.metadata.get(_GAMMA)
+            if gamma is not None:
+                found.append(Snapshot(saved.record.step, float(gamma), path))
+    return sorted(found)
+
+
+def profile(t: Tensor, step: float, gamma: float) -> Tensor:
+    r"""What the weights of each time weigh: $(\gamma + 1) t^\gamma / T^{\gamma + 1}$ up to $T$.
+
+    Args:
+        t: times in steps, of any shape.
+        step: $T$, the time of the average.
+        gamma: its exponent.
+
+    Returns float64 of the shape of `t`; zero behind $T$. Its integral is 1.
+    """
+    x = t.to(torch.float64) / step
+    return torch.where((x >= 0) & (x <= 1), (gamma + 1) / step * x**gamma, 0.0)
+
+
+def solve_coefficients(
+    steps: Sequence[float], gammas: Sequence[float], step: float, gamma: float
+) -> Solution:
+    r"""The weighted sum of profiles that is nearest to the profile of `gamma` at `step`.
+
+    Minimises $\int (\sum_i x_i p_i(t) - p(t))^2 dt$ over coefficients with $\sum_i x_i = 1$. With
+    $A_{ij} = \langle p_i, p_j \rangle$ and $b_i = \langle p_i, p \rangle$ that is
+    $A x + \lambda = b$, in float64. arXiv 2312.02696, section 3.2 and appendix C, leaves the sum
+    free; then weights that stand still shrink with it, by up to a tenth at a step between two
+    snapshots. Of profiles that are nearly the same the least coefficients are taken.
+
+    Args:
+        steps: the time of each profile.
+        gammas: the exponent of each.
+        step: the time of the wanted one.
+        gamma: its exponent.
+
+    Raises ValueError where there are no profiles, `steps` and `gammas` are not of one length, a
+    step is not positive, or an exponent is negative.
+
+    >>> x, error = solve_coefficients([50, 100, 50, 100], [6.94, 6.94, 16.97, 16.97], 100, 10.0)
+    >>> [round(number, 2) for number in x.tolist()], round(error, 3)
+    ([-0.02, 0.67, 0.01, 0.34], 0.047)
+    """
+    if not steps or len(steps) != len(gammas):
+        found = f"{len(steps)} and {len(gammas)}"
+        raise ValueError(f"steps and gammas: expected as many of each, at least one, found {found}")
+    if min(*steps, step) <= 0 or min(*gammas, gamma) < 0:
+        raise ValueError("steps and gammas: expected steps > 0 and gammas >= 0, found others")
+    t, g = (torch.as_tensor(values, dtype=torch.float64) for values in (steps, gammas))
+    end, exponent = (torch.tensor(value, dtype=torch.float64) for value in (step, gamma))
+    # Times the step, all are of the size of the ones in the constraint.
+    a = step * _inner(t[:, None], g[:, None], t, g)
+    b = step * _inner(t, g, end, exponent)
+    size = step * _inner(end, exponent, end, exponent)
+    ones = torch.ones(len(t), 1, dtype=torch.float64)
+    system = torch.cat(
+        [torch.cat([a, ones], 1), torch.cat([ones.T, torch.zeros_like(a[:1, :1])], 1)]
+    )
+    right = torch.cat([b, ones[0]])[:, None]
+    x = torch.linalg.lstsq(system, right, driver="gelsd").solution[:-1, 0]
+    square = float((x @ a @ x - 2 * x @ b + size) / size)
+    return Solution(x, math.sqrt(max(0.0, square)))
+
+
+def _inner(t: Tensor, g: Tensor, u: Tensor, h: Tensor) -> Tensor:
+    r"""$\langle p_{t,g}, p_{u,h} \rangle$ for times $t$ and $u$ with exponents $g$ and $h$.
+
+    $\frac{(g+1)(h+1)}{g+h+1} m^{g+h+1} / (t^{g+1} u^{h+1})$, where $m$ is the lesser of the times;
+    as powers of ratios, which do not overflow.
+    """
+    m = torch.minimum(t, u)
+    return (g + 1) * (h + 1) / (g + h + 1) * (m / t) ** (g + 1) * (m / u) ** (h + 1) / m
+
+
+@overload
+def reconstruct(
+    snapshots: Sequence[Snapshot],
+    sigma_rel: float,
+    *,
+    step: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]: ...
+@overload
+def reconstruct(
+    snapshots: Sequence[Snapshot],
+    sigma_rel: Sequence[float],
+    *,
+    step: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> list[dict[str, Tensor]]: ...
+def reconstruct(
+    snapshots: Sequence[Snapshot],
+    sigma_rel: float | Sequence[float],
+    *,
+    step: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+    """The average of another length, from snapshots of a run.
+
+    The files are read leaf by leaf and summed in float64: beside the result there is one leaf in
+    memory. Leaves without a fraction, such as counts among buffers, are those of the last snapshot.
+
+    Args:
+        snapshots: from `snapshots(folder)`.
+        sigma_rel: the relative length that is wanted, or several, which are read in one go.
+        step: the number of updates after which it is wanted; default, that of the last snapshot.
+        dtype: of the floating-point leaves of the result.
+
+    Returns the weights by name, for each length.
+
+    Raises:
+        ValueError: no snapshots, none up to `step`, or `step` after the last one; a file that is
+            corrupt, or whose leaves are others; a length out of range.
+        OSError: a file cannot be read.
+
+    Warns where a length is outside the span of those that were saved, where a snapshot is missing
+    that others have, and where the error of the profile or the rounding of the files would show,
+    each with the expected error.
+    """
+    lengths, several = _listed(sigma_rel)
+    chosen, solutions = plan(snapshots, lengths, step)
+    results: list[dict[str, Tensor]] = [{} for _ in lengths]
+    for names, leaves in stream(chosen, solutions, dtype):
+        for result, leaf in zip(results, leaves, strict=True):
+            result.update(dict.fromkeys(names, leaf))
+    return results if several else results[0]
+
+
+def plan(
+    snapshots: Sequence[Snapshot], sigma_rels: Sequence[float], step: int | None
+) -> tuple[list[Snapshot], list[Solution]]:
+    """The snapshots to use, and how to sum them for each length; raises and warns."""
+    if not snapshots:
+        raise ValueError("snapshots: expected some of emajit.posthoc.save, found none")
+    first, last = min(snapshots).step, max(snapshots).step
+    end = last if step is None else step
+    if not first <= end <= last:
+        raise ValueError(f"step: expected one from {first} to {last}, as snapshots, found {end}")
+    chosen = sorted(snapshot for snapshot in snapshots if snapshot.step <= end)
+    for one, other in pairwise(chosen):
+        if one[:2] == other[:2]:
+            raise ValueError(f"{other.path}: expected one snapshot of each, found {one.path} too")
+    _warn_of_gaps(chosen)
+    unit = _unit(chosen[-1])
+    steps, gammas, _ = zip(*chosen, strict=True)
+    solutions = []
+    for sigma_rel in sigma_rels:
+        solution = solve_coefficients(steps, gammas, end, sigma_rel_to_gamma(sigma_rel))
+        _warn_of_errors(sigma_rel, chosen, solution, unit)
+        solutions.append(solution)
+    return chosen, solutions
+
+
+def _warn_of_gaps(chosen: Sequence[Snapshot]) -> None:
+    gammas = {snapshot.gamma for snapshot in chosen}
+    count = Counter(snapshot.step for snapshot in chosen)
+    gaps = [str(step) for step in count if count[step] < len(gammas)]
+    if gaps:
+        steps = _tree.some(gaps)
+        message = f"snapshots: expected {len(gammas)} lengths at each step, some lack at {steps}"
+        warnings.warn(message, UserWarning, stacklevel=4)
+
+
+def _warn_of_errors(
+    sigma_rel: float, chosen: Sequence[Snapshot], solution: Solution, unit: float
+) -> None:
+    gammas = [snapshot.gamma for snapshot in chosen]
+    outside = not min(gammas) * 0.9999 <= sigma_rel_to_gamma(sigma_rel) <= max(gammas) * 1.0001
+    rounding = float(solution.coefficients.norm()) * unit
+    if outside or solution.error > 0.05 or rounding > 0.01:
+        span = " to ".join([f"{gamma_to_sigma_rel(g):.3f}" for g in (max(gammas), min(gammas))])
+        where = f"outside of {span}, what was saved" if outside else f"within {span}"
+        message = (
+            f"sigma_rel {sigma_rel:g} is {where}: the expected error is {solution.error:.2g} of "
+            f"the profile, and {rounding:.2g} of each weight from the rounding of the files"
+        )
+        warnings.warn(message, UserWarning, stacklevel=4)
+
+
+def _unit(snapshot: Snapshot) -> float:
+    """The largest share of itself by which a number in the file was rounded."""
+    with opened(snapshot.path) as file:
+        dtypes = {file.form(name)[1] for name in file.names()}
+    known = [dtype for dtype in dtypes if isinstance(dtype, torch.dtype)]
+    units = [torch.finfo(d).eps / 2 for d in known if d.is_floating_point or d.is_complex]
+    return max(units, default=0.0)
+
+
+def stream(
+    chosen: Sequence[Snapshot], solutions: Sequence[Solution], dtype: torch.dtype
+) -> Iterator[tuple[list[str], list[Tensor]]]:
+    """The names of each leaf, several if it is tied, and its sum for each solution."""
+    with ExitStack() as stack:
+        files = [stack.enter_context(opened(snapshot.path)) for snapshot in chosen]
+        last = files[-1]
+        for file in files[:-1]:
+            _check_alike(file, last)
+        groups: dict[str, list[str]] = {}
+        for name in sorted(last.names()):
+            groups.setdefault(last.record.tied.get(name, name), []).append(name)
+        for name, names in groups.items():
+            yield names, _sums(name, files, solutions, dtype)
+
+
+def _sums(
+    name: str, files: Sequence[Saved], solutions: Sequence[Solution], dtype: torch.dtype
+) -> list[Tensor]:
+    newest = files[-1].read(name)
+    if not (newest.is_floating_point() or newest.is_complex()):
+        return [newest.clone() for _ in solutions]
+    wide = torch.complex128 if newest.is_complex() else torch.float64
+    sums = [torch.zeros(newest.shape, dtype=wide) for _ in solutions]
+    for i, file in enumerate(files):
+        leaf = file.read(name).to(wide)
+        for total, solution in zip(sums, solutions, strict=True):
+            total.add_(leaf, alpha=float(solution.coefficients[i]))
+    return [total.to(dtype.to_complex() if newest.is_complex() else dtype) for total in sums]
+
+
+def _check_alike(file: Saved, other: Saved) -> None:
+    """Raise ValueError where two snapshots are of different models."""
+    differ = sorted(file.names() ^ other.names())
+    if differ:
+        found = f"another at {_tree.some(differ)}"
+        raise ValueError(f"{file.path}: expected the leaves of {other.path}, found {found}")
+    for name in file.names():
+        if file.form(name) != other.form(name):
+            expected, found = ("{} in {}".format(*f.form(name)) for f in (other, file))
+            raise ValueError(
+                f"{file.path}: {name!r}: expected {expected} as in {other.path}, found {found}"
+            )
