@@ -15,7 +15,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from emajit import cli, demo
+from emajit import checkpoint, cli, demo, pictures, posthoc, schedules, update_
+from emajit import init as emajit_init
 from emajit.checkpoint import files
 
 
@@ -73,6 +74,7 @@ WORDS = st.one_of(
     st.sampled_from(
         ["0", "1", "-1", "0.5", "1e400", "nan", "inf", "9" * 30, "cpu", "cpu:7", "meta"]
     ),
+    st.sampled_from(["reconstruct", "run", "--sigma-rel", "0.07", "-o", "--plot", "--step", "2"]),
     st.sampled_from(["", "out", "out/deeper", "file", "file/out", "x" * 300, "--steps=2", "-s"]),
     st.text(max_size=6),
 )
@@ -81,10 +83,16 @@ WORDS = st.one_of(
 @given(words=st.lists(WORDS, max_size=7))
 @example(words=["demo", "--out", "a\0b"])
 @example(words=["demo", "--device", "meta"])
+@example(words=["reconstruct", "run", "--sigma-rel", "0.07", "-o", "out"])
+@example(words=["reconstruct", "run", "--sigma-rel", "0.07", "0.08", "-o", "file"])
+@example(words=["reconstruct", "run", "--sigma-rel", "0.07", "-o", "x.png", "--plot"])
+@example(words=["reconstruct", "run", "--sigma-rel", "0.07", "-o", "a\0b"])
+@example(words=["reconstruct", "file", "--sigma-rel", "0.07", "-o", "out"])
 def test_any_command_line(tmp_path_factory: pytest.TempPathFactory, words: list[str]) -> None:
     """It runs, or ends with exit code 2 and one line; nothing is made but the folder it is told."""
     folder = tmp_path_factory.mktemp("any")
     (folder / "file").write_text("kept")
+    posthoc.save(folder / "run", [{"w": torch.ones(2)}] * 2, 2, sigma_rel=[0.05, 0.1])
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -95,12 +103,15 @@ def test_any_command_line(tmp_path_factory: pytest.TempPathFactory, words: list[
     if code == 2:
         assert err.getvalue().startswith("emajit: ")
         assert err.getvalue().count("\n") == 1
-    made = {path.name for path in folder.iterdir()} - {"file"}
-    assert made <= {"emajit-demo", *(word.rpartition("=")[2].partition("/")[0] for word in words)}
-    assert (folder / "file").read_text() == "kept"
+    made = {path.name for path in folder.iterdir()} - {"file", "run"}
+    told = {word.rpartition("=")[2].partition("/")[0] for word in words} - {""}
+    pictures_of = {Path(word).with_suffix(".png").name for word in told}
+    assert made <= {"emajit-demo", *told, *pictures_of}
+    assert len(list((folder / "run").iterdir())) == 2 or "run" in words
+    assert (folder / "file").read_bytes() == b"kept" or "file" in words
 
 
-@pytest.mark.parametrize("when", ["train", "draw_samples", "checksum"])
+@pytest.mark.parametrize("when", ["train", "draw_digits", "checksum"])
 def test_ctrl_c_leaves_no_half_written_file(
     when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,9 +120,10 @@ def test_ctrl_c_leaves_no_half_written_file(
             arguments[-1].write(b"half of a picture")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files if when == "checksum" else demo, when, interrupt)
+    owner: Any = {"train": demo, "draw_digits": pictures, "checksum": files}[when]
+    monkeypatch.setattr(owner, when, interrupt)
     assert emajit(monkeypatch, "demo", "--steps", "2", "--out", str(tmp_path)) == 130
-    whole = {"train": [], "draw_samples": ["losses.png"], "checksum": ["losses.png", "samples.png"]}
+    whole = {"train": [], "draw_digits": ["losses.png"], "checksum": ["losses.png", "samples.png"]}
     assert sorted(path.name for path in tmp_path.iterdir()) == whole[when]
     assert "interrupted" in capsys.readouterr().err
 
@@ -134,3 +146,86 @@ def test_without_the_extra_the_command_says_what_to_install() -> None:
         done.stderr.strip()
         == "emajit: the command needs typer; pip install 'emajit[demo]' brings it"
     )
+
+
+class TestReconstruct:
+    @pytest.fixture
+    def run(self, tmp_path: Path) -> Path:
+        params = {"a": torch.arange(3.0), "n": torch.tensor(7)}
+        decays = [schedules.power_function(x) for x in (0.05, 0.1)]
+        shadows = [emajit_init(params) for _ in decays]
+        for step in range(40):
+            params["a"] += 1
+            update_(shadows, params, step, decay=decays)
+            if step % 5 == 4:
+                posthoc.save(tmp_path / "run", shadows, step + 1, sigma_rel=[0.05, 0.1])
+        return tmp_path / "run"
+
+    def test_one_length_is_a_file(
+        self, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = run.parent / "ema.safetensors"
+        arguments = [str(run), "--sigma-rel", "0.08", "-o", str(out), "--step", "30", "--plot"]
+        assert emajit(monkeypatch, "reconstruct", *arguments) == 0
+        expected = posthoc.reconstruct(posthoc.snapshots(run), 0.08, step=30)
+        found, step = checkpoint.load(out, expected)
+        assert step == 30
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+        assert "After 30 steps, from 12 snapshots" in capsys.readouterr().out
+
+    def test_several_lengths_are_a_folder(
+        self, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = run.parent / "new" / "folder"
+        arguments = ["--sigma-rel", "0.08", "0.2", "-o", str(out), "--dtype", "float16"]
+        assert emajit(monkeypatch, "reconstruct", str(run), *arguments) == 0
+        files_there = {path.name for path in out.iterdir()}
+        assert files_there == {"sigma-0.08.safetensors", "sigma-0.2.safetensors"}
+        assert load_file(out / "sigma-0.2.safetensors")["a"].dtype == torch.float16
+        assert "sigma_rel 0.2 is outside of 0.050 to 0.100" in capsys.readouterr().out.replace(
+            "\n", " "
+        )
+
+    @pytest.mark.parametrize(
+        ("arguments", "line"),
+        [
+            (["nowhere", "--sigma-rel", "0.1", "-o", "x"], "No such file or directory: 'nowhere'"),
+            (["empty", "--sigma-rel", "0.1", "-o", "x"], "expected some of emajit.posthoc.save"),
+            (["broken", "--sigma-rel", "0.1", "-o", "x"], "expected a whole safetensors file"),
+            (["run", "--sigma-rel", "0.5", "-o", "x"], "sigma_rel: expected 0 < sigma_rel"),
+            (["run", "--sigma-rel", "much", "-o", "x"], "'--sigma-rel'"),
+            (["run", "--sigma-rel", "0.1", "0.1", "-o", "x"], "expected different lengths"),
+            (
+                ["run", "--sigma-rel", "0.1", "-o", "run"],
+                "expected a file to write, found a",
+            ),
+            (
+                ["run", "--sigma-rel", "0.1", "-o", "no/x"],
+                "expected a folder to write into, f",
+            ),
+            (["run", "--sigma-rel", "0.1", "--step", "99", "-o", "x"], "expected one from 5 to 40"),
+            (["run", "--sigma-rel", "0.1", "--dtype", "int8", "-o", "x"], "'--dtype'"),
+            (["run", "--sigma-rel", "0.1"], "'--out'"),
+            (["run", "-o", "x"], "'--sigma-rel'"),
+        ],
+    )
+    def test_what_is_wrong_is_one_line(
+        self,
+        run: Path,
+        arguments: list[str],
+        line: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.chdir(run.parent)
+        Path("empty").mkdir()
+        Path("broken").mkdir()
+        Path("broken/0000000001-0.1.safetensors").write_bytes(b"half a file")
+        before = sorted(run.parent.rglob("*"))
+        assert emajit(monkeypatch, "reconstruct", *arguments) == 2
+        err = capsys.readouterr().err
+        assert line in err
+        assert err.startswith("emajit: ")
+        assert err.count("\n") == 1
+        assert sorted(run.parent.rglob("*")) == before

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from emajit import demo
+from emajit import demo, posthoc
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +48,39 @@ class TestRun:
         names = {path.name: path.read_bytes()[:4] for path in finished[0].iterdir()}
         assert set(names) == {"averaged.safetensors", "losses.png", "samples.png"}
         assert names["losses.png"] == names["samples.png"] == b"\x89PNG"
+
+
+def test_posthoc_sweeps_the_length_from_the_snapshots_of_this_run(tmp_path: Path) -> None:
+    for steps in (90, 40):  # the longer one leaves snapshots that are not of the second
+        console = Console(file=io.StringIO(), width=100)
+        demo.run(demo.Settings(steps, 0.9, 1, "cpu", tmp_path, posthoc=True), console)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {
+        "averaged.safetensors",
+        "losses.png",
+        "samples.png",
+        "posthoc.png",
+        "snapshots",
+    }
+    assert (tmp_path / "posthoc.png").read_bytes().startswith(b"\x89PNG")
+    steps_there = {snapshot.step for snapshot in posthoc.snapshots(tmp_path / "snapshots")}
+    assert max(steps_there) == 90
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    assert "After 40 steps" in shown
+    assert "From the snapshots alone, the best average is of length 0." in shown
+
+
+def test_the_sweep_is_of_averages_of_each_length(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    settings = demo.Settings(60, 0.9, 1, "cpu", tmp_path, posthoc=True)
+    trial = demo.Trial(settings, demo.Denoiser())
+    shadow, history = demo.train(settings, trial, lambda _: None)
+    found = posthoc.snapshots(tmp_path / "snapshots")
+    assert {snapshot.path for snapshot in found} == set(history.snapshots)
+    lengths, losses = demo.sweep(trial, found)
+    saved = demo.tracked_losses(trial, found, shadow)
+    assert sorted(saved) == pytest.approx([0.05, 0.10])
+    for length, loss in saved.items():
+        nearest = min(range(len(lengths)), key=lambda i: abs(lengths[i] - length))
+        assert losses[nearest] == pytest.approx(loss, rel=0.01)

@@ -351,3 +351,25 @@ class TestTrouble:
         path.write_bytes(whole[:-1])
         with pytest.raises(ValueError, match=f"^{path}: expected a whole safetensors file"):
             posthoc.snapshots(folder)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to tell memory")
+def test_memory_does_not_grow_with_the_snapshots(tmp_path: Path) -> None:
+    """8 MB of weights, 50 snapshots of them: in memory are the result and a leaf or two."""
+
+    def own_memory() -> int:
+        """Kilobytes of this process, without what is mapped from files."""
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("RssAnon:")[1].split()[0])
+
+    weights = {f"{i}": torch.full((2**18,), float(i)) for i in range(8)}
+    for step in range(1, 26):
+        posthoc.save(tmp_path, [weights, weights], step, sigma_rel=TRACKED)
+    found = posthoc.snapshots(tmp_path)
+    chosen, solutions = posthoc.plan(found, [0.07], None)
+    result, peaks, before = {}, [], own_memory()
+    for names, leaves in posthoc.stream(chosen, solutions, torch.float32):
+        result[names[0]] = leaves[0]
+        peaks.append(own_memory() - before)
+    assert max(peaks) < 2 * 8 * 1024 + 4 * 1024
+    assert_close(result["7"], weights["7"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +30,9 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of the data, the model and the noise.")] = 0,
     device: Annotated[str, typer.Option(help="Default: cuda if there is one, else cpu.")] = "",
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("emajit-demo"),
+    posthoc: Annotated[
+        bool, typer.Option("--posthoc", help="Also save snapshots, and sweep the averaging length.")
+    ] = False,
 ) -> None:
     """Train a small diffusion model on digits and show what averaging its weights is worth."""
     try:
@@ -37,13 +41,54 @@ def demo(
         message = f"demo needs {error.name}; pip install 'emajit[demo]' brings it"
         raise _Failure(message) from None
     try:
-        settings = training.Settings(steps, decay, seed, device or training.default_device(), out)
+        device = device or training.default_device()
+        settings = training.Settings(steps, decay, seed, device, out, posthoc)
     except ValueError as error:
         raise _Failure(str(error)) from None
     try:
         training.run(settings, Console())
     except KeyboardInterrupt:
         raise _Failure(f"interrupted; no file in {out} is half-written", 130) from None
+
+
+class Dtype(StrEnum):
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+    float64 = "float64"
+
+
+@app.command()
+def reconstruct(
+    folder: Annotated[Path, typer.Argument(metavar="SNAPSHOT_DIR", help="With the snapshots.")],
+    sigma_rel: Annotated[
+        list[float],
+        typer.Option(help="The length that is wanted, relative to the run; or several."),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="The file to write; the folder, for several lengths."),
+    ],
+    more: Annotated[list[float] | None, typer.Argument(hidden=True)] = None,
+    step: Annotated[int | None, typer.Option(help="Default: that of the last snapshot.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights in the file.")] = Dtype.float32,
+    plot: Annotated[
+        bool, typer.Option("--plot", help="Draw profiles and coefficients, beside the result.")
+    ] = False,
+) -> None:
+    """Average the weights of a finished run over another length, from its snapshots."""
+    try:
+        from emajit import reconstruction  # noqa: PLC0415, seconds that --help need not take
+    except ModuleNotFoundError as error:
+        message = f"reconstruct needs {error.name}; pip install 'emajit[demo]' brings it"
+        raise _Failure(message) from None
+    lengths = [*sigma_rel, *(more or [])]
+    try:
+        reconstruction.run(folder, lengths, out, step, dtype.value, plot, Console())
+    except (ValueError, OSError) as error:
+        raise _Failure(" ".join(str(error).split())) from None
+    except KeyboardInterrupt:
+        raise _Failure("interrupted; no file is half-written", 130) from None
 
 
 class _Failure(Exception):  # noqa: N818, not an error of the program

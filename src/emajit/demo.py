@@ -11,14 +11,13 @@ import math
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -27,12 +26,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import emajit
-from emajit import checkpoint
+from emajit import checkpoint, pictures, posthoc, schedules
 from emajit.checkpoint import files
 
 BATCH = 64
 LEARNING_RATE = 2e-3
 GRID = 8
+TRACKED = [0.05, 0.10]
+SWEEP = [0.02 * 1.08**i for i in range(33)]  # to 0.23
+SNAPSHOTS = "snapshots"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,12 @@ class Settings:
     seed: int
     device: str
     out: Path
+    posthoc: bool = False
+
+    @property
+    def snapshot_interval(self) -> int:
+        """Steps between two snapshots: 32 of them in a run."""
+        return max(1, self.steps // 32)
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -72,13 +80,14 @@ def default_device() -> str:
 
 @dataclass
 class History:
-    """Held-out losses at some steps, and the seconds of each step and of its average."""
+    """Held-out losses at some steps, the seconds of each step and of its average, the snapshots."""
 
     steps: list[int] = field(default_factory=list)
     raw: list[float] = field(default_factory=list)
     averaged: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     average_seconds: list[float] = field(default_factory=list)
+    snapshots: list[Path] = field(default_factory=list)
 
     @property
     def gain(self) -> float:
@@ -131,50 +140,98 @@ def loss_of(model: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, eps
     return nn.functional.mse_loss(model(alpha * x + sigma * eps, t), eps)
 
 
-def train(
-    settings: Settings, model: Denoiser, tell: Callable[[History], None]
-) -> tuple[dict[str, Tensor], History]:
-    """Train `model`; the averaged weights, and what happened on the way."""
-    device = torch.device(settings.device)
-    generator = torch.Generator().manual_seed(settings.seed)
-    images, held_out = (part.to(device) for part in digits(generator))
-    judged = held_out.repeat(8, 1)
-    judged_at = ((torch.arange(len(judged)) + 0.5) / len(judged)).to(device)
-    judged_noise = torch.randn(judged.shape, generator=generator).to(device)
+class Trial:
+    """The data of a run: batches to train on, and what held-out loss any weights of it have."""
+
+    def __init__(self, settings: Settings, model: Denoiser) -> None:
+        self.model, self.device = model, torch.device(settings.device)
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.images, held_out = (part.to(self.device) for part in digits(self.generator))
+        self.judged = held_out.repeat(8, 1)
+        count = len(self.judged)
+        self.judged_at = ((torch.arange(count) + 0.5) / count).to(self.device)
+        self.judged_noise = self.noise(self.judged.shape)
+
+    def noise(self, shape: torch.Size) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.device)
+
+    def batch(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Images, times and noise."""
+        chosen = torch.randint(len(self.images), (BATCH,), generator=self.generator)
+        images = self.images[chosen.to(self.device)]
+        t = torch.rand(BATCH, generator=self.generator).to(self.device)
+        return images, t, self.noise(images.shape)
 
     @torch.no_grad()
-    def held_out_loss(weights: dict[str, Tensor]) -> float:
+    def loss(self, weights: dict[str, Tensor]) -> float:
         def weighted(x: Tensor, t: Tensor) -> Tensor:
-            predicted: Tensor = functional_call(model, weights, (x, t))
+            predicted: Tensor = functional_call(self.model, weights, (x, t))
             return predicted
 
-        return loss_of(weighted, judged, judged_at, judged_noise).item()
+        return loss_of(weighted, self.judged, self.judged_at, self.judged_noise).item()
 
+
+def train(
+    settings: Settings, trial: Trial, tell: Callable[[History], None]
+) -> tuple[dict[str, Tensor], History]:
+    """Train the model; the averaged weights, and what happened on the way."""
+    model, device = trial.model, trial.device
     params: dict[str, Tensor] = dict(model.named_parameters())
-    shadow = emajit.init(params)
-    decay = emajit.schedules.warmup(settings.decay)
+    decays = [schedules.warmup(settings.decay)]
+    if settings.posthoc:
+        decays += [schedules.power_function(sigma_rel) for sigma_rel in TRACKED]
+    shadows = [emajit.init(params) for _ in decays]
+    shadow, *tracked = shadows
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     history = History()
     interval = max(1, settings.steps // 60)
     for step in range(settings.steps):
         began = clock(device)
-        batch = images[torch.randint(len(images), (BATCH,), generator=generator).to(device)]
-        t = torch.rand(BATCH, generator=generator).to(device)
-        noise = torch.randn(batch.shape, generator=generator).to(device)
+        images, t, noise = trial.batch()
         optimizer.zero_grad()
-        loss_of(model, batch, t, noise).backward()  # type: ignore[no-untyped-call]
+        loss_of(model, images, t, noise).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         trained = clock(device)
-        emajit.update_(shadow, params, step, decay=decay)
+        emajit.update_(shadows, params, step, decay=decays)
         averaged = clock(device)
         history.step_seconds.append(averaged - began)
         history.average_seconds.append(averaged - trained)
         if (step + 1) % interval == 0 or step + 1 == settings.steps:
             history.steps.append(step + 1)
-            history.raw.append(held_out_loss(params))
-            history.averaged.append(held_out_loss(shadow))
+            history.raw.append(trial.loss(params))
+            history.averaged.append(trial.loss(shadow))
+        if tracked and (step + 1 == settings.steps or (step + 1) % settings.snapshot_interval == 0):
+            folder = settings.out / SNAPSHOTS
+            saved = posthoc.save(folder, tracked, step + 1, sigma_rel=TRACKED, dtype=torch.float16)
+            history.snapshots += saved
         tell(history)
     return shadow, history
+
+
+def sweep(trial: Trial, found: list[posthoc.Snapshot]) -> tuple[list[float], list[float]]:
+    """Lengths that the snapshots allow, and the held-out loss of an average of each."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # what is too far off is left out
+        _, solutions = posthoc.plan(found, SWEEP, None)
+        lengths = [x for x, s in zip(SWEEP, solutions, strict=True) if s.error < 0.05]
+        averages = posthoc.reconstruct(found, lengths)
+    return lengths, [
+        trial.loss({name: leaf.to(trial.device) for name, leaf in average.items()})
+        for average in averages
+    ]
+
+
+def tracked_losses(
+    trial: Trial, found: list[posthoc.Snapshot], like: dict[str, Tensor]
+) -> dict[float, float]:
+    """The lengths of the last snapshots, with the held-out loss of each as it was saved."""
+    narrow = {name: leaf.cpu().half() for name, leaf in like.items()}
+    losses = {}
+    for snapshot in (s for s in found if s.step == found[-1].step):
+        average, _ = checkpoint.load(snapshot.path, narrow)
+        weights = {name: leaf.to(trial.device, torch.float32) for name, leaf in average.items()}
+        losses[posthoc.gamma_to_sigma_rel(snapshot.gamma)] = trial.loss(weights)
+    return losses
 
 
 def clock(device: torch.device) -> float:
@@ -196,30 +253,6 @@ def sample(model: Denoiser, noise: Tensor, steps: int = 60) -> Tensor:
         alpha, sigma = alpha_sigma(later)
         x = alpha * clean + sigma * eps
     return x
-
-
-def draw_losses(history: History, file: BinaryIO) -> None:
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(history.steps, history.raw, label="raw weights", color="tab:gray")
-    axes.plot(history.steps, history.averaged, label="averaged weights", color="tab:blue")
-    axes.set(xlabel="training step", ylabel="held-out denoising loss")
-    axes.set_ylim(top=min(history.raw) * 1.6)
-    axes.set_title(f"At the end the loss of averaged weights is {history.gain:.1%} lower")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(file, format="png", dpi=150)
-
-
-def draw_samples(grids: dict[str, Tensor], file: BinaryIO) -> None:
-    figure = Figure(figsize=(4 * len(grids), 4.4), layout="constrained")
-    figure.suptitle("Digits drawn from the same noise")
-    for axes, (name, images) in zip(figure.subplots(1, len(grids)), grids.items(), strict=True):
-        tiles = nn.functional.pad(images.cpu().reshape(GRID, GRID, 8, 8), (1, 1, 1, 1), value=-0.7)
-        axes.imshow(tiles.transpose(1, 2).reshape(10 * GRID, 10 * GRID).numpy(), cmap="gray_r")
-        axes.set_title(f"{name} weights")
-        axes.set_axis_off()
-    figure.savefig(file, format="png", dpi=150)
 
 
 def table(history: History) -> Table:
@@ -245,6 +278,7 @@ def run(settings: Settings, console: Console) -> History:
     """Train, show the table, and write the pictures and the averaged weights into `out`."""
     torch.manual_seed(settings.seed)
     model = Denoiser().to(settings.device)
+    trial = Trial(settings, model)
     columns = (
         TextColumn("training"),
         BarColumn(),
@@ -261,19 +295,34 @@ def run(settings: Settings, console: Console) -> History:
                 progress.update(task, losses=losses)
             progress.advance(task)
 
-        shadow, history = train(settings, model, tell)
+        shadow, history = train(settings, trial, tell)
 
     noise = torch.randn(GRID**2, 64, generator=torch.Generator().manual_seed(settings.seed + 1))
     noise = noise.to(settings.device)
     grids = {"raw": sample(model, noise)}
     with emajit.ema_scope(model, shadow):
         grids["averaged"] = sample(model, noise)
-    files.write(settings.out / "losses.png", lambda file: draw_losses(history, file))
-    files.write(settings.out / "samples.png", lambda file: draw_samples(grids, file))
-    checkpoint.save(settings.out / "averaged.safetensors", shadow, settings.steps)
+    written = ["losses.png", "samples.png", "averaged.safetensors"]
+    losses = history.steps, history.raw, history.averaged
+    files.write(settings.out / written[0], lambda file: pictures.draw_losses(*losses, file))
+    files.write(settings.out / written[1], lambda file: pictures.draw_digits(grids, file))
+    checkpoint.save(settings.out / written[2], shadow, settings.steps)
     console.print(table(history))
-    console.print(
-        f"Written into {settings.out}: losses.png, samples.png, averaged.safetensors",
-        highlight=False,
-    )
+    if settings.posthoc:
+        written += ["posthoc.png", f"{SNAPSHOTS}/"]
+        # Not those of an earlier run into the same folder.
+        mine = [
+            s for s in posthoc.snapshots(settings.out / SNAPSHOTS) if s.path in history.snapshots
+        ]
+        lengths, after = sweep(trial, mine)
+        saved = tracked_losses(trial, mine, shadow)
+        curve = lengths, after, saved, history.averaged[-1]
+        files.write(settings.out / written[3], lambda file: pictures.draw_sweep(*curve, file))
+        best = min(zip(after, lengths, strict=True))
+        console.print(
+            f"From the snapshots alone, the best average is of length {best[1]:.3f} of the run: "
+            f"held-out loss {best[0]:.4f}",
+            highlight=False,
+        )
+    console.print(f"Written into {settings.out}: {', '.join(written)}", highlight=False)
     return history

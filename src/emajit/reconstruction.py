@@ -1,0 +1,84 @@
+"""`emajit reconstruct`: the averages of other lengths, from the snapshots of a run, in files."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from emajit import checkpoint, pictures, posthoc
+from emajit.checkpoint import files
+from emajit.checkpoint.saved import opened
+
+
+def run(
+    folder: Path,
+    sigma_rels: list[float],
+    out: Path,
+    step: int | None,
+    dtype: str,
+    plot: bool,
+    console: Console,
+) -> None:
+    """Write the averages of `sigma_rels`: into the file `out`, or several into the folder `out`.
+
+    Raises ValueError and OSError as `posthoc.reconstruct`, and ValueError, before a snapshot is
+    read, where `out` cannot be written.
+    """
+    if len(set(sigma_rels)) < len(sigma_rels):
+        raise ValueError(f"--sigma-rel: expected different lengths, found {sigma_rels}")
+    found = posthoc.snapshots(folder)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        chosen, solutions = posthoc.plan(found, sigma_rels, step)
+    for warning in told:
+        console.print(f"warning: {warning.message}", style="yellow", highlight=False)
+    end = chosen[-1].step if step is None else step
+    paths = _paths(out, sigma_rels, plot)
+    averages: list[dict[str, Tensor]] = [{} for _ in paths]
+    with opened(chosen[-1].path) as last:
+        total = len(last.names())
+    with Progress(console=console) as progress:
+        task = progress.add_task(f"{len(chosen)} snapshots", total=total)
+        for names, leaves in posthoc.stream(chosen, solutions, getattr(torch, dtype)):
+            for average, leaf in zip(averages, leaves, strict=True):
+                average.update(dict.fromkeys(names, leaf))
+            progress.advance(task, len(names))
+    for path, average, sigma_rel in zip(paths, averages, sigma_rels, strict=True):
+        checkpoint.save(path, average, end, metadata={"sigma_rel": repr(sigma_rel)})
+    shown = Table(title=f"After {end} steps, from {len(chosen)} snapshots")
+    for column in ("sigma_rel", "expected error", "file"):
+        shown.add_column(column)
+    for path, sigma_rel, solution in zip(paths, sigma_rels, solutions, strict=True):
+        shown.add_row(f"{sigma_rel:g}", f"{solution.error:.1e}", str(path))
+    console.print(shown)
+    if plot:
+        picture = out.with_suffix(".png") if len(paths) == 1 else out / "profiles.png"
+        by_length = dict(zip(sigma_rels, solutions, strict=True))
+        files.write(picture, lambda file: pictures.draw_profiles(chosen, by_length, end, file))
+        console.print(f"Drawn: {picture}", highlight=False)
+
+
+def _paths(out: Path, sigma_rels: list[float], plot: bool) -> list[Path]:
+    """The files to write, after a look whether one can write there."""
+    one = len(sigma_rels) == 1
+    if one and (out.is_dir() or (plot and out.suffix == ".png")):
+        found = "a folder" if out.is_dir() else "the name of the picture"
+        raise ValueError(f"--out: expected a file to write, found {found}: {out}")
+    folder = out.parent if one else out
+    try:
+        if not one:
+            folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        found = f"{folder}: {error.strerror}"
+        raise ValueError(f"--out: expected a folder to write into, found {found}") from None
+    if one:
+        return [out]
+    return [out / f"sigma-{sigma_rel:g}.safetensors" for sigma_rel in sigma_rels]
