@@ -84,16 +84,17 @@ def unwrap_flat_keys(state: Mapping[str, T], keys: Collection[str]) -> dict[str,
     """
     by_bare: dict[str, list[str]] = {}
     for key in keys:
-        by_bare.setdefault(_bare(key), []).append(key)
+        by_bare.setdefault(bare(key), []).append(key)
     renamed: dict[str, T] = {}
     for key, value in state.items():
-        same = [] if key in keys else by_bare.get(_bare(key), [])
+        same = [] if key in keys else by_bare.get(bare(key), [])
         fits = len(same) == 1 and same[0] not in state and same[0] not in renamed
         renamed[same[0] if fits else key] = value
     return renamed
 
 
-def _bare(key: str) -> str:
+def bare(key: str) -> str:
+    """A flat key without the names of wrappers, which stand in it without their dots."""
     prefix, dot, flat = key.rpartition(".")
     for wrapper in _WRAPPERS - {"module"}:
         flat = flat.replace(wrapper, "")

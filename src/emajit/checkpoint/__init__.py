@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from emajit import _memory, _tree
-from emajit.checkpoint import files
+from emajit.checkpoint import files, formats
+from emajit.checkpoint.formats import Averaged
 from emajit.checkpoint.saved import KEY, Record, Saved, opened
 
-__all__ = ["load", "save"]
+__all__ = ["Averaged", "load", "read", "save"]
 
 Tree = TypeVar("Tree")
 
@@ -119,6 +120,55 @@ def load(path: str | os.PathLike[str], like: Tree) -> tuple[Tree, int]:
     leaves = iter(loaded.values())
     shadow = pytree.tree_map(lambda leaf: None if leaf is None else next(leaves), like)
     return shadow, saved.record.step
+
+
+def read(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    names: Iterable[str] | torch.nn.Module | None = None,
+) -> Averaged:
+    """The averaged weights in anybody's checkpoint, under the model's own names.
+
+    Known are: `LitEma`, on its own or in a checkpoint of latent-diffusion, SGM or CogVideo; torch's
+    `AveragedModel`; timm; ema-pytorch; diffusers' `EMAModel`; torch_ema; Lightning's weight
+    averaging; NeMo; d2go; mmengine; Composer; torchtitan; and what `save` writes.
+
+    Args:
+        source: a file of safetensors or `torch.save`, or what one holds. Nothing but tensors and
+            plain containers is unpickled.
+        names: the names of the averaged parameters in order, or the model, for the layouts that
+            have none of their own: diffusers, torch_ema, NeMo, a `LitEma` on its own.
+
+    The tensors may lie in the file, which is mapped: clone what is to outlive it.
+
+    Raises:
+        ValueError: no average is there, or more than one; two parameters have the same flattened
+            name; `names` are missing or of another number; an average has another shape than its
+            parameter; the file is broken, or holds pickled objects.
+        OSError: the file cannot be read.
+    """
+    if isinstance(names, torch.nn.Module):
+        names = [name for name, _ in names.named_parameters()]
+    listed = None if names is None else [*names]
+    if isinstance(source, Mapping):
+        return formats.recognise(source, listed)
+    path = Path(source)
+    tree = _held(path)
+    try:
+        return formats.recognise(tree, listed)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _held(path: Path) -> Any:
+    if not files.is_safetensors(path):
+        return files.load_torch(path)
+    with files.opened(path) as file:
+        if KEY not in (file.metadata() or {}):
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        saved = Saved(path, file)
+        shadow = {name: saved.read(name) for name in saved.names()}
+        return {"shadow": shadow, "step": saved.record.step}
 
 
 def _check_forms(saved: Saved, wanted: dict[str, Tensor]) -> None:

@@ -183,6 +183,32 @@ def _opened(path: Path) -> Any:
                 return file
 
 
+def is_safetensors(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def load_torch(path: Path) -> Any:
+    """What a file of `torch.save` holds, mapped from the disk where that can be.
+
+    Nothing is unpickled but tensors and plain containers. Raises ValueError, with the path, for
+    anything else.
+    """
+    with path.open("rb") as file:
+        start = file.read(2)
+    zipped = start == b"PK"
+    if not (zipped or start[:1] == b"\x80"):
+        raise ValueError(f"{path}: expected a file of safetensors or torch.save, found another")
+    try:
+        return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+    except Exception as error:  # noqa: BLE001, whatever a broken file makes of a parser
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"{path}: expected a whole file of torch.save with tensors and plain containers only, "
+            f"since nothing else is unpickled, found: {reason:.300}"
+        ) from None
+
+
 def form(file: Any, name: str) -> tuple[tuple[int, ...], torch.dtype | str]:
     """Shape and dtype of a tensor in the file; the format's own name of a dtype torch lacks."""
     part = file.get_slice(name)

@@ -1,0 +1,334 @@
+"""Everybody's checkpoints: where each library keeps the averages, one small reader a layout.
+
+A reader takes what a file holds, as nested mappings, and the names of the parameters if they were
+given. It returns None where the layout is not its own, and raises ValueError where it is, but is
+broken or lacks names. Nothing is guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from emajit import _names, _tree
+
+State = Mapping[str, Tensor]
+Names = Sequence[str] | None
+
+
+class Averaged(NamedTuple):
+    """The averages of a checkpoint.
+
+    weights: averaged parameters, with what is not averaged (buffers, frozen parameters) as it was
+        trained, under the names that the model's own `state_dict` has.
+    layout: whose layout it was.
+    step: how many updates the averages have taken, where that is known.
+    decay: the share that an update keeps, where that is known.
+    raw_only: the names in `weights` that are not averages.
+    """
+
+    weights: dict[str, Tensor]
+    layout: str
+    step: int | None = None
+    decay: float | None = None
+    raw_only: tuple[str, ...] = ()
+
+
+def recognise(tree: Any, names: Names) -> Averaged:
+    """The one average that is in `tree`; ValueError for none, for two, and for a broken one."""
+    if not isinstance(tree, Mapping):
+        found_type = type(tree).__qualname__
+        raise ValueError(f"expected a mapping of names, found {found_type}")  # noqa: TRY004, as below
+    try:
+        found = [averaged for reader in _READERS if (averaged := reader(tree, names)) is not None]
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"expected averages in a layout that is known, found {error!r}") from None
+    if not found:
+        keys = _tree.some([str(key) for key in tree])
+        raise ValueError(f"expected averages in a layout that is known, found none among {keys}")
+    if len(found) > 1:
+        layouts = " and ".join([averaged.layout for averaged in found])
+        raise ValueError(f"expected one average, found two: {layouts}")
+    broken = [name for name, value in found[0].weights.items() if not isinstance(value, Tensor)]
+    if broken:
+        raise ValueError(f"{found[0].layout}: expected tensors, found others at {broken[:5]}")
+    return found[0]
+
+
+def _lit_ema(tree: Mapping[str, Any], names: Names) -> Averaged | None:
+    """`decay`, `num_updates` and flattened names, in a full checkpoint below `model_ema.`."""
+    state = _state(tree.get("state_dict", tree))
+    prefixes = [
+        key.removesuffix("num_updates")
+        for key in state
+        if key.rpartition(".")[2] == "num_updates"
+        and key.removesuffix("num_updates") + "decay" in state
+    ]
+    if not prefixes:
+        return None
+    if len(prefixes) > 1:
+        raise ValueError(f"expected one LitEma, found several: {prefixes}")
+    prefix = prefixes[0]
+    flat = {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
+    decay, updates = flat.pop("decay"), flat.pop("num_updates")
+    trusted = min(decay.dtype.itemsize, updates.dtype.itemsize) >= 4  # in 16 bits, 0.9999 is 1
+    count = int(updates) if trusted else -1
+    layout = f"LitEma at {prefix.rstrip('.')}" if prefix else "LitEma"
+    step = count if count >= 0 else None
+    share = round(float(decay), 7) if trusted else None
+    raw = {key: v for key, v in state.items() if not key.startswith(prefix)} if prefix else {}
+    if names is not None:
+        found = _unflatten(flat, {name: name for name in names})
+        return Averaged(_by_name(flat, found), layout, step, share)
+    if not raw:
+        raise ValueError("LitEma: expected names, which its keys do not tell, found none")
+    return _merged(_by_name(flat, _invert(flat, raw)), raw, layout, step, share)
+
+
+def _invert(flat: State, raw: State) -> dict[str, str]:
+    """For each key of a LitEma the one of `raw` that it is the average of.
+
+    What was averaged is the host itself or one of its modules: the names are all below one.
+    """
+    first = next(iter(flat))
+    hosts = {
+        ".".join([*parts[:i], ""]) if i else ""
+        for parts in (name.split(".") for name in raw)
+        for i in range(len(parts))
+        if not _spellings(".".join(parts[i:])).isdisjoint(_readings(first))
+    }
+    found, errors = [], []
+    for host in sorted(hosts):
+        below = {name.removeprefix(host): name for name in raw if name.startswith(host)}
+        try:
+            found.append(_unflatten(flat, below))
+        except ValueError as error:
+            errors.append(error)
+    if len(found) == 1:
+        return found[0]
+    if errors and not found:
+        raise errors[0]
+    raise ValueError(f"LitEma: {first!r}: expected its parameter in one place, found {len(found)}")
+
+
+def _unflatten(flat: State, names: Mapping[str, str]) -> dict[str, str]:
+    """For each key of a LitEma the full one of `names`, which are as the averaged module has them.
+
+    Where dots alone do not tell two names apart, emajit's LitEma has slashes.
+    """
+    by_spelling: dict[str, list[str]] = {}
+    for name, full in names.items():
+        for spelling in _spellings(name):
+            by_spelling.setdefault(spelling, []).append(full)
+    slashed = {key.rstrip("/").replace("/", ".") for key in flat if "/" in key}
+    apart = {names[name] for name in slashed if name in names}
+    found = {}
+    for key in flat:
+        if "/" in key:
+            fitting = [names[name] for name in [key.rstrip("/").replace("/", ".")] if name in names]
+        else:
+            fitting = by_spelling.get(key) or by_spelling.get(_names.bare(key), [])
+            fitting = [full for full in fitting if full not in apart]
+        if len(fitting) != 1:
+            told = fitting or "none"
+            raise ValueError(f"LitEma: {key!r}: expected one parameter of that name, found {told}")
+        found[key] = fitting[0]
+    return found
+
+
+def _readings(key: str) -> set[str]:
+    """What a key of a LitEma may be as one of the `_spellings` of its name."""
+    return {key, _names.bare(key), key.replace("/", "")}
+
+
+def _spellings(name: str) -> set[str]:
+    """The keys that a name may have in a LitEma: without its dots, and without wrappers."""
+    plain = name.replace(".", "")
+    return {plain, _names.bare(plain), _names.canonical(name).replace(".", "")}
+
+
+def _by_name(flat: State, found: Mapping[str, str]) -> dict[str, Tensor]:
+    return {found[key]: average for key, average in flat.items()}
+
+
+def _averaged_model(tree: Mapping[str, Any], _: Names) -> Averaged | None:
+    """torch's `AveragedModel`: `n_averaged` and `module.*`."""
+    state = _state(tree)
+    if "n_averaged" not in state:
+        return None
+    return Averaged(_below("module.", state), "AveragedModel", int(state["n_averaged"]))
+
+
+def _timm(tree: Mapping[str, Any], _: Names) -> Averaged | None:
+    """timm's training script: `state_dict_ema` beside `state_dict`."""
+    if "state_dict_ema" not in tree:
+        return None
+    return Averaged(_without_module(_state(tree["state_dict_ema"])), "timm")
+
+
+def _ema_pytorch(tree: Mapping[str, Any], _: Names) -> Averaged | None:
+    """ema-pytorch's `EMA` and `KarrasEMA`; `PostHocEMA` has several below `ema_models.`."""
+    state = _state(tree)
+    several = sorted({key.split(".")[1] for key in state if key.startswith("ema_models.")})
+    if len(several) > 1:
+        raise ValueError(
+            f"ema-pytorch: expected one average, found {len(several)} below 'ema_models.'; pass "
+            "those below one of them"
+        )
+    if several:
+        state = _below(f"ema_models.{several[0]}.", state)
+    if not {"initted", "step"} <= state.keys():
+        return None
+    step = None if state["step"].is_floating_point() else int(state["step"])  # float16 overflows
+    return Averaged(_below("ema_model.", state), "ema-pytorch", step)
+
+
+def _diffusers(tree: Mapping[str, Any], names: Names) -> Averaged | None:
+    """diffusers' `EMAModel`: `shadow_params` by position, `optimization_step`."""
+    if not {"shadow_params", "optimization_step"} <= tree.keys():
+        return None
+    weights = _by_position("diffusers EMAModel", tree["shadow_params"], names)
+    return Averaged(weights, "diffusers EMAModel", tree["optimization_step"], tree.get("decay"))
+
+
+def _torch_ema(tree: Mapping[str, Any], names: Names) -> Averaged | None:
+    """torch_ema: `shadow_params` by position, `num_updates`."""
+    if not {"shadow_params", "num_updates"} <= tree.keys():
+        return None
+    weights = _by_position("torch_ema", tree["shadow_params"], names)
+    return Averaged(weights, "torch_ema", tree["num_updates"], tree.get("decay"))
+
+
+def _lightning(tree: Mapping[str, Any], _: Names) -> Averaged | None:
+    """Lightning's weight averaging: `state_dict` is the average, the raw one stands aside."""
+    if "current_model_state" not in tree:
+        return None
+    count = tree.get("averaging_state", {}).get("n_averaged")
+    step = None if count is None else int(count)
+    return Averaged(dict(_state(tree["state_dict"])), "Lightning weight averaging", step)
+
+
+def _nemo(tree: Mapping[str, Any], names: Names) -> Averaged | None:
+    """NeMo: `ema` by position in the state of an optimizer."""
+    states = tree.get("optimizer_states", [tree])
+    found = [s for s in states if isinstance(s, Mapping) and {"ema", "current_step"} <= s.keys()]
+    if not found:
+        return None
+    if len(found) > 1:
+        raise ValueError(f"NeMo: expected one average, found {len(found)} optimizers with one")
+    weights = _by_position("NeMo", found[0]["ema"], names)
+    return Averaged(weights, "NeMo", found[0]["current_step"], found[0].get("decay"))
+
+
+def _d2go(tree: Mapping[str, Any], _: Names) -> Averaged | None:
+    """d2go: `ema_state` by name, beside `model`."""
+    if "ema_state" not in tree:
+        return None
+    averages = dict(_state(tree["ema_state"]))
+    return _merged(averages, _state(tree.get("model", {})), "d2go")
+
+
+def _mmengine(tree: Mapping[str, Any], _: Names) -> Averaged | None:
+    """mmengine swaps on saving: `state_dict` is the average, `ema_state_dict` the raw weights."""
+    if "ema_state_dict" not in tree:
+        return None
+    steps = tree["ema_state_dict"].get("steps")
+    step = None if steps is None else int(steps)
+    return Averaged(dict(_state(tree["state_dict"])), "mmengine", step)
+
+
+def _composer(tree: Mapping[str, Any], _: Names) -> Averaged | None:
+    """Composer: in the state of the algorithm `EMA`; the weights are swapped while it is active."""
+    state = tree.get("state", tree)
+    algorithms = dict(state.get("algorithms", {})) if isinstance(state, Mapping) else {}
+    if "EMA" not in algorithms:
+        return None
+    ema, raw = algorithms["EMA"], _state(state.get("model", {}))
+    if ema["ema_weights_active"]:
+        return Averaged(dict(raw), "Composer")
+    averages = {**ema["ema_model"]["named_parameters_dict"]}
+    averages |= ema["ema_model"].get("named_buffers_dict", {})
+    return _merged(averages, raw, "Composer")
+
+
+def _torchtitan(tree: Mapping[str, Any], _: Names) -> Averaged | None:
+    """torchtitan: `state.NAME.ema_params`."""
+    begin, end = "state.", ".ema_params"
+    keys = [key for key in tree if key.startswith(begin) and key.endswith(end)]
+    if not keys:
+        return None
+    weights = {key.removeprefix(begin).removesuffix(end): tree[key] for key in keys}
+    return Averaged(weights, "torchtitan")
+
+
+def _emajit(tree: Mapping[str, Any], _: Names) -> Averaged | None:
+    """`{"shadow": shadow, "step": step}`, as torch.save writes it."""
+    if not {"shadow", "step"} <= tree.keys():
+        return None
+    named = _tree.named_leaves("shadow", tree["shadow"])
+    return Averaged({name: leaf for _, name, leaf in named}, "emajit", int(tree["step"]))
+
+
+_READERS: list[Callable[[Mapping[str, Any], Names], Averaged | None]] = [
+    _emajit,
+    _lit_ema,
+    _averaged_model,
+    _timm,
+    _ema_pytorch,
+    _diffusers,
+    _torch_ema,
+    _lightning,
+    _nemo,
+    _d2go,
+    _mmengine,
+    _composer,
+    _torchtitan,
+]
+
+
+def _state(tree: Any) -> dict[str, Tensor]:
+    """The tensors of a mapping, by name."""
+    if not isinstance(tree, Mapping):
+        raise ValueError(  # noqa: TRY004, it is a broken file, not a wrong argument
+            f"expected a state_dict, found {type(tree).__qualname__}"
+        )
+    return {key: v for key, v in tree.items() if isinstance(key, str) and isinstance(v, Tensor)}
+
+
+def _below(prefix: str, state: State) -> dict[str, Tensor]:
+    found = {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
+    if not found:
+        raise ValueError(f"expected averages below {prefix!r}, found none")
+    return found
+
+
+def _without_module(state: State) -> dict[str, Tensor]:
+    wrapped = all(key.startswith("module.") for key in state)
+    return _below("module.", state) if wrapped else dict(state)
+
+
+def _by_position(layout: str, averages: Any, names: Names) -> dict[str, Tensor]:
+    if names is None:
+        raise ValueError(f"{layout}: expected names, since its averages have none, found none")
+    if len(averages) != len(names):
+        raise ValueError(f"{layout}: expected {len(averages)} names, found {len(names)}")
+    return dict(zip(names, averages, strict=True))
+
+
+def _merged(
+    averages: dict[str, Tensor],
+    raw: State,
+    layout: str,
+    step: int | None = None,
+    decay: float | None = None,
+) -> Averaged:
+    """Averages, and the raw values of what has none."""
+    for name, average in averages.items():
+        if name in raw and raw[name].shape != average.shape:
+            expected, found = tuple(raw[name].shape), tuple(average.shape)
+            raise ValueError(f"{name!r}: expected an average of shape {expected}, found {found}")
+    missing = [name for name in raw if name not in averages]
+    weights = {name: averages.get(name, value) for name, value in raw.items()} | averages
+    return Averaged(weights, layout, step, decay, tuple(missing))

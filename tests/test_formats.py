@@ -1,0 +1,389 @@
+"""Everybody's checkpoints, as they themselves write them where they are installed."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from emajit import LitEma, checkpoint
+from tests import reference
+
+
+def peer(name: str) -> Any:
+    return pytest.importorskip(name, reason=f"{name} is of the bench extra")
+
+
+class Host(nn.Module):
+    """As latent-diffusion has it: the averaged model and others, averages beside them."""
+
+    def __init__(self, make: Any = LitEma, whole: bool = False) -> None:
+        super().__init__()
+        self.model = nn.ModuleDict({"diffusion_model": net()})
+        self.first_stage = nn.Linear(2, 2)
+        self.model_ema = make(self if whole else self.model)
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+def trained(model: nn.Module) -> None:
+    """Weights that are no average of anything."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p))
+
+
+def assert_average(found: checkpoint.Averaged, expected: dict[str, Tensor]) -> None:
+    assert found.weights.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found.weights[name], value), name
+
+
+def parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.fixture(params=["torch.save", "legacy", "safetensors", "mapping"])
+def written(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    """A way to hand over a state: as a file of some kind, or as it is."""
+
+    def write(state: dict[str, Any]) -> Any:
+        path = tmp_path / "file"
+        flat = all(isinstance(value, Tensor) for value in state.values())
+        if request.param == "safetensors" and flat:
+            save_file({k: v.contiguous() for k, v in state.items()}, path)
+        elif request.param == "mapping":
+            return state
+        else:
+            zipped = request.param != "legacy"
+            torch.save(state, path, _use_new_zipfile_serialization=zipped)
+        return path
+
+    return write
+
+
+class TestLitEma:
+    @pytest.mark.parametrize("make", [LitEma, reference.LitEma])
+    @pytest.mark.parametrize("whole", [False, True])
+    @pytest.mark.parametrize("nested", [False, True])
+    def test_in_a_full_checkpoint(self, written: Any, make: Any, whole: bool, nested: bool) -> None:
+        host = Host(make, whole)
+        if whole:  # as the first stage of latent-diffusion: averages of all but themselves
+            host.model_ema = make(
+                nn.ModuleDict({"model": host.model, "first_stage": host.first_stage})
+            )
+        averages = parameters(host.model)
+        trained(host.model)
+        state = host.state_dict()
+        found = checkpoint.read(written({"state_dict": state, "epoch": 3} if nested else state))
+        expected = {k: v for k, v in state.items() if not k.startswith("model_ema.")}
+        expected |= {f"model.{name}": value for name, value in averages.items()}
+        assert_average(found, expected)
+        assert (found.layout, found.step, found.decay) == ("LitEma at model_ema", 0, 0.9999)
+        raw = {name for name in expected if "running" in name or "num_batches" in name}
+        raw |= set() if whole else {"first_stage.weight", "first_stage.bias"}
+        assert set(found.raw_only) == raw
+
+    def test_on_its_own(self, written: Any) -> None:
+        model = net()
+        ema = LitEma(model, decay=0.5, use_num_upates=False)
+        averages = parameters(model)
+        source = written(ema.state_dict())
+        for names in (model, list(averages), iter(averages)):
+            found = checkpoint.read(source, names=names)
+            assert_average(found, averages)
+        assert (found.layout, found.step, found.decay) == ("LitEma", None, 0.5)
+        with pytest.raises(ValueError, match="LitEma: expected names, which its keys do not tell"):
+            checkpoint.read(source)
+        with pytest.raises(ValueError, match=r"LitEma: '0\w+': expected one parameter of that"):
+            checkpoint.read(source, names=["other.weight"])
+
+    def test_of_a_compiled_module(self) -> None:
+        host: Any = Host()
+        host.model["diffusion_model"] = torch.compile(host.model["diffusion_model"])
+        host.model_ema = reference.LitEma(host.model)
+        averages = parameters(host.model)
+        trained(host.model)
+        state = host.state_dict()
+        assert any("_orig_mod0weight" in key for key in state)
+        found = checkpoint.read(state)
+        plain = {key.replace("_orig_mod.", ""): v for key, v in state.items() if "ema" not in key}
+        plain |= {key: v for key, v in state.items() if "model_ema" in key}
+        for result, prefix in ((found, "_orig_mod."), (checkpoint.read(plain), "")):
+            name = f"model.diffusion_model.{prefix}0.weight"
+            assert torch.equal(result.weights[name], averages["diffusion_model._orig_mod.0.weight"])
+
+    def test_names_that_collide(self) -> None:
+        def make(ema: Any) -> nn.Module:
+            host = nn.Module()
+            host.model = nn.Module()
+            host.model.a = nn.Module()
+            host.model.a.register_parameter("bc", nn.Parameter(torch.ones(1)))
+            host.model.ab = nn.Module()
+            host.model.ab.register_parameter("c", nn.Parameter(torch.zeros(1)))
+            host.model_ema = ema(host.model)
+            return host
+
+        with pytest.raises(ValueError, match=r"'abc': expected one .* found \['model.a.bc'"):
+            checkpoint.read(make(reference.LitEma).state_dict())
+        found = checkpoint.read(make(LitEma).state_dict())  # which keeps them apart
+        assert {k: v.item() for k, v in found.weights.items()} == {"model.a.bc": 1, "model.ab.c": 0}
+
+    def test_half_precision_files_are_distrusted(self) -> None:
+        state = {key: value.half() for key, value in Host().state_dict().items()}
+        found = checkpoint.read(state)
+        assert found.step is found.decay is None
+
+    def test_ambiguity(self) -> None:
+        state = Host().state_dict()
+        twice = state | {f"other.{key}": value for key, value in state.items()}
+        with pytest.raises(ValueError, match="expected one LitEma, found several"):
+            checkpoint.read(twice)
+        beside = state | {f"copy.{k}": v for k, v in state.items() if not k.startswith("model_ema")}
+        with pytest.raises(ValueError, match="expected its parameter in one place, found 2"):
+            checkpoint.read(beside)
+        del state["model.diffusion_model.0.bias"]
+        with pytest.raises(ValueError, match="'diffusion_model0bias': expected one parameter"):
+            checkpoint.read(state)
+        state["model.diffusion_model.0.bias"] = torch.ones(99)
+        with pytest.raises(ValueError, match=r"0.bias': expected an average of shape \(99,\)"):
+            checkpoint.read(state)
+
+
+class TestPeers:
+    def test_averaged_model(self, written: Any) -> None:
+        model = net()
+        averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))  # type: ignore[no-untyped-call]
+        for _ in range(3):
+            trained(model)
+            averaged.update_parameters(model)
+        found = checkpoint.read(written(averaged.state_dict()))
+        assert_average(found, averaged.module.state_dict())
+        assert (found.layout, found.step) == ("AveragedModel", 3)
+
+    @pytest.mark.parametrize("online", [False, True])
+    @pytest.mark.parametrize("kind", ["EMA", "KarrasEMA"])
+    def test_ema_pytorch(self, written: Any, kind: str, online: bool) -> None:
+        ema_pytorch = peer("ema_pytorch")
+        model = net()
+        options: dict[str, Any] = {"update_every": 1}
+        if kind == "EMA":
+            options |= {"beta": 0.9, "include_online_model": online, "update_after_step": 0}
+        else:
+            options |= {"sigma_rel": 0.1}
+        ema = getattr(ema_pytorch, kind)(model, **options)
+        for _ in range(3):
+            trained(model)
+            ema.update()
+        found = checkpoint.read(written(ema.state_dict()))
+        assert_average(found, ema.ema_model.state_dict())
+        assert (found.layout, found.step) == ("ema-pytorch", int(ema.step))
+
+    def test_ema_pytorch_posthoc(self, tmp_path: Path) -> None:
+        ema_pytorch = peer("ema_pytorch")
+        model = net()
+        ema = ema_pytorch.PostHocEMA(
+            model, sigma_rels=(0.05, 0.28), checkpoint_folder=str(tmp_path), update_every=1
+        )
+        ema.update()
+        ema.checkpoint()
+        with pytest.raises(ValueError, match="expected one average, found 2 below"):
+            checkpoint.read(ema.state_dict())
+        found = checkpoint.read(tmp_path / "1.1.pt")
+        assert found.step is None  # it is in float16
+        expected = {k: v.half() for k, v in ema.ema_models[1].ema_model.state_dict().items()}
+        assert_average(found, expected)
+
+    def test_diffusers(self, written: Any) -> None:
+        training_utils = peer("diffusers.training_utils")
+        model = net()
+        ema = training_utils.EMAModel(model.parameters(), decay=0.9)
+        for _ in range(3):
+            trained(model)
+            ema.step(model.parameters())
+        source = written(ema.state_dict())
+        found = checkpoint.read(source, names=model)
+        assert_average(found, dict(zip(parameters(model), ema.shadow_params, strict=True)))
+        assert (found.layout, found.step, found.decay) == ("diffusers EMAModel", 3, 0.9)
+        with pytest.raises(ValueError, match="EMAModel: expected names, since its averages have n"):
+            checkpoint.read(source)
+        with pytest.raises(ValueError, match="EMAModel: expected 6 names, found 1"):
+            checkpoint.read(source, names=["w"])
+
+    def test_torch_ema(self, written: Any) -> None:
+        torch_ema = peer("torch_ema")
+        model = net()
+        ema = torch_ema.ExponentialMovingAverage(model.parameters(), decay=0.9)
+        trained(model)
+        ema.update()
+        found = checkpoint.read(written(ema.state_dict()), names=model)
+        assert_average(found, dict(zip(parameters(model), ema.shadow_params, strict=True)))
+        assert (found.layout, found.step, found.decay) == ("torch_ema", 1, 0.9)
+
+    @pytest.mark.parametrize("wrapped", [False, True])
+    def test_timm(self, written: Any, wrapped: bool) -> None:
+        raw, averages = net().state_dict(), net().state_dict()
+        prefix = "module." if wrapped else ""
+        saved = {f"{prefix}{name}": value for name, value in averages.items()}
+        found = checkpoint.read(written({"epoch": 1, "state_dict": raw, "state_dict_ema": saved}))
+        assert_average(found, averages)
+        assert found.layout == "timm"
+
+    def test_lightning(self, written: Any) -> None:
+        raw, averages = net().state_dict(), net().state_dict()
+        state: dict[str, Any] = {"state_dict": averages, "current_model_state": raw}
+        found = checkpoint.read(
+            written({**state, "averaging_state": {"n_averaged": torch.tensor(5)}})
+        )
+        assert_average(found, averages)
+        assert (found.layout, found.step) == ("Lightning weight averaging", 5)
+
+    def test_nemo(self, written: Any) -> None:
+        averages = parameters(net())
+        optimizer = {"opt": {}, "ema": tuple(averages.values()), "current_step": 7, "decay": 0.99}
+        state = {"state_dict": net().state_dict(), "optimizer_states": [optimizer]}
+        found = checkpoint.read(written(state), names=list(averages))
+        assert_average(found, averages)
+        assert (found.layout, found.step, found.decay) == ("NeMo", 7, 0.99)
+
+    def test_d2go(self, written: Any) -> None:
+        model = net()
+        averages, raw = parameters(net()), model.state_dict()
+        found = checkpoint.read(written({"model": raw, "ema_state": averages}))
+        assert_average(found, {**raw, **averages})
+        assert set(found.raw_only) == raw.keys() - averages.keys()
+
+    def test_mmengine_swaps_on_saving(self, written: Any) -> None:
+        raw, averages = net().state_dict(), net().state_dict()
+        held = {"steps": torch.tensor(4)} | {f"module.{name}": v for name, v in raw.items()}
+        found = checkpoint.read(written({"state_dict": averages, "ema_state_dict": held}))
+        assert_average(found, averages)
+        assert (found.layout, found.step) == ("mmengine", 4)
+
+    @pytest.mark.parametrize("active", [False, True])
+    def test_composer_swaps_while_active(self, written: Any, active: bool) -> None:
+        model, other = net(), net()
+        averages = other.state_dict()
+        raw = model.state_dict()
+        aside = model if active else other
+        ema = {
+            "named_parameters_dict": dict(aside.named_parameters()),
+            "named_buffers_dict": dict(aside.named_buffers()),
+        }
+        state = {
+            "model": averages if active else raw,
+            "algorithms": [("EMA", {"ema_model": ema, "ema_weights_active": active})],
+        }
+        found = checkpoint.read(written({"state": state}))
+        assert_average(found, averages)
+
+    def test_torchtitan(self, written: Any) -> None:
+        averages = net().state_dict()
+        state = {f"state.{name}.ema_params": value for name, value in averages.items()}
+        assert_average(checkpoint.read(written(state)), averages)
+
+    def test_emajit(self, tmp_path: Path, written: Any) -> None:
+        shadow = {"a": torch.ones(2), "b": {"c": torch.zeros(1)}}
+        checkpoint.save(tmp_path / "own", shadow, 5)
+        flat = {"a": torch.ones(2), "b.c": torch.zeros(1)}
+        for source in (tmp_path / "own", written({"shadow": shadow, "step": 5})):
+            found = checkpoint.read(source)
+            assert_average(found, flat)
+            assert (found.layout, found.step) == ("emajit", 5)
+
+
+KEYS = st.sampled_from(
+    [
+        *("state_dict", "model_ema.decay", "model_ema.num_updates", "decay", "num_updates"),
+        *("n_averaged", "module.w", "state_dict_ema", "initted", "step", "ema_model.w"),
+        *("shadow_params", "optimization_step", "current_model_state", "optimizer_states"),
+        *("ema", "current_step", "ema_state", "ema_state_dict", "state", "algorithms", "EMA"),
+        *("state.w.ema_params", "shadow", "w", "model.w", "model_ema.w", "ema_models.0.step"),
+    ]
+)
+
+
+class TestRefused:
+    def test_no_average(self, written: Any) -> None:
+        with pytest.raises(ValueError, match=r"expected averages in a layout .* none among 0"):
+            checkpoint.read(written(net().state_dict()))
+
+    def test_two_averages(self) -> None:
+        state = net().state_dict()
+        both = {"state_dict_ema": state, "current_model_state": state, "state_dict": state}
+        with pytest.raises(ValueError, match="expected one average, found two: timm and Lightning"):
+            checkpoint.read(both)
+
+    def test_nothing_is_unpickled(self, tmp_path: Path) -> None:
+        path = tmp_path / "model.pt"
+        torch.save({"ema": net(), "model": None}, path)
+        with pytest.raises(ValueError, match=f"^{path}: .* since nothing else is unpickled, found"):
+            checkpoint.read(path)
+        path.write_bytes(pickle.dumps(copy.copy))
+        with pytest.raises(ValueError, match=f"^{path}: expected a whole file of torch.save"):
+            checkpoint.read(path)
+
+    @pytest.mark.parametrize("content", [b"", b"PK", b"\x80\x02", b"no", b"12345678{", bytes(9)])
+    def test_broken_files(self, tmp_path: Path, content: bytes) -> None:
+        path = tmp_path / "broken"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"^{path}: expected") as caught:
+            checkpoint.read(path)
+        assert "\n" not in str(caught.value)
+
+    def test_truncated_files(self, tmp_path: Path) -> None:
+        path = tmp_path / "file"
+        torch.save(AveragedModel(net()).state_dict(), path)
+        whole = path.read_bytes()
+        for length in range(0, len(whole), 97):
+            path.write_bytes(whole[:length])
+            with pytest.raises(ValueError, match=f"^{path}: expected"):
+                checkpoint.read(path)
+
+    def test_corrupt_files_of_our_own(self, tmp_path: Path) -> None:
+        path = tmp_path / "own"
+        checkpoint.save(path, {"w": torch.ones(4)}, 1)
+        whole = bytearray(path.read_bytes())
+        whole[-1] ^= 1
+        path.write_bytes(whole)
+        with pytest.raises(ValueError, match="'w' is corrupt"):
+            checkpoint.read(path)
+
+    def test_no_file(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError):
+            checkpoint.read(tmp_path / "nowhere")
+        with pytest.raises(IsADirectoryError):
+            checkpoint.read(tmp_path)
+
+    @given(
+        st.recursive(
+            st.one_of(
+                st.none(),
+                st.integers(-3, 3),
+                st.text(max_size=2),
+                st.just(torch.ones(())),
+                st.just(torch.ones(2)),
+                st.just(torch.tensor(3)),
+            ),
+            lambda inner: st.one_of(
+                st.lists(inner, max_size=3), st.dictionaries(KEYS, inner, max_size=5)
+            ),
+        )
+    )
+    def test_any_tree(self, tree: Any) -> None:
+        """Averages or a ValueError, whatever stands where."""
+        with contextlib.suppress(ValueError):
+            found = checkpoint.read({"state": tree} if not isinstance(tree, dict) else tree)
+            assert all(isinstance(value, Tensor) for value in found.weights.values())
