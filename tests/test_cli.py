@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,9 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch import nn
 
-from emajit import checkpoint, cli, demo, pictures, posthoc, schedules, update_
+from emajit import LitEma, checkpoint, cli, demo, pictures, posthoc, schedules, update_
 from emajit import init as emajit_init
 from emajit.checkpoint import files
 
@@ -74,6 +76,7 @@ WORDS = st.one_of(
     st.sampled_from(
         ["0", "1", "-1", "0.5", "1e400", "nan", "inf", "9" * 30, "cpu", "cpu:7", "meta"]
     ),
+    st.sampled_from(["inspect", "extract", "--format", "litema", "--names"]),
     st.sampled_from(["reconstruct", "run", "--sigma-rel", "0.07", "-o", "--plot", "--step", "2"]),
     st.sampled_from(["", "out", "out/deeper", "file", "file/out", "x" * 300, "--steps=2", "-s"]),
     st.text(max_size=6),
@@ -144,7 +147,7 @@ def test_without_the_extra_the_command_says_what_to_install() -> None:
     assert done.returncode == 1
     assert (
         done.stderr.strip()
-        == "emajit: the command needs typer; pip install 'emajit[demo]' brings it"
+        == "emajit: the command needs typer; pip install 'emajit[cli]' brings it"
     )
 
 
@@ -229,3 +232,107 @@ class TestReconstruct:
         assert err.startswith("emajit: ")
         assert err.count("\n") == 1
         assert sorted(run.parent.rglob("*")) == before
+
+
+class TestCheckpoints:
+    @pytest.fixture
+    def file(self, tmp_path: Path) -> Path:
+        model: Any = nn.ModuleDict({"model": nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))})
+        model["model_ema"] = LitEma(model["model"], decay=0.99)
+        with torch.no_grad():
+            model["model"][0].weight.mul_(2)
+        model["first_stage"] = nn.Linear(1, 1)
+        torch.save(
+            {"state_dict": model.state_dict(), "optimizer": [torch.ones(2)]}, tmp_path / "ldm.ckpt"
+        )
+        return tmp_path / "ldm.ckpt"
+
+    def test_inspect(
+        self, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert emajit(monkeypatch, "inspect", str(file)) == 0
+        shown = capsys.readouterr().out
+        for text in (
+            "LitEma at model_ema",
+            "0.99",
+            "4 tensors, 13 numbers",
+            "2 tensors, 2 numbers",
+        ):
+            assert text in shown
+        assert "model.0" in shown
+        assert "%" in shown
+
+    @pytest.mark.parametrize("layout", ["state_dict", "litema", "diffusers-ema"])
+    def test_extract(
+        self,
+        layout: str,
+        file: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        out, listed = file.parent / "out", file.parent / "names"
+        found = checkpoint.read(file)
+        names = [name for name in found.weights if name not in found.raw_only]
+        listed.write_text("\n".join(names))
+        arguments = [str(file), "-o", str(out), "--format", layout, "--dtype", "float64"]
+        assert emajit(monkeypatch, "extract", *arguments, "--names", str(listed)) == 0
+        if layout == "state_dict":
+            weights = load_file(out)
+        else:
+            weights = checkpoint.read(out, names=None if layout == "litema" else names).weights
+        for name in names:
+            assert torch.equal(weights[name], found.weights[name].double())
+        assert "2 of them are no averages: first_stage.weight" in capsys.readouterr().out
+
+    def test_names_from_a_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        torch.save(LitEma(nn.Linear(2, 2)).state_dict(), tmp_path / "ema.pt")
+        (tmp_path / "names.txt").write_text("weight\nbias\n")
+        monkeypatch.chdir(tmp_path)
+        assert emajit(monkeypatch, "inspect", "ema.pt") == 2
+        assert emajit(monkeypatch, "inspect", "ema.pt", "--names", "names.txt") == 0
+        assert emajit(monkeypatch, "extract", "ema.pt", "--names", "names.txt", "-o", "out") == 0
+        assert load_file("out").keys() == {"weight", "bias"}
+
+    @pytest.mark.parametrize(
+        ("content", "line"),
+        [
+            (None, "No such file or directory"),
+            (b"", "expected a file of safetensors or torch.save"),
+            (b"PK\3\4 half", "expected a whole file of torch.save"),
+            (b"\xff\xff\xff\xff\xff\xff\xff\x7f{", "expected a whole safetensors file"),
+            (pickle.dumps(print), "nothing else is unpickled"),
+        ],
+    )
+    def test_broken_input_is_one_line_and_nothing_written(
+        self,
+        content: bytes | None,
+        line: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        if content is not None:
+            Path("file").write_bytes(content)
+        for command in (["inspect", "file"], ["extract", "file", "-o", "out"]):
+            assert emajit(monkeypatch, *command) == 2
+            err = capsys.readouterr().err
+            assert err.startswith("emajit: ")
+            assert line in err
+            assert err.count("\n") == 1
+        assert {path.name for path in tmp_path.iterdir()} <= {"file"}
+
+    def test_output_that_cannot_be(
+        self, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        before = file.read_bytes()
+        outs = {str(file): "expected another file", str(file.parent): "Is a directory"}
+        outs |= {
+            str(file.parent / "no" / "out"): "No such file",
+            str(file / "out"): "Not a directory",
+        }
+        for out, line in outs.items():
+            assert emajit(monkeypatch, "extract", str(file), "-o", out) == 2
+            assert line in capsys.readouterr().err
+        assert file.read_bytes() == before
+        assert [path.name for path in file.parent.iterdir()] == [file.name]

@@ -12,11 +12,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.testing import assert_close
 
 from emajit import LitEma, checkpoint
+from emajit.checkpoint import formats
 from tests import reference
 
 
@@ -387,3 +389,97 @@ class TestRefused:
         with contextlib.suppress(ValueError):
             found = checkpoint.read({"state": tree} if not isinstance(tree, dict) else tree)
             assert all(isinstance(value, Tensor) for value in found.weights.values())
+
+
+class TestWritten:
+    """What is written is read by those whose layout it is, and goes on with the same averages."""
+
+    def found(self) -> tuple[Host, checkpoint.Averaged]:
+        host = Host(reference.LitEma)
+        for _ in range(3):
+            trained(host.model)
+            host.model_ema(host.model)
+        return host, checkpoint.read(copy.deepcopy(host.state_dict()))
+
+    def test_state_dict(self, tmp_path: Path) -> None:
+        host, found = self.found()
+        checkpoint.write(tmp_path / "out", found)
+        del host.model_ema
+        assert host.load_state_dict(load_file(tmp_path / "out")) == ([], [])
+        assert_average(found, host.state_dict())
+
+    @pytest.mark.parametrize("make", [LitEma, reference.LitEma])
+    def test_litema(self, tmp_path: Path, make: Any) -> None:
+        host, found = self.found()
+        checkpoint.write(tmp_path / "out", found, layout="litema")
+        other = Host(make)
+        assert other.load_state_dict(load_file(tmp_path / "out")) == ([], [])
+        before = host.state_dict()
+        assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+        for one in (host, other):
+            torch.manual_seed(5)
+            trained(one.model)
+            one.model_ema(one.model)
+        for a, b in zip(host.model_ema.buffers(), other.model_ema.buffers(), strict=True):
+            assert_close(a, b)
+        again = checkpoint.read(tmp_path / "out")
+        assert_average(again, found.weights)
+        assert again[1:4] == found[1:4]
+        assert set(again.raw_only) == set(found.raw_only)
+
+    def test_diffusers(self, tmp_path: Path) -> None:
+        training_utils = peer("diffusers.training_utils")
+        model, other = net(), net()
+        ema = training_utils.EMAModel(model.parameters(), decay=0.9)
+        for _ in range(3):
+            trained(model)
+            ema.step(model.parameters())
+        found = checkpoint.read(ema.state_dict(), names=model)
+        checkpoint.write(tmp_path / "out", found, layout="diffusers-ema", names=model)
+        second = training_utils.EMAModel(other.parameters())
+        second.load_state_dict(torch.load(tmp_path / "out", weights_only=True))
+        trained(model)
+        for one in (ema, second):
+            one.step(model.parameters())
+        assert ema.optimization_step == second.optimization_step == 4
+        for a, b in zip(ema.shadow_params, second.shadow_params, strict=True):
+            assert torch.equal(a, b)
+
+    @pytest.mark.parametrize("layout", formats.LAYOUTS)
+    def test_dtype(self, tmp_path: Path, layout: str) -> None:
+        _, found = self.found()
+        sizes: list[int] = []
+        names = [name for name in found.weights if name not in found.raw_only]
+        options: Any = {"dtype": torch.float16, "tell": sizes.append, "names": names}
+        checkpoint.write(tmp_path / "out", found, layout=layout, **options)
+        if layout == "diffusers-ema":
+            shadow = torch.load(tmp_path / "out", weights_only=True)["shadow_params"]
+            assert {average.dtype for average in shadow} == {torch.float16}
+            state = {}
+        else:
+            state = load_file(tmp_path / "out")
+            assert state["model.diffusion_model.0.weight"].dtype == torch.float16
+            assert state["model.diffusion_model.1.num_batches_tracked"].dtype == torch.int64
+            assert sum(sizes) == sum(value.nbytes for value in state.values())
+        if layout == "litema":
+            assert state["model_ema.decay"].dtype == torch.float32
+            assert checkpoint.read(tmp_path / "out").decay == 0.9999
+
+    def test_what_cannot_be_written(self, tmp_path: Path) -> None:
+        found = checkpoint.read({"shadow": {"w": torch.ones(1)}, "step": 1})
+        with pytest.raises(ValueError, match="litema: expected the trained weights beside the av"):
+            checkpoint.write(tmp_path / "out", found, layout="litema")
+        for names in (None, ["w", "v"]):
+            with pytest.raises(ValueError, match="diffusers-ema: expected names of averages"):
+                checkpoint.write(tmp_path / "out", found, layout="diffusers-ema", names=names)
+        with pytest.raises(ValueError, match="layout: expected state_dict or litema or"):
+            checkpoint.write(tmp_path / "out", found, layout="onnx")
+        assert not list(tmp_path.iterdir())
+
+    def test_the_trained_weights_and_the_rest(self) -> None:
+        raw, averages = net().state_dict(), net().state_dict()
+        tree = {"state_dict_ema": averages, "state_dict": raw, "x": [torch.ones(1)]}
+        found = checkpoint.read(tree)
+        assert found.raw.keys() == averages.keys()
+        assert torch.equal(found.raw["0.weight"], raw["0.weight"])
+        assert found.others == 1

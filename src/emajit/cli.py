@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +12,7 @@ try:
     import typer
     from rich.console import Console
 except ModuleNotFoundError as error:
-    message = f"emajit: the command needs {error.name}; pip install 'emajit[demo]' brings it"
+    message = f"emajit: the command needs {error.name}; pip install 'emajit[cli]' brings it"
     raise SystemExit(message) from None
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -35,20 +37,11 @@ def demo(
     ] = False,
 ) -> None:
     """Train a small diffusion model on digits and show what averaging its weights is worth."""
-    try:
+    with _one_line():
         from emajit import demo as training  # noqa: PLC0415, seconds that --help need not take
-    except ModuleNotFoundError as error:
-        message = f"demo needs {error.name}; pip install 'emajit[demo]' brings it"
-        raise _Failure(message) from None
-    try:
+
         device = device or training.default_device()
-        settings = training.Settings(steps, decay, seed, device, out, posthoc)
-    except ValueError as error:
-        raise _Failure(str(error)) from None
-    try:
-        training.run(settings, Console())
-    except KeyboardInterrupt:
-        raise _Failure(f"interrupted; no file in {out} is half-written", 130) from None
+        training.run(training.Settings(steps, decay, seed, device, out, posthoc), Console())
 
 
 class Dtype(StrEnum):
@@ -77,14 +70,63 @@ def reconstruct(
     ] = False,
 ) -> None:
     """Average the weights of a finished run over another length, from its snapshots."""
-    try:
+    with _one_line():
         from emajit import reconstruction  # noqa: PLC0415, seconds that --help need not take
-    except ModuleNotFoundError as error:
-        message = f"reconstruct needs {error.name}; pip install 'emajit[demo]' brings it"
-        raise _Failure(message) from None
-    lengths = [*sigma_rel, *(more or [])]
-    try:
+
+        lengths = [*sigma_rel, *(more or [])]
         reconstruction.run(folder, lengths, out, step, dtype.value, plot, Console())
+
+
+class Layout(StrEnum):
+    state_dict = "state_dict"
+    litema = "litema"
+    diffusers_ema = "diffusers-ema"
+
+
+Checkpoint = Annotated[Path, typer.Argument(metavar="FILE", help="Of safetensors or torch.save.")]
+Names = Annotated[
+    Path | None,
+    typer.Option(help="A file with the names of the parameters in order, for layouts by position."),
+]
+
+
+@app.command()
+def inspect(file: Checkpoint, names: Names = None) -> None:
+    """Show what averages a checkpoint has, in whose layout, how far from the trained weights."""
+    with _one_line():
+        from emajit import conversion  # noqa: PLC0415, seconds that --help need not take
+
+        conversion.inspect(file, names, Console())
+
+
+@app.command()
+def extract(
+    file: Checkpoint,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
+    names: Names = None,
+    layout: Annotated[
+        Layout, typer.Option("--format", help="Of the file that is written.")
+    ] = Layout.state_dict,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of the weights in it; default, their own.")
+    ] = None,
+) -> None:
+    """Write the averaged weights of a checkpoint into a file of their own."""
+    with _one_line():
+        from emajit import conversion  # noqa: PLC0415, seconds that --help need not take
+
+        cast = None if dtype is None else dtype.value
+        conversion.extract(file, names, out, layout.value, cast, Console())
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """What goes wrong inside, as one line and an exit code."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        message = f"this command needs {error.name}; pip install 'emajit[demo]' brings it"
+        raise _Failure(message) from None
     except (ValueError, OSError) as error:
         raise _Failure(" ".join(str(error).split())) from None
     except KeyboardInterrupt:

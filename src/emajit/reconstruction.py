@@ -12,7 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from emajit import checkpoint, pictures, posthoc
+from emajit import checkpoint, posthoc
 from emajit.checkpoint import files
 from emajit.checkpoint.saved import opened
 
@@ -59,6 +59,8 @@ def run(
         shown.add_row(f"{sigma_rel:g}", f"{solution.error:.1e}", str(path))
     console.print(shown)
     if plot:
+        from emajit import pictures  # noqa: PLC0415, matplotlib is for this alone
+
         picture = out.with_suffix(".png") if len(paths) == 1 else out / "profiles.png"
         by_length = dict(zip(sigma_rels, solutions, strict=True))
         files.write(picture, lambda file: pictures.draw_profiles(chosen, by_length, end, file))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ from emajit.checkpoint import files, formats
 from emajit.checkpoint.formats import Averaged
 from emajit.checkpoint.saved import KEY, Record, Saved, opened
 
-__all__ = ["Averaged", "load", "read", "save"]
+__all__ = ["Averaged", "load", "read", "save", "write"]
 
 Tree = TypeVar("Tree")
 
@@ -147,9 +147,7 @@ def read(
             parameter; the file is broken, or holds pickled objects.
         OSError: the file cannot be read.
     """
-    if isinstance(names, torch.nn.Module):
-        names = [name for name, _ in names.named_parameters()]
-    listed = None if names is None else [*names]
+    listed = _listed(names)
     if isinstance(source, Mapping):
         return formats.recognise(source, listed)
     path = Path(source)
@@ -158,6 +156,51 @@ def read(
         return formats.recognise(tree, listed)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _listed(names: Iterable[str] | torch.nn.Module | None) -> list[str] | None:
+    if isinstance(names, torch.nn.Module):
+        return [name for name, _ in names.named_parameters()]
+    return None if names is None else [*names]
+
+
+def write(
+    path: str | os.PathLike[str],
+    averaged: Averaged,
+    *,
+    layout: str = "state_dict",
+    names: Iterable[str] | torch.nn.Module | None = None,
+    dtype: torch.dtype | None = None,
+    tell: Callable[[int], object] = lambda _: None,
+) -> None:
+    """Write what `read` has found in a layout that others read; whole or not at all.
+
+    Args:
+        path: the file, of safetensors for the first two layouts, of `torch.save` for the last.
+        averaged: from `read`.
+        layout: "state_dict" is the averaged weights as a model loads them. "litema" is a checkpoint
+            of latent-diffusion: trained weights, and averages below `model_ema.`. "diffusers-ema"
+            is the state of diffusers' `EMAModel`, by position.
+        names: for "diffusers-ema", the names of the model's parameters in order, or the model.
+        dtype: of floating-point tensors; default their own.
+        tell: is told how many bytes were written, tensor by tensor.
+
+    Raises:
+        ValueError: another layout, "litema" without the trained weights, "diffusers-ema" without
+            names.
+        OSError: the file cannot be written.
+    """
+    state = formats.written(averaged, layout, _listed(names))
+    if layout == "diffusers-ema":
+        if dtype is not None:
+            state["shadow_params"] = [average.to(dtype) for average in state["shadow_params"]]
+        files.write(Path(path), lambda file: torch.save(state, file))
+        tell(sum(average.nbytes for average in state["shadow_params"]))
+    else:
+        floats = [name for name, tensor in state.items() if tensor.is_floating_point()]
+        casts = {name: dtype for name in floats if dtype and name not in formats.CONTROLS}
+        header = {"format": "pt"}
+        files.write_tensors(Path(path), state, lambda _: header, casts=casts, tell=tell)
 
 
 def _held(path: Path) -> Any:

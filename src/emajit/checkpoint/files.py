@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import secrets
 import stat
@@ -11,7 +12,8 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import MappingProxyType
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,11 +82,15 @@ def write_tensors(
     path: Path,
     tensors: Mapping[str, Tensor],
     metadata: Callable[[Mapping[str, str]], Mapping[str, str]],
-    seed: int,
+    seed: int = 0,
+    *,
+    casts: Mapping[str, torch.dtype] = MappingProxyType({}),
+    tell: Callable[[int], object] = lambda _: None,
 ) -> None:
     """Write a safetensors file, one tensor at a time in host memory.
 
-    `metadata` is made of the `checksum` of each tensor. safetensors' own writer leaves the file
+    `metadata` is made of the `checksum` of each tensor. Those in `casts` are cast as they are
+    written, and `tell` is told the bytes of each that is. safetensors' own writer leaves the file
     unreadable to others, does not wait for the disk, and wants all tensors at once.
 
     Raises ValueError for a name that is no text, a tensor without memory of its own or of a dtype
@@ -98,18 +104,24 @@ def write_tensors(
             raise ValueError(
                 f"{name!r}: expected a dtype that safetensors has, found {tensor.dtype}"
             )
+    forms = {
+        name: Form(tuple(tensor.shape), casts.get(name, tensor.dtype))
+        for name, tensor in tensors.items()
+    }
     # Wide numbers first: so each lies at a multiple of its size.
-    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    names = sorted(tensors, key=lambda name: (-forms[name].dtype.itemsize, name))
 
     def fill(file: BinaryIO) -> None:
         checksums = dict.fromkeys(tensors, "00000000")
-        file.write(_header(tensors, names, metadata(checksums)))
+        file.write(_header(forms, names, metadata(checksums)))
         for name in names:
-            host = tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous()
+            host = tensors[name].detach().to("cpu", forms[name].dtype)
+            host = host.resolve_conj().resolve_neg().contiguous()
             checksums[name] = checksum(host, seed)
             file.write(_bytes(host))
+            tell(host.nbytes)
         file.seek(0)
-        file.write(_header(tensors, names, metadata(checksums)))
+        file.write(_header(forms, names, metadata(checksums)))
 
     write(path, fill)
 
@@ -124,18 +136,21 @@ def is_dense(tensor: Tensor) -> bool:
         return False
 
 
-def _header(tensors: Mapping[str, Tensor], names: list[str], metadata: Mapping[str, str]) -> bytes:
+class Form(NamedTuple):
+    """The shape and dtype of a tensor in a file."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _header(forms: Mapping[str, Form], names: list[str], metadata: Mapping[str, str]) -> bytes:
     """The length in 8 bytes, then JSON, padded with spaces to a multiple of 8."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name in names:
-        tensor = tensors[name]
-        begin, end = end, end + tensor.nbytes
-        entries[name] = {
-            "dtype": _CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
+        shape, dtype = forms[name]
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": [begin, end]}
     try:
         text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     except UnicodeEncodeError as error:

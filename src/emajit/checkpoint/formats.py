@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from emajit import _names, _tree
 
@@ -27,6 +29,8 @@ class Averaged(NamedTuple):
     step: how many updates the averages have taken, where that is known.
     decay: the share that an update keeps, where that is known.
     raw_only: the names in `weights` that are not averages.
+    raw: the trained weights that the averages are of, by the same names, where they are there too.
+    others: how many tensors of the checkpoint are neither.
     """
 
     weights: dict[str, Tensor]
@@ -34,6 +38,8 @@ class Averaged(NamedTuple):
     step: int | None = None
     decay: float | None = None
     raw_only: tuple[str, ...] = ()
+    raw: Mapping[str, Tensor] = {}
+    others: int = 0
 
 
 def recognise(tree: Any, names: Names) -> Averaged:
@@ -54,7 +60,9 @@ def recognise(tree: Any, names: Names) -> Averaged:
     broken = [name for name, value in found[0].weights.items() if not isinstance(value, Tensor)]
     if broken:
         raise ValueError(f"{found[0].layout}: expected tensors, found others at {broken[:5]}")
-    return found[0]
+    used = {id(value) for part in (found[0].weights, found[0].raw) for value in part.values()}
+    held = {id(leaf) for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)}
+    return found[0]._replace(others=len(held - used))
 
 
 def _lit_ema(tree: Mapping[str, Any], names: Names) -> Averaged | None:
@@ -79,11 +87,11 @@ def _lit_ema(tree: Mapping[str, Any], names: Names) -> Averaged | None:
     step = count if count >= 0 else None
     share = round(float(decay), 7) if trusted else None
     raw = {key: v for key, v in state.items() if not key.startswith(prefix)} if prefix else {}
-    if names is not None:
-        found = _unflatten(flat, {name: name for name in names})
-        return Averaged(_by_name(flat, found), layout, step, share)
-    if not raw:
+    if not raw and names is None:
         raise ValueError("LitEma: expected names, which its keys do not tell, found none")
+    if not raw:
+        found = _unflatten(flat, {name: name for name in names or ()})
+        return Averaged(_by_name(flat, found), layout, step, share)
     return _merged(_by_name(flat, _invert(flat, raw)), raw, layout, step, share)
 
 
@@ -165,7 +173,8 @@ def _timm(tree: Mapping[str, Any], _: Names) -> Averaged | None:
     """timm's training script: `state_dict_ema` beside `state_dict`."""
     if "state_dict_ema" not in tree:
         return None
-    return Averaged(_without_module(_state(tree["state_dict_ema"])), "timm")
+    raw = _without_module(_state(tree.get("state_dict", {})))
+    return Averaged(_without_module(_state(tree["state_dict_ema"])), "timm", raw=raw)
 
 
 def _ema_pytorch(tree: Mapping[str, Any], _: Names) -> Averaged | None:
@@ -182,7 +191,9 @@ def _ema_pytorch(tree: Mapping[str, Any], _: Names) -> Averaged | None:
     if not {"initted", "step"} <= state.keys():
         return None
     step = None if state["step"].is_floating_point() else int(state["step"])  # float16 overflows
-    return Averaged(_below("ema_model.", state), "ema-pytorch", step)
+    online = any(key.startswith("online_model.") for key in state)
+    raw = _below("online_model.", state) if online else {}
+    return Averaged(_below("ema_model.", state), "ema-pytorch", step, raw=raw)
 
 
 def _diffusers(tree: Mapping[str, Any], names: Names) -> Averaged | None:
@@ -207,7 +218,8 @@ def _lightning(tree: Mapping[str, Any], _: Names) -> Averaged | None:
         return None
     count = tree.get("averaging_state", {}).get("n_averaged")
     step = None if count is None else int(count)
-    return Averaged(dict(_state(tree["state_dict"])), "Lightning weight averaging", step)
+    raw = _state(tree["current_model_state"])
+    return Averaged(_state(tree["state_dict"]), "Lightning weight averaging", step, raw=raw)
 
 
 def _nemo(tree: Mapping[str, Any], names: Names) -> Averaged | None:
@@ -226,7 +238,7 @@ def _d2go(tree: Mapping[str, Any], _: Names) -> Averaged | None:
     """d2go: `ema_state` by name, beside `model`."""
     if "ema_state" not in tree:
         return None
-    averages = dict(_state(tree["ema_state"]))
+    averages = _state(tree["ema_state"])
     return _merged(averages, _state(tree.get("model", {})), "d2go")
 
 
@@ -236,7 +248,8 @@ def _mmengine(tree: Mapping[str, Any], _: Names) -> Averaged | None:
         return None
     steps = tree["ema_state_dict"].get("steps")
     step = None if steps is None else int(steps)
-    return Averaged(dict(_state(tree["state_dict"])), "mmengine", step)
+    raw = _below("module.", _state(tree["ema_state_dict"]))
+    return Averaged(_state(tree["state_dict"]), "mmengine", step, raw=raw)
 
 
 def _composer(tree: Mapping[str, Any], _: Names) -> Averaged | None:
@@ -246,11 +259,11 @@ def _composer(tree: Mapping[str, Any], _: Names) -> Averaged | None:
     if "EMA" not in algorithms:
         return None
     ema, raw = algorithms["EMA"], _state(state.get("model", {}))
+    aside = {**ema["ema_model"]["named_parameters_dict"]}
+    aside |= ema["ema_model"].get("named_buffers_dict", {})
     if ema["ema_weights_active"]:
-        return Averaged(dict(raw), "Composer")
-    averages = {**ema["ema_model"]["named_parameters_dict"]}
-    averages |= ema["ema_model"].get("named_buffers_dict", {})
-    return _merged(averages, raw, "Composer")
+        return Averaged(raw, "Composer", raw=aside)
+    return _merged(aside, raw, "Composer")
 
 
 def _torchtitan(tree: Mapping[str, Any], _: Names) -> Averaged | None:
@@ -305,7 +318,7 @@ def _below(prefix: str, state: State) -> dict[str, Tensor]:
 
 
 def _without_module(state: State) -> dict[str, Tensor]:
-    wrapped = all(key.startswith("module.") for key in state)
+    wrapped = bool(state) and all(key.startswith("module.") for key in state)
     return _below("module.", state) if wrapped else dict(state)
 
 
@@ -331,4 +344,59 @@ def _merged(
             raise ValueError(f"{name!r}: expected an average of shape {expected}, found {found}")
     missing = [name for name in raw if name not in averages]
     weights = {name: averages.get(name, value) for name, value in raw.items()} | averages
-    return Averaged(weights, layout, step, decay, tuple(missing))
+    return Averaged(weights, layout, step, decay, tuple(missing), raw)
+
+
+LAYOUTS = "state_dict", "litema", "diffusers-ema"
+CONTROLS = "model_ema.decay", "model_ema.num_updates"
+
+
+def written(averaged: Averaged, layout: str, names: Names) -> dict[str, Any]:
+    """What a file in one of the `LAYOUTS` holds.
+
+    Raises ValueError for another layout, where "litema" lacks the trained weights, whose names its
+    keys are made of, and where "diffusers-ema" lacks names: a file may have lost their order.
+    """
+    averages = {n: v for n, v in averaged.weights.items() if n not in averaged.raw_only}
+    if layout == "state_dict":
+        return dict(averaged.weights)
+    if layout == "litema":
+        return _as_lit_ema(averaged, averages)
+    if layout == "diffusers-ema":
+        if names is None or not averages.keys() >= set(names):
+            lacking = "none" if names is None else sorted(set(names) - averages.keys())[:5]
+            raise ValueError(
+                f"diffusers-ema: expected names of averages in the order of the model's "
+                f"parameters, found {lacking}{'' if names is None else ' unknown'}"
+            )
+        return {
+            "decay": 0.9999 if averaged.decay is None else averaged.decay,
+            "min_decay": 0.0,
+            "optimization_step": averaged.step or 0,
+            "update_after_step": 0,
+            "use_ema_warmup": False,
+            "inv_gamma": 1.0,
+            "power": 2 / 3,
+            "shadow_params": [averages[name] for name in names],
+        }
+    raise ValueError(f"layout: expected {' or '.join(LAYOUTS)}, found {layout!r}")
+
+
+def _as_lit_ema(averaged: Averaged, averages: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A full checkpoint of latent-diffusion: the trained weights, averages below `model_ema.`.
+
+    The averages are those of the module `model`, if all of them are in it, else of the host.
+    """
+    if not averaged.raw.keys() >= averages.keys():
+        raise ValueError("litema: expected the trained weights beside the averages, found none")
+    host = "model." if all(name.startswith("model.") for name in averages) else ""
+    names = [name.removeprefix(host) for name in averages]
+    keys = _names.flat_keys(names, lambda key: key in ("decay", "num_updates"))
+    decay = 0.9999 if averaged.decay is None else averaged.decay
+    count = -1 if averaged.step is None else averaged.step
+    controls = {
+        CONTROLS[0]: torch.tensor(decay, dtype=torch.float32),
+        CONTROLS[1]: torch.tensor(count, dtype=torch.int32),
+    }
+    flat = {f"model_ema.{keys[name]}": averages[host + name] for name in names}
+    return {**averaged.raw, **controls, **flat}
