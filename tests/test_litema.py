@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+import emajit
 from emajit import LitEma, _kernels, _names
 from tests import reference
 
@@ -186,6 +187,21 @@ class TestLikeTheOriginal:
     def test_decay(self, decay: float) -> None:
         with pytest.raises(ValueError, match=f"Decay must be between 0 and 1, found {decay}"):
             LitEma(small(), decay)
+
+
+class TestArguments:
+    def test_of_another_type(self) -> None:
+        model: Any = small()
+        ema: Any = LitEma(model)
+        schedule: Any = emajit.schedules.uniform()
+        with pytest.raises(TypeError, match="decay: expected a number, found function"):
+            LitEma(model, decay=schedule)
+        for use in (ema, ema.copy_to, lambda m: ema.ema_scope(m).__enter__()):
+            with pytest.raises(TypeError, match="model: expected a module, found dict"):
+                use({})
+        for store in (ema.store, ema.restore):
+            with pytest.raises(TypeError, match=r"store: expected tensors, as model\.parameters"):
+                store(model)
 
 
 class TestDefects:
@@ -616,7 +632,7 @@ class TestCheckpoints:
             (lambda s: s.update(renamed=s.pop("2bias")), 'missing key "2bias", unexpected key "r'),
             (
                 lambda s: s.update({"2bias": torch.ones(2)}),
-                r"2bias: expected shape \(1,\) in torch.strided, found \(2,\)",
+                r"2bias: expected shape \(1,\), found \(2,",
             ),
             (lambda s: s.update({"2bias": [1.0]}), "2bias: expected a tensor, found list"),
             (

@@ -185,6 +185,8 @@ class TestCoefficients:
             (([1, 2], [1], 1, 1), "found 2 and 1"),
             (([0], [1], 1, 1), "expected steps > 0"),
             (([1], [1], 1, -1), "gammas >= 0"),
+            (([math.nan], [1], 1, 1), "expected steps > 0"),
+            (([1], [math.inf], 1, 1), "gammas >= 0"),
         ],
     )
     def test_errors(self, arguments: Any, message: str) -> None:
@@ -276,6 +278,7 @@ class TestFiles:
             (([{}, {}], 1, [0.1, 0.1]), "sigma_rel: expected different lengths"),
             (({"a": torch.ones(1)}, 1, 0.5), "sigma_rel: expected 0 < sigma_rel"),
             (({"a": torch.ones(1) * 1e6}, 1, 0.1), r"shadow\['a'\]: expected numbers up to 65504"),
+            (({"a": torch.ones(1)}, 1, 1e-200), "sigma_rel: expected 0 < sigma_rel"),
         ],
     )
     def test_what_cannot_be_saved(self, tmp_path: Path, arguments: Any, message: str) -> None:
@@ -290,6 +293,34 @@ class TestFiles:
         assert posthoc.snapshots(tmp_path) == []
         with pytest.raises(ValueError, match="snapshots: expected some of emajit"):
             posthoc.reconstruct([], 0.1)
+
+
+class TestArguments:
+    def test_types(self, tmp_path: Path) -> None:
+        shadow = {"w": torch.ones(1)}
+        lengths: Any = torch.tensor([0.05, 0.2]).double()
+        number: Any = np.float32(0.1)
+        posthoc.save(tmp_path, shadow, 1, sigma_rel=number)
+        posthoc.save(tmp_path, [shadow, shadow], 1, sigma_rel=lengths)
+        lengths = np.array([0.06, 0.07])
+        posthoc.save(tmp_path, [shadow, shadow], 1, sigma_rel=lengths)
+        assert len(posthoc.snapshots(tmp_path)) == 5
+        found: Any = posthoc.snapshots(tmp_path)
+        wrong: Any
+        for wrong in ("0.1", None, [[0.1]], ["0.1"]):
+            with pytest.raises(TypeError, match="sigma_rel: expected a number, or a list of numb"):
+                posthoc.reconstruct(found, wrong)
+        for wrong in (str(tmp_path), [tmp_path]):
+            with pytest.raises(TypeError, match="snapshots: expected a list from posthoc"):
+                posthoc.reconstruct(wrong, 0.1)
+        wrong = "1"
+        with pytest.raises(TypeError, match="step: expected an int or a 0-d integer tensor, found"):
+            posthoc.reconstruct(found, 0.1, step=wrong)
+        for wrong in (torch.int64, "float16"):
+            with pytest.raises(ValueError, match="dtype: expected a floating-point dtype, found"):
+                posthoc.reconstruct(found, 0.1, dtype=wrong)
+        with pytest.raises(ValueError, match="sigma_rel: expected a list of 2, as shadow, found o"):
+            posthoc.save(tmp_path, [shadow, shadow], 1, sigma_rel=0.1)
 
 
 class TestTrouble:
@@ -320,6 +351,37 @@ class TestTrouble:
         with pytest.warns(UserWarning, match=r"and \d\.\d+ of each weight from the rounding"):
             posthoc.reconstruct(posthoc.snapshots(tmp_path), 0.09)
 
+    def test_ties_that_differ(self, tmp_path: Path) -> None:
+        w = torch.ones(1)
+        posthoc.save(tmp_path, {"a": torch.ones(1), "b": torch.zeros(1)}, 1, sigma_rel=0.1)
+        posthoc.save(tmp_path, {"a": w, "b": w}, 2, sigma_rel=0.1)
+        with pytest.raises(ValueError, match="expected the ties of"):
+            posthoc.reconstruct(posthoc.snapshots(tmp_path), 0.1)
+
+    def test_of_two_runs(self, folder: Path) -> None:
+        train(folder, 4, steps=32)
+        with pytest.warns(UserWarning, match="snapshots: .*040.* is older than .*032.*: of anoth"):
+            posthoc.reconstruct(posthoc.snapshots(folder), 0.07)
+
+    def test_a_result_that_overflows(self, tmp_path: Path) -> None:
+        for step in (1, 2):
+            posthoc.save(tmp_path, {"v": torch.tensor([1e6])}, step, sigma_rel=0.1)
+        with pytest.raises(ValueError, match="'v': expected numbers up to 65504, found"):
+            posthoc.reconstruct(posthoc.snapshots(tmp_path), 0.1, dtype=torch.float16)
+
+    def test_infinite_elements_are_those_of_the_last(self, tmp_path: Path) -> None:
+        for step in (5, 10, 20):
+            trees = [{"mask": torch.tensor([0.0, -math.inf])}] * 2
+            posthoc.save(tmp_path, trees, step, sigma_rel=TRACKED)
+        found = posthoc.reconstruct(posthoc.snapshots(tmp_path), 0.07)
+        assert found["mask"].tolist() == [0.0, -math.inf]
+
+    def test_a_header_that_is_no_number(self, tmp_path: Path) -> None:
+        path = tmp_path / "1.safetensors"
+        checkpoint.save(path, {"w": torch.ones(1)}, 1, metadata={"posthoc.gamma": "many"})
+        with pytest.raises(ValueError, match=f"^{path}: expected a gamma, found 'many'"):
+            posthoc.snapshots(tmp_path)
+
     def test_twice_the_same(self, folder: Path) -> None:
         found = posthoc.snapshots(folder)
         with pytest.raises(ValueError, match="expected one snapshot of each, found"):
@@ -333,6 +395,7 @@ class TestTrouble:
             ({"w": torch.ones(64)}, r"found \(64,\) in torch.float32"),
         ],
     )
+    @pytest.mark.filterwarnings("ignore:.* is older than")
     def test_of_another_model(self, folder: Path, other: Any, message: str) -> None:
         (path,) = posthoc.save(folder, other, 30, sigma_rel=0.05)
         with (
@@ -341,6 +404,7 @@ class TestTrouble:
         ):
             posthoc.reconstruct(posthoc.snapshots(folder), 0.07)
 
+    @pytest.mark.filterwarnings("ignore:.* is older than")
     def test_a_corrupt_one(self, folder: Path) -> None:
         path = posthoc.snapshots(folder)[5].path
         whole = bytearray(path.read_bytes())

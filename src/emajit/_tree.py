@@ -336,7 +336,8 @@ def _not_a_leaf(name: str, tree: PyTree, index: int, leaf: object) -> str:
         f"{_path(name, tree, index)}: expected a tensor or None, found {type(leaf).__qualname__}"
     )
     if isinstance(leaf, torch.nn.Module | Iterator):
-        return f"{found}; {_HINT}"
+        hint = _HINT if name == "params" else "pass a dict of tensors, such as its state_dict()"
+        return f"{found}; {hint}"
     return found
 
 

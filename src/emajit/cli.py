@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,8 +19,18 @@ except ModuleNotFoundError as error:
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"emajit {metadata.version('emajit')}")
+        raise typer.Exit
+
+
 @app.callback()
-def emajit() -> None:
+def emajit(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show and exit.")
+    ] = False,
+) -> None:
     """Exponential moving averages of PyTorch weights."""
 
 
@@ -62,7 +73,9 @@ def reconstruct(
         Path,
         typer.Option("--out", "-o", help="The file to write; the folder, for several lengths."),
     ],
-    more: Annotated[list[float] | None, typer.Argument(hidden=True)] = None,
+    more: Annotated[
+        list[float] | None, typer.Argument(metavar="[SIGMA_REL]...", hidden=True)
+    ] = None,
     step: Annotated[int | None, typer.Option(help="Default: that of the last snapshot.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights in the file.")] = Dtype.float32,
     plot: Annotated[
@@ -152,6 +165,8 @@ def main() -> int:
         if not hasattr(error, "format_message"):
             raise
         line = f"emajit: {error.format_message()}"
+        if not error.format_message():  # called without a command, it has shown the help
+            return int(getattr(error, "exit_code", 2))
         Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
         return int(getattr(error, "exit_code", 2))
     return result if isinstance(result, int) else 0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 from torch import Tensor
@@ -21,7 +22,7 @@ def inspect(path: Path, names: Path | None, console: Console) -> None:
     """
     found = checkpoint.read(path, names=_lines(names))
     averages = {n: v for n, v in found.weights.items() if n not in found.raw_only}
-    told = Table(title=str(path), show_header=False)
+    told = Table(title=escape(str(path)), show_header=False)
     told.add_row("layout", found.layout)
     told.add_row("step", "not told" if found.step is None else f"{found.step:,}")
     told.add_row("decay", "not told" if found.decay is None else f"{found.decay:g}")

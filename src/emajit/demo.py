@@ -324,5 +324,6 @@ def run(settings: Settings, console: Console) -> History:
             f"held-out loss {best[0]:.4f}",
             highlight=False,
         )
-    console.print(f"Written into {settings.out}: {', '.join(written)}", highlight=False)
+    told = f"Written into {settings.out}: {', '.join(written)}"
+    console.print(told, highlight=False, markup=False)
     return history

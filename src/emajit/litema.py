@@ -60,6 +60,11 @@ class LitEma(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        if not isinstance(decay, float | int):
+            found = type(decay).__qualname__
+            raise TypeError(
+                f"decay: expected a number, found {found}; emajit.update_ has schedules"
+            )
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"Decay must be between 0 and 1, found {decay}")
         if not isinstance(model, nn.Module):
@@ -169,7 +174,7 @@ class LitEma(nn.Module):
                 "store: expected restore() after the last store(), found parameters still stored; "
                 "call restore() first"
             )
-        parameters = list(parameters)
+        parameters = _tensors("store", parameters)
         scope.check_outside(parameters)
         self.collected_params = [p.detach().clone() for p in parameters]
 
@@ -178,7 +183,7 @@ class LitEma(nn.Module):
 
         Raises RuntimeError if nothing is stored, and ValueError if number or shapes differ.
         """
-        parameters = list(parameters)
+        parameters = _tensors("restore", parameters)
         scope.check_outside(parameters)
         if not self.collected_params:
             raise RuntimeError("restore: expected store() before, found nothing stored")
@@ -218,6 +223,8 @@ class LitEma(nn.Module):
 
     def _pairs(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The averages and the parameters of `model` that they are of, under its names."""
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a module, found {type(model).__qualname__}")
         params: dict[str, Tensor] = dict(model.named_parameters())
         scope.check_outside(params.values())
         if list(params) != self._known:
@@ -334,23 +341,30 @@ class LitEma(nn.Module):
             )
 
 
+def _tensors(use: str, parameters: Iterable[Tensor]) -> list[Tensor]:
+    listed = [parameters] if isinstance(parameters, nn.Module) else list(parameters)
+    for one in listed:
+        if not isinstance(one, Tensor):
+            found = type(one).__qualname__
+            raise TypeError(f"{use}: expected tensors, as model.parameters() gives, found {found}")
+    return listed  # type: ignore[return-value]
+
+
 def _misfit(key: str, value: object, buffer: Any) -> str:
     """What is wrong with a value that is to be loaded into a buffer; nothing if it fits."""
     if not isinstance(value, Tensor):
         return f"expected a tensor, found {type(value).__qualname__}"
     if value.shape != buffer.shape or value.layout is not torch.strided:
-        found = f"{tuple(value.shape)} in {value.layout}"
-        return f"expected shape {tuple(buffer.shape)} in torch.strided, found {found}"
+        found = tuple(value.shape) if value.layout is torch.strided else value.layout
+        return f"expected shape {tuple(buffer.shape)}, found {found}"
     if value.is_meta:
         return "" if buffer.is_meta else "expected numbers, found a tensor on the meta device"
     if key in _RANGES and not value.is_complex():  # converters cast them along with the rest
         (low, high), number = _RANGES[key], value.item()
-        if not low <= number <= high or (key == "num_updates" and number % 1):
-            return f"expected a number in [{low}, {high}], found {number}"
-    elif (value.is_floating_point(), value.is_complex()) != (
-        buffer.is_floating_point(),
-        buffer.is_complex(),
-    ):
+        fits = low <= number <= high and (key == "decay" or number % 1 == 0)
+        return "" if fits else f"expected a number in [{low}, {high}], found {number}"
+    kinds = [(t.is_floating_point(), t.is_complex()) for t in (value, buffer)]
+    if kinds[0] != kinds[1]:
         return f"expected a number of the kind of {buffer.dtype}, found {value.dtype}"
     return ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from typing import BinaryIO
 
 import torch
@@ -57,6 +58,9 @@ def draw_sweep(
     axes = figure.subplots()
     axes.plot(lengths, losses, color=AVERAGED, label="reconstructed from the snapshots")
     axes.plot([*saved], [*saved.values()], "o", color=AVERAGED, label="as saved")
+    axes.axvspan(min(saved), max(saved), color=AVERAGED, alpha=0.08, label="span of what was saved")
+    best = min(zip(losses, lengths, strict=True))
+    axes.plot(best[1], best[0], "*", color=THIRD, markersize=12, label=f"best, {best[1]:.3f}")
     axes.axhline(trained, color=RAW, linestyle="--", label="the average chosen before training")
     axes.set(xlabel="averaging length, relative to the run", ylabel="held-out denoising loss")
     axes.set_xscale("log")
@@ -88,7 +92,7 @@ def draw_profiles(
         left.plot(t, wanted, color="black", linestyle=":", label="wanted")
         left.set_title(f"sigma_rel {sigma_rel:g}, error {solution.error:.1e}")
         left.set(ylabel="weight of a step", yticks=[])
-        for gamma, color in zip(gammas, (AVERAGED, THIRD, RAW, "tab:green"), strict=False):
+        for gamma, color in zip(gammas, cycle((AVERAGED, THIRD, RAW, "tab:green")), strict=False):
             mine = [i for i, snapshot in enumerate(chosen) if snapshot.gamma == gamma]
             label = f"snapshots of {posthoc.gamma_to_sigma_rel(gamma):.3g}"
             heights = [float(solution.coefficients[i]) for i in mine]

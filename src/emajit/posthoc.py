@@ -11,21 +11,21 @@ the profile that is wanted is fitted with those of the snapshots.
 from __future__ import annotations
 
 import math
-import operator
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from emajit import _tree, checkpoint, functional
-from emajit.checkpoint.saved import Saved, opened
+from emajit import _tree, checkpoint
+from emajit.checkpoint.saved import Saved, count, opened
 from emajit.schedules import gamma_to_sigma_rel, sigma_rel_to_gamma
 
 __all__ = [
@@ -82,8 +82,8 @@ def save(
         step: how many updates the shadow has taken, at least 1.
         sigma_rel: the relative length of the average, or of each.
         dtype: of the floating-point leaves in the file; default their own. float16 halves the file
-            and rounds each weight by at most 4.9e-4 of itself, and so a reconstruction within the
-            span of the lengths by about half of that.
+            and rounds a weight by at most 4.9e-4 of itself, and so a reconstruction within the span
+            of the lengths by about half of that; weights below 6e-5 by up to 3e-8.
 
     Raises:
         ValueError: `shadow` and `sigma_rel` are not of one length, `sigma_rel` is out of range,
@@ -94,39 +94,46 @@ def save(
     """
     lengths, several = _listed(sigma_rel)
     shadows = shadow if several else [shadow]
+    if not several and isinstance(shadow, list):
+        raise ValueError(f"sigma_rel: expected a list of {len(shadow)}, as shadow, found one")
     if not isinstance(shadows, list) or len(shadows) != len(lengths):
         found = f"a list of {len(shadows)}" if isinstance(shadows, list) else type(shadows).__name__
         raise ValueError(f"shadow: expected a list of {len(lengths)}, as sigma_rel, found {found}")
-    count = operator.index(step)
-    if count < 1:
-        raise ValueError(f"step: expected the number of updates so far, >= 1, found {count}")
-    paths = [Path(folder, f"{count:010d}-{length:.6g}.safetensors") for length in lengths]
+    taken = count(step)
+    if taken < 1:
+        raise ValueError(f"step: expected the number of updates so far, >= 1, found {taken}")
+    paths = [Path(folder, f"{taken:010d}-{length:.6g}.safetensors") for length in lengths]
     if len(set(paths)) < len(paths):
         raise ValueError(f"sigma_rel: expected different lengths, found {lengths}")
     gammas = [sigma_rel_to_gamma(length) for length in lengths]
-    averages = [functional.init(average, dtype=dtype) for average in shadows]
-    for pair in zip(averages, shadows, strict=True):
-        _check_range(*pair)
+    for average in shadows:
+        _check_range(average, dtype)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for path, average, gamma in zip(paths, averages, gammas, strict=True):
-        checkpoint.save(path, average, count, metadata={_GAMMA: repr(gamma)})
+    for path, average, gamma in zip(paths, shadows, gammas, strict=True):
+        checkpoint.save(path, average, taken, dtype=dtype, metadata={_GAMMA: repr(gamma)})
     return paths
 
 
 def _listed(sigma_rel: float | Sequence[float]) -> tuple[list[float], bool]:
     """The lengths, and whether they came as several."""
-    if isinstance(sigma_rel, float | int):
-        return [sigma_rel], False
-    return [*sigma_rel], True
+    if isinstance(sigma_rel, Real):
+        return [float(sigma_rel)], False
+    if isinstance(sigma_rel, Iterable) and not isinstance(sigma_rel, str):
+        listed = [*sigma_rel]
+        if all(
+            isinstance(one, Real) or (isinstance(one, Tensor) and not one.ndim) for one in listed
+        ):
+            return [float(one) for one in listed], True
+    raise TypeError(f"sigma_rel: expected a number, or a list of numbers, found {sigma_rel!r}")
 
 
-def _check_range(narrow: Any, wide: Any) -> None:
-    """Raise ValueError where a number that was finite is not any more."""
-    pairs = zip(*(_tree.named_leaves("shadow", tree) for tree in (narrow, wide)), strict=True)
-    for (path, _, cast), (_, _, leaf) in pairs:
-        if cast.dtype != leaf.dtype and bool((leaf.isfinite() & ~cast.isfinite()).any()):
-            largest = torch.finfo(cast.dtype).max
-            raise ValueError(f"{path}: expected numbers up to {largest:g}, found a larger one")
+def _check_range(shadow: Any, dtype: torch.dtype | None) -> None:
+    """Raise ValueError where a finite number would be infinite in `dtype`."""
+    for path, _, leaf in _tree.named_leaves("shadow", shadow):
+        if dtype is not None and leaf.is_floating_point() and leaf.dtype.itemsize > dtype.itemsize:
+            largest = torch.finfo(dtype).max
+            if bool(((leaf.abs() > largest) & leaf.isfinite()).any()):
+                raise ValueError(f"{path}: expected numbers up to {largest:g}, found a larger one")
 
 
 def snapshots(folder: str | os.PathLike[str]) -> list[Snapshot]:
@@ -144,8 +151,12 @@ def snapshots(folder: str | os.PathLike[str]) -> list[Snapshot]:
             continue
         with opened(path) as saved:
             gamma = saved.record.metadata.get(_GAMMA)
-            if gamma is not None:
+            if gamma is None:
+                continue
+            try:
                 found.append(Snapshot(saved.record.step, float(gamma), path))
+            except ValueError:
+                raise ValueError(f"{path}: expected a gamma, found {gamma!r}") from None
     return sorted(found)
 
 
@@ -190,7 +201,8 @@ def solve_coefficients(
     if not steps or len(steps) != len(gammas):
         found = f"{len(steps)} and {len(gammas)}"
         raise ValueError(f"steps and gammas: expected as many of each, at least one, found {found}")
-    if min(*steps, step) <= 0 or min(*gammas, gamma) < 0:
+    numbers = [*steps, step, *gammas, gamma]
+    if not all(map(math.isfinite, numbers)) or min(*steps, step) <= 0 or min(*gammas, gamma) < 0:
         raise ValueError("steps and gammas: expected steps > 0 and gammas >= 0, found others")
     t, g = (torch.as_tensor(values, dtype=torch.float64) for values in (steps, gammas))
     end, exponent = (torch.tensor(value, dtype=torch.float64) for value in (step, gamma))
@@ -243,8 +255,9 @@ def reconstruct(
 ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
     """The average of another length, from snapshots of a run.
 
-    The files are read leaf by leaf and summed in float64: beside the result there is one leaf in
-    memory. Leaves without a fraction, such as counts among buffers, are those of the last snapshot.
+    The files are read leaf by leaf and summed in float64: beside the result there is one leaf, in
+    float64 for each length, in memory. Leaves without a fraction, such as counts among buffers, and
+    elements that are not finite, such as those of a mask, are those of the last snapshot.
 
     Args:
         snapshots: from `snapshots(folder)`.
@@ -256,14 +269,17 @@ def reconstruct(
 
     Raises:
         ValueError: no snapshots, none up to `step`, or `step` after the last one; a file that is
-            corrupt, or whose leaves are others; a length out of range.
+            corrupt, or whose leaves are others; a length out of range; a `dtype` without fractions.
+        TypeError: an argument of another type.
         OSError: a file cannot be read.
 
     Warns where a length is outside the span of those that were saved, where a snapshot is missing
-    that others have, and where the error of the profile or the rounding of the files would show,
-    each with the expected error.
+    that others have, where one is older than one of an earlier step, as another run's, and where
+    the error of the profile or the rounding of the files would show, with the expected error.
     """
     lengths, several = _listed(sigma_rel)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype: expected a floating-point dtype, found {dtype!r}")
     chosen, solutions = plan(snapshots, lengths, step)
     results: list[dict[str, Tensor]] = [{} for _ in lengths]
     for names, leaves in stream(chosen, solutions, dtype):
@@ -276,10 +292,12 @@ def plan(
     snapshots: Sequence[Snapshot], sigma_rels: Sequence[float], step: int | None
 ) -> tuple[list[Snapshot], list[Solution]]:
     """The snapshots to use, and how to sum them for each length; raises and warns."""
+    if isinstance(snapshots, str | Path) or not all(isinstance(s, Snapshot) for s in snapshots):
+        raise TypeError("snapshots: expected a list from posthoc.snapshots(folder), found others")
     if not snapshots:
         raise ValueError("snapshots: expected some of emajit.posthoc.save, found none")
     first, last = min(snapshots).step, max(snapshots).step
-    end = last if step is None else step
+    end = last if step is None else count(step)
     if not first <= end <= last:
         raise ValueError(f"step: expected one from {first} to {last}, as snapshots, found {end}")
     chosen = sorted(snapshot for snapshot in snapshots if snapshot.step <= end)
@@ -287,6 +305,7 @@ def plan(
         if one[:2] == other[:2]:
             raise ValueError(f"{other.path}: expected one snapshot of each, found {one.path} too")
     _warn_of_gaps(chosen)
+    _warn_of_two_runs(chosen)
     unit = _unit(chosen[-1])
     steps, gammas, _ = zip(*chosen, strict=True)
     solutions = []
@@ -305,6 +324,15 @@ def _warn_of_gaps(chosen: Sequence[Snapshot]) -> None:
         steps = _tree.some(gaps)
         message = f"snapshots: expected {len(gammas)} lengths at each step, some lack at {steps}"
         warnings.warn(message, UserWarning, stacklevel=4)
+
+
+def _warn_of_two_runs(chosen: Sequence[Snapshot]) -> None:
+    """A run writes its snapshots one after the other; files that were there before are older."""
+    for one, other in pairwise(chosen):
+        if other.step > one.step and other.path.stat().st_mtime < one.path.stat().st_mtime:
+            message = f"snapshots: {other.path} is older than {one.path}: of another run?"
+            warnings.warn(message, UserWarning, stacklevel=4)
+            return
 
 
 def _warn_of_errors(
@@ -357,10 +385,23 @@ def _sums(
     wide = torch.complex128 if newest.is_complex() else torch.float64
     sums = [torch.zeros(newest.shape, dtype=wide) for _ in solutions]
     for i, file in enumerate(files):
-        leaf = file.read(name).to(wide)
+        leaf = file.read(name)
         for total, solution in zip(sums, solutions, strict=True):
             total.add_(leaf, alpha=float(solution.coefficients[i]))
-    return [total.to(dtype.to_complex() if newest.is_complex() else dtype) for total in sums]
+    narrow = dtype.to_complex() if newest.is_complex() else dtype
+    return [_narrowed(name, total, newest, narrow) for total in sums]
+
+
+def _narrowed(name: str, total: Tensor, newest: Tensor, dtype: torch.dtype) -> Tensor:
+    """A sum in its dtype; what is not finite in the last snapshot, such as a mask, is as there."""
+    finite = newest.isfinite()
+    if not bool(finite.all()):
+        total = torch.where(finite, total, newest.to(total.dtype))
+    cast = total.to(dtype)
+    if bool((total.isfinite() & ~cast.isfinite()).any()):
+        largest = torch.finfo(dtype).max
+        raise ValueError(f"{name!r}: expected numbers up to {largest:g}, found a larger one")
+    return cast
 
 
 def _check_alike(file: Saved, other: Saved) -> None:
@@ -369,6 +410,9 @@ def _check_alike(file: Saved, other: Saved) -> None:
     if differ:
         found = f"another at {_tree.some(differ)}"
         raise ValueError(f"{file.path}: expected the leaves of {other.path}, found {found}")
+    if file.record.tied != other.record.tied:
+        ties = file.record.tied
+        raise ValueError(f"{file.path}: expected the ties of {other.path}, found {ties}")
     for name in file.names():
         if file.form(name) != other.form(name):
             expected, found = ("{} in {}".format(*f.form(name)) for f in (other, file))

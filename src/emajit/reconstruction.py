@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
@@ -31,56 +32,78 @@ def run(
     Raises ValueError and OSError as `posthoc.reconstruct`, and ValueError, before a snapshot is
     read, where `out` cannot be written.
     """
-    if len(set(sigma_rels)) < len(sigma_rels):
+    if len(set(map(_name, sigma_rels))) < len(sigma_rels):
         raise ValueError(f"--sigma-rel: expected different lengths, found {sigma_rels}")
     found = posthoc.snapshots(folder)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         chosen, solutions = posthoc.plan(found, sigma_rels, step)
     for warning in told:
-        console.print(f"warning: {warning.message}", style="yellow", highlight=False)
+        told_of = f"warning: {warning.message}"
+        console.print(told_of, style="yellow", highlight=False, markup=False)
     end = chosen[-1].step if step is None else step
-    paths = _paths(out, sigma_rels, plot)
+    paths = _paths(out, sigma_rels)
+    mine = {snapshot.path.resolve() for snapshot in found}
+    if any(path.resolve() in mine for path in paths):
+        raise ValueError(f"--out: expected another file than a snapshot, found {out}")
     averages: list[dict[str, Tensor]] = [{} for _ in paths]
     with opened(chosen[-1].path) as last:
         total = len(last.names())
     with Progress(console=console) as progress:
-        task = progress.add_task(f"{len(chosen)} snapshots", total=total)
+        task = progress.add_task(f"{len(chosen)} files", total=total)
         for names, leaves in posthoc.stream(chosen, solutions, getattr(torch, dtype)):
             for average, leaf in zip(averages, leaves, strict=True):
                 average.update(dict.fromkeys(names, leaf))
             progress.advance(task, len(names))
+    if len(paths) > 1:
+        out.mkdir(parents=True, exist_ok=True)
     for path, average, sigma_rel in zip(paths, averages, sigma_rels, strict=True):
         checkpoint.save(path, average, end, metadata={"sigma_rel": repr(sigma_rel)})
-    shown = Table(title=f"After {end} steps, from {len(chosen)} snapshots")
-    for column in ("sigma_rel", "expected error", "file"):
-        shown.add_column(column)
-    for path, sigma_rel, solution in zip(paths, sigma_rels, solutions, strict=True):
-        shown.add_row(f"{sigma_rel:g}", f"{solution.error:.1e}", str(path))
-    console.print(shown)
+    by_length = dict(zip(sigma_rels, solutions, strict=True))
+    console.print(_table(paths, by_length, end, len(chosen)))
     if plot:
         from emajit import pictures  # noqa: PLC0415, matplotlib is for this alone
 
-        picture = out.with_suffix(".png") if len(paths) == 1 else out / "profiles.png"
-        by_length = dict(zip(sigma_rels, solutions, strict=True))
+        picture = out / "profiles.png" if len(paths) > 1 else _beside(out)
         files.write(picture, lambda file: pictures.draw_profiles(chosen, by_length, end, file))
-        console.print(f"Drawn: {picture}", highlight=False)
+        console.print(f"Drawn: {picture}", highlight=False, markup=False)
 
 
-def _paths(out: Path, sigma_rels: list[float], plot: bool) -> list[Path]:
+def _table(
+    paths: list[Path], solutions: dict[float, posthoc.Solution], step: int, count: int
+) -> Table:
+    shown = Table(title=f"After {step} steps, from {count} files")
+    for column in ("sigma_rel", "expected error", "file"):
+        shown.add_column(column)
+    for path, (sigma_rel, solution) in zip(paths, solutions.items(), strict=True):
+        shown.add_row(f"{sigma_rel:g}", f"{solution.error:.1e}", escape(str(path)))
+    return shown
+
+
+def _paths(out: Path, sigma_rels: list[float]) -> list[Path]:
     """The files to write, after a look whether one can write there."""
     one = len(sigma_rels) == 1
-    if one and (out.is_dir() or (plot and out.suffix == ".png")):
-        found = "a folder" if out.is_dir() else "the name of the picture"
-        raise ValueError(f"--out: expected a file to write, found {found}: {out}")
-    folder = out.parent if one else out
+    if one and out.is_dir():
+        raise ValueError(f"--out: expected a file to write, found a folder: {out}")
+    folder = out.parent if one else _nearest(out)
     try:
-        if not one:
-            folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         found = f"{folder}: {error.strerror}"
         raise ValueError(f"--out: expected a folder to write into, found {found}") from None
     if one:
         return [out]
-    return [out / f"sigma-{sigma_rel:g}.safetensors" for sigma_rel in sigma_rels]
+    return [out / _name(sigma_rel) for sigma_rel in sigma_rels]
+
+
+def _beside(out: Path) -> Path:
+    return out.with_suffix(".png") if out.suffix == ".safetensors" else Path(f"{out}.png")
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or the first above it that exists."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def _name(sigma_rel: float) -> str:
+    return f"sigma-{sigma_rel:g}.safetensors"

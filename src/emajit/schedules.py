@@ -164,8 +164,8 @@ def _sigma_rel(gamma: float) -> float:
 
 def _gamma(sigma_rel: float) -> float:
     uniform_width = 12**-0.5
-    in_range = 0 < sigma_rel < uniform_width or math.isclose(sigma_rel, uniform_width)
-    _check(in_range, "sigma_rel", "0 < sigma_rel <= 12 ** -0.5", sigma_rel)
+    in_range = 1e-150 < sigma_rel < uniform_width or math.isclose(sigma_rel, uniform_width)
+    _check(in_range, "sigma_rel", "0 < sigma_rel <= 12 ** -0.5 = 0.2887", sigma_rel)
     t = sigma_rel**-2
     gamma = 1 / sigma_rel  # above the root, from where Newton's method falls monotonically
     while True:

@@ -97,7 +97,8 @@ def _averages(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> list[tup
         raise TypeError(f"model: expected a module, found {type(model).__qualname__}")
     if not isinstance(shadow, Mapping):
         found = type(shadow).__qualname__
-        raise TypeError(f"shadow: expected a mapping of names to averages, found {found}")
+        hint = "; a LitEma has a scope of its own" if isinstance(shadow, nn.Module) else ""
+        raise TypeError(f"shadow: expected a mapping of names to averages, found {found}{hint}")
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors |= dict(model.named_buffers(remove_duplicate=False))
     partners = _names.match(tensors, shadow)

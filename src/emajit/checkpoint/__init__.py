@@ -6,7 +6,6 @@ its own names.
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch.utils import _pytree as pytree
 from emajit import _memory, _tree
 from emajit.checkpoint import files, formats
 from emajit.checkpoint.formats import Averaged
-from emajit.checkpoint.saved import KEY, Record, Saved, opened
+from emajit.checkpoint.saved import KEY, Record, Saved, count, opened
 
 __all__ = ["Averaged", "load", "read", "save", "write"]
 
@@ -31,6 +30,7 @@ def save(
     shadow: Any,
     step: int | Tensor,
     *,
+    dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write `shadow` and the number of updates it has taken.
@@ -44,6 +44,7 @@ def save(
             file a leaf has its path in the tree as its name, joined by dots: `{"encoder": [w]}`
             holds `encoder.0`. Leaves that are tied are written once.
         step: how many updates the shadow has taken, which is the step of the next one.
+        dtype: of the floating-point leaves in the file; default their own.
         metadata: strings for the header of the file; the keys "format" and "emajit" are taken.
 
     Raises:
@@ -54,9 +55,7 @@ def save(
             dict of strings.
         OSError: the file cannot be written.
     """
-    count = operator.index(step)
-    if count < 0:
-        raise ValueError(f"step: expected the number of updates so far, >= 0, found {count}")
+    taken = count(step)
     own = dict(metadata or {})
     for key, value in own.items():
         if not (isinstance(key, str) and isinstance(value, str)):
@@ -72,8 +71,13 @@ def save(
             tensors[name] = leaf
         else:
             tied[name] = first
-    record = Record(count, tied, own)
-    files.write_tensors(Path(path), tensors, record.header, record.seed())
+    record = Record(taken, tied, own)
+    casts = {} if dtype is None else dict.fromkeys(_floats(tensors), dtype)
+    files.write_tensors(Path(path), tensors, record.header, record.seed(), casts=casts)
+
+
+def _floats(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [name for name, tensor in tensors.items() if tensor.is_floating_point()]
 
 
 def load(path: str | os.PathLike[str], like: Tree) -> tuple[Tree, int]:
@@ -197,8 +201,8 @@ def write(
         files.write(Path(path), lambda file: torch.save(state, file))
         tell(sum(average.nbytes for average in state["shadow_params"]))
     else:
-        floats = [name for name, tensor in state.items() if tensor.is_floating_point()]
-        casts = {name: dtype for name in floats if dtype and name not in formats.CONTROLS}
+        floats = [name for name in _floats(state) if name not in formats.CONTROLS]
+        casts = {} if dtype is None else dict.fromkeys(floats, dtype)
         header = {"format": "pt"}
         files.write_tensors(Path(path), state, lambda _: header, casts=casts, tell=tell)
 

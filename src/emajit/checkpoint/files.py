@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import math
 import os
@@ -53,6 +54,10 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     file keeps its permissions.
     """
     path = Path(os.path.realpath(path))
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a rename would replace a device
+        raise OSError(errno.EINVAL, "expected a regular file to write", str(path))
+    if not path.parent.exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with part.open("xb") as file:
@@ -100,10 +105,8 @@ def write_tensors(
         if not is_dense(tensor):
             found = f"{type(tensor).__name__} in {tensor.layout} on {tensor.device}"
             raise ValueError(f"{name!r}: expected a dense tensor, found {found}")
-        if tensor.dtype not in _CODES:
-            raise ValueError(
-                f"{name!r}: expected a dtype that safetensors has, found {tensor.dtype}"
-            )
+        if (dtype := casts.get(name, tensor.dtype)) not in _CODES:
+            raise ValueError(f"{name!r}: expected a dtype that safetensors has, found {dtype}")
     forms = {
         name: Form(tuple(tensor.shape), casts.get(name, tensor.dtype))
         for name, tensor in tensors.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +34,17 @@ class Record(NamedTuple):
         return {**self.metadata, "format": "pt", KEY: ours}
 
 
+def count(step: Any) -> int:
+    """The number of updates as an int; TypeError and ValueError name the step."""
+    try:
+        number = operator.index(step)
+    except (TypeError, RuntimeError):
+        raise TypeError(f"step: expected an int or a 0-d integer tensor, found {step!r}") from None
+    if number < 0:
+        raise ValueError(f"step: expected the number of updates so far, >= 0, found {number}")
+    return number
+
+
 class Saved:
     """A file of `checkpoint.save`, open for reading tensor by tensor."""
 
@@ -40,7 +52,10 @@ class Saved:
         """Raise ValueError, with the path, where the record is missing or does not fit."""
         header = file.metadata() or {}
         if KEY not in header:
-            raise ValueError(f"{path}: expected a file of emajit.checkpoint.save, found another's")
+            raise ValueError(
+                f"{path}: expected a file of emajit.checkpoint.save, found one of another program, "
+                "which emajit.checkpoint.read may know"
+            )
         ours = header[KEY]
         own = {key: v for key, v in header.items() if key not in ("format", KEY)}
         self.path, self._file = path, file
