@@ -391,6 +391,24 @@ class TestRefused:
             assert all(isinstance(value, Tensor) for value in found.weights.values())
 
 
+def unet_of_latent_diffusion() -> nn.Module:
+    """The names of its parameters, each of two numbers."""
+    resnet = "in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3"
+    blocks = [f"input_blocks.{i}.0" for i in range(1, 10)] + ["middle_block.0", "middle_block.2"]
+    modules = ["time_embed.0", "time_embed.2", "input_blocks.0.0", "out.0", "out.2"]
+    modules += [f"{block}.{part}" for block in blocks for part in resnet]
+    root = nn.Module()
+    for module in modules:
+        inner = root
+        for part in module.split("."):
+            if part not in dict(inner.named_children()):
+                inner.add_module(part, nn.Module())
+            inner = inner.get_submodule(part)
+        for name in ("weight", "bias"):
+            inner.register_parameter(name, nn.Parameter(torch.randn(2)))
+    return root
+
+
 class TestWritten:
     """What is written is read by those whose layout it is, and goes on with the same averages."""
 
@@ -426,6 +444,60 @@ class TestWritten:
         assert_average(again, found.weights)
         assert again[1:4] == found[1:4]
         assert set(again.raw_only) == set(found.raw_only)
+
+    @pytest.mark.parametrize("kind", ["torch.save", "safetensors"])
+    def test_the_converter_of_diffusers_takes_the_averages(self, tmp_path: Path, kind: str) -> None:
+        """Its --extract_ema wants more than 100 of them, or takes the trained weights."""
+        convert = peer("diffusers.loaders.single_file_utils").convert_ldm_unet_checkpoint
+        host: Any = nn.Module()
+        host.model = nn.Module()
+        host.model.diffusion_model = unet_of_latent_diffusion()
+        host.model_ema = reference.LitEma(host.model)
+        trained(host.model)
+        state, source = host.state_dict(), tmp_path / "source"
+        if kind == "safetensors":
+            save_file(state, source)
+        else:
+            torch.save({"state_dict": state}, source)
+        found = checkpoint.read(source)
+        checkpoint.write(tmp_path / "out", found, layout="litema")
+        config = {"layers_per_block": 2}
+        converted = convert(load_file(tmp_path / "out"), config, extract_ema=True)
+        expected = convert(dict(found.weights), config)
+        assert converted.keys() == expected.keys()
+        assert len(converted) > 100
+        for name, value in expected.items():
+            assert torch.equal(converted[name], value)
+        raw = convert(dict(state), config)
+        assert not torch.equal(converted["conv_in.weight"], raw["conv_in.weight"])
+
+    @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to tell memory")
+    @pytest.mark.parametrize("kind", ["torch.save", "safetensors"])
+    @pytest.mark.parametrize("layout", ["state_dict", "litema"])
+    def test_memory_is_that_of_a_few_tensors(self, tmp_path: Path, kind: str, layout: str) -> None:
+        """Of a file of 128 MB: what is mapped from the disk is not counted."""
+
+        def own_memory() -> int:
+            status = Path("/proc/self/status").read_text()
+            return int(status.split("RssAnon:")[1].split()[0])
+
+        source = tmp_path / "source"
+        state = {f"model.{i}.w": torch.full((2**20,), float(i)) for i in range(16)}
+        state |= {f"model_ema.{i}w": torch.full((2**20,), i + 0.5) for i in range(16)}
+        state |= {"model_ema.decay": torch.tensor(0.5), "model_ema.num_updates": torch.tensor(1)}
+        save_file(state, source) if kind == "safetensors" else torch.save(state, source)
+        del state
+        before, peaks = own_memory(), [0]
+
+        def tell(_: int) -> None:
+            peaks.append(own_memory() - before)
+
+        found = checkpoint.read(source)
+        options: Any = {"layout": layout, "dtype": torch.float16, "tell": tell}
+        checkpoint.write(tmp_path / "out", found, **options)
+        assert len(peaks) > 16
+        assert max(peaks) < 32 * 1024  # a tensor is 4 MB; freed ones are not all reused
+        assert load_file(tmp_path / "out")["model.3.w"][0] == (3.5 if layout == "state_dict" else 3)
 
     def test_diffusers(self, tmp_path: Path) -> None:
         training_utils = peer("diffusers.training_utils")
