@@ -76,7 +76,7 @@ WORDS = st.one_of(
     st.sampled_from(
         ["0", "1", "-1", "0.5", "1e400", "nan", "inf", "9" * 30, "cpu", "cpu:7", "meta"]
     ),
-    st.sampled_from(["inspect", "extract", "--format", "litema", "--names"]),
+    st.sampled_from(["inspect", "extract", "convert", "--to", "--format", "litema", "--names"]),
     st.sampled_from(["reconstruct", "run", "--sigma-rel", "0.07", "-o", "--plot", "--step", "2"]),
     st.sampled_from(["", "out", "out/deeper", "file", "file/out", "x" * 300, "--steps=2", "-s"]),
     st.text(max_size=6),
@@ -299,6 +299,16 @@ class TestCheckpoints:
         for name in names:
             assert torch.equal(weights[name], found.weights[name].double())
         assert "2 of them are no averages: first_stage.weight" in capsys.readouterr().out
+
+    def test_convert(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        out = file.parent / "out"
+        assert (
+            emajit(monkeypatch, "convert", str(file), "--to", "averaged-model", "-o", str(out)) == 0
+        )
+        found = checkpoint.read(out)
+        assert found.layout == "AveragedModel"
+        assert found.weights.keys() == checkpoint.read(file).weights.keys()
+        assert emajit(monkeypatch, "convert", *arguments) == 2
 
     def test_names_from_a_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.save(LitEma(nn.Linear(2, 2)).state_dict(), tmp_path / "ema.pt")

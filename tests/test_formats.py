@@ -517,6 +517,67 @@ class TestWritten:
         for a, b in zip(ema.shadow_params, second.shadow_params, strict=True):
             assert torch.equal(a, b)
 
+    def test_averaged_model(self, tmp_path: Path) -> None:
+        model, other = net(), net()
+        averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))  # type: ignore[no-untyped-call]
+        for _ in range(3):
+            trained(model)
+            averaged.update_parameters(model)
+        found = checkpoint.read(copy.deepcopy(averaged.state_dict()))
+        checkpoint.write(tmp_path / "out", found, layout="averaged-model")
+        second = AveragedModel(other, multi_avg_fn=get_ema_multi_avg_fn(0.9))  # type: ignore[no-untyped-call]
+        second.load_state_dict(torch.load(tmp_path / "out", weights_only=True))
+        trained(model)
+        for one in (averaged, second):
+            one.update_parameters(model)
+        for a, b in zip(averaged.parameters(), second.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+    def test_ema_pytorch(self, tmp_path: Path) -> None:
+        ema_pytorch = peer("ema_pytorch")
+        options = {"beta": 0.9, "update_every": 1, "update_after_step": 0}
+        model, other = net(), net()
+        ema, second = (ema_pytorch.EMA(one, **options) for one in (model, other))
+        for _ in range(3):
+            trained(model)
+            ema.update()
+        found = checkpoint.read(copy.deepcopy(ema.state_dict()))
+        checkpoint.write(tmp_path / "out", found, layout="ema-pytorch")
+        second.load_state_dict(torch.load(tmp_path / "out", weights_only=True))
+        trained(model)
+        other.load_state_dict(model.state_dict())
+        for one in (ema, second):
+            one.update()
+        for a, b in zip(ema.ema_model.parameters(), second.ema_model.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+    def test_torch_ema(self, tmp_path: Path) -> None:
+        torch_ema = peer("torch_ema")
+        model, other = net(), net()
+        ema, second = (
+            torch_ema.ExponentialMovingAverage(one.parameters(), decay=0.9)
+            for one in (model, other)
+        )
+        for _ in range(3):
+            trained(model)
+            ema.update()
+        found = checkpoint.read(copy.deepcopy(ema.state_dict()), names=model)
+        checkpoint.write(tmp_path / "out", found, layout="torch-ema", names=model)
+        second.load_state_dict(torch.load(tmp_path / "out", weights_only=True))
+        trained(model)
+        for one in (ema, second):
+            one.update(model.parameters())
+        for a, b in zip(ema.shadow_params, second.shadow_params, strict=True):
+            assert torch.equal(a, b)
+
+    def test_timm(self, tmp_path: Path) -> None:
+        raw, averages = net().state_dict(), net().state_dict()
+        found = checkpoint.read({"state_dict_ema": averages, "state_dict": raw})
+        checkpoint.write(tmp_path / "out", found, layout="timm")
+        again = checkpoint.read(tmp_path / "out")
+        assert_average(again, averages)
+        assert all(torch.equal(again.raw[name], value) for name, value in raw.items())
+
     @pytest.mark.parametrize("layout", formats.LAYOUTS)
     def test_dtype(self, tmp_path: Path, layout: str) -> None:
         _, found = self.found()
@@ -524,12 +585,13 @@ class TestWritten:
         names = [name for name in found.weights if name not in found.raw_only]
         options: Any = {"dtype": torch.float16, "tell": sizes.append, "names": names}
         checkpoint.write(tmp_path / "out", found, layout=layout, **options)
-        if layout == "diffusers-ema":
-            shadow = torch.load(tmp_path / "out", weights_only=True)["shadow_params"]
-            assert {average.dtype for average in shadow} == {torch.float16}
-            state = {}
-        else:
-            state = load_file(tmp_path / "out")
+        if layout not in formats.OF_SAFETENSORS:
+            again = checkpoint.read(tmp_path / "out", names=names)
+            assert {again.weights[name].dtype for name in names} == {torch.float16}
+            assert again.step == (None if layout == "timm" else found.step)
+            return
+        state = load_file(tmp_path / "out")
+        if state:
             assert state["model.diffusion_model.0.weight"].dtype == torch.float16
             assert state["model.diffusion_model.1.num_batches_tracked"].dtype == torch.int64
             assert sum(sizes) == sum(value.nbytes for value in state.values())
@@ -544,6 +606,9 @@ class TestWritten:
         for names in (None, ["w", "v"]):
             with pytest.raises(ValueError, match="diffusers-ema: expected names of averages"):
                 checkpoint.write(tmp_path / "out", found, layout="diffusers-ema", names=names)
+        for layout in ("averaged-model", "ema-pytorch"):
+            with pytest.raises(ValueError, match=f"{layout}: expected a checkpoint that tells its"):
+                checkpoint.write(tmp_path / "out", found._replace(step=None), layout=layout)
         with pytest.raises(ValueError, match="layout: expected state_dict or litema or"):
             checkpoint.write(tmp_path / "out", found, layout="onnx")
         assert not list(tmp_path.iterdir())

@@ -93,7 +93,11 @@ def reconstruct(
 class Layout(StrEnum):
     state_dict = "state_dict"
     litema = "litema"
+    averaged_model = "averaged-model"
+    ema_pytorch = "ema-pytorch"
+    timm = "timm"
     diffusers_ema = "diffusers-ema"
+    torch_ema = "torch-ema"
 
 
 Checkpoint = Annotated[Path, typer.Argument(metavar="FILE", help="Of safetensors or torch.save.")]
@@ -112,19 +116,33 @@ def inspect(file: Checkpoint, names: Names = None) -> None:
         conversion.inspect(file, names, Console())
 
 
+Out = Annotated[Path, typer.Option("--out", "-o", help="The file to write.")]
+Cast = Annotated[Dtype | None, typer.Option(help="Of the weights in it; default, their own.")]
+
+
 @app.command()
 def extract(
     file: Checkpoint,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
+    out: Out,
     names: Names = None,
     layout: Annotated[
         Layout, typer.Option("--format", help="Of the file that is written.")
     ] = Layout.state_dict,
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="Of the weights in it; default, their own.")
-    ] = None,
+    dtype: Cast = None,
 ) -> None:
     """Write the averaged weights of a checkpoint into a file of their own."""
+    convert(file, out, layout, names, dtype)
+
+
+@app.command()
+def convert(
+    file: Checkpoint,
+    out: Out,
+    layout: Annotated[Layout, typer.Option("--to", help="Of the file that is written.")],
+    names: Names = None,
+    dtype: Cast = None,
+) -> None:
+    """Write the averages of a checkpoint in another layout, to go on with them there."""
     with _one_line():
         from emajit import conversion  # noqa: PLC0415, seconds that --help need not take
 

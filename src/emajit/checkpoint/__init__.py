@@ -180,31 +180,38 @@ def write(
     """Write what `read` has found in a layout that others read; whole or not at all.
 
     Args:
-        path: the file, of safetensors for the first two layouts, of `torch.save` for the last.
+        path: the file; of safetensors for the first two layouts, else of `torch.save`.
         averaged: from `read`.
-        layout: "state_dict" is the averaged weights as a model loads them. "litema" is a checkpoint
-            of latent-diffusion: trained weights, and averages below `model_ema.`. "diffusers-ema"
-            is the state of diffusers' `EMAModel`, by position.
-        names: for "diffusers-ema", the names of the model's parameters in order, or the model.
+        layout: "state_dict" is the averaged weights as a model loads them; "litema" a checkpoint of
+            latent-diffusion, trained weights and averages below `model_ema.`; "averaged-model" the
+            state of torch's `AveragedModel`, "ema-pytorch" that of its `EMA`; "timm" what its
+            training script saves; "diffusers-ema" and "torch-ema" the states of diffusers'
+            `EMAModel` and of torch_ema, by position.
+        names: for the last two, the names of the model's parameters in order, or the model.
         dtype: of floating-point tensors; default their own.
         tell: is told how many bytes were written, tensor by tensor.
 
     Raises:
-        ValueError: another layout, "litema" without the trained weights, "diffusers-ema" without
-            names.
+        ValueError: another layout; "litema" without the trained weights, "averaged-model" and
+            "ema-pytorch" without a known step, a layout by position without names.
         OSError: the file cannot be written.
     """
+    if layout not in formats.OF_SAFETENSORS:
+        weights, raw = (_cast(part, dtype) for part in (averaged.weights, averaged.raw))
+        averaged = averaged._replace(weights=weights, raw=raw)
     state = formats.written(averaged, layout, _listed(names))
-    if layout == "diffusers-ema":
-        if dtype is not None:
-            state["shadow_params"] = [average.to(dtype) for average in state["shadow_params"]]
-        files.write(Path(path), lambda file: torch.save(state, file))
-        tell(sum(average.nbytes for average in state["shadow_params"]))
-    else:
+    if layout in formats.OF_SAFETENSORS:
         floats = [name for name in _floats(state) if name not in formats.CONTROLS]
         casts = {} if dtype is None else dict.fromkeys(floats, dtype)
         header = {"format": "pt"}
         files.write_tensors(Path(path), state, lambda _: header, casts=casts, tell=tell)
+    else:
+        files.write(Path(path), lambda file: torch.save(state, file))
+
+
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    floats = {*_floats(tensors)}
+    return {name: v.to(dtype) if name in floats else v for name, v in tensors.items()}
 
 
 def _held(path: Path) -> Any:

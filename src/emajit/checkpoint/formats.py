@@ -347,56 +347,116 @@ def _merged(
     return Averaged(weights, layout, step, decay, tuple(missing), raw)
 
 
-LAYOUTS = "state_dict", "litema", "diffusers-ema"
 CONTROLS = "model_ema.decay", "model_ema.num_updates"
 
 
-def written(averaged: Averaged, layout: str, names: Names) -> dict[str, Any]:
-    """What a file in one of the `LAYOUTS` holds.
-
-    Raises ValueError for another layout, where "litema" lacks the trained weights, whose names its
-    keys are made of, and where "diffusers-ema" lacks names: a file may have lost their order.
-    """
-    averages = {n: v for n, v in averaged.weights.items() if n not in averaged.raw_only}
-    if layout == "state_dict":
-        return dict(averaged.weights)
-    if layout == "litema":
-        return _as_lit_ema(averaged, averages)
-    if layout == "diffusers-ema":
-        if names is None or not averages.keys() >= set(names):
-            lacking = "none" if names is None else sorted(set(names) - averages.keys())[:5]
-            raise ValueError(
-                f"diffusers-ema: expected names of averages in the order of the model's "
-                f"parameters, found {lacking}{'' if names is None else ' unknown'}"
-            )
-        return {
-            "decay": 0.9999 if averaged.decay is None else averaged.decay,
-            "min_decay": 0.0,
-            "optimization_step": averaged.step or 0,
-            "update_after_step": 0,
-            "use_ema_warmup": False,
-            "inv_gamma": 1.0,
-            "power": 2 / 3,
-            "shadow_params": [averages[name] for name in names],
-        }
-    raise ValueError(f"layout: expected {' or '.join(LAYOUTS)}, found {layout!r}")
+def _as_state_dict(averaged: Averaged, _: Names) -> dict[str, Any]:
+    return dict(averaged.weights)
 
 
-def _as_lit_ema(averaged: Averaged, averages: dict[str, Tensor]) -> dict[str, Tensor]:
+def _as_lit_ema(averaged: Averaged, _: Names) -> dict[str, Any]:
     """A full checkpoint of latent-diffusion: the trained weights, averages below `model_ema.`.
 
     The averages are those of the module `model`, if all of them are in it, else of the host.
     """
+    averages = _averages(averaged)
     if not averaged.raw.keys() >= averages.keys():
         raise ValueError("litema: expected the trained weights beside the averages, found none")
     host = "model." if all(name.startswith("model.") for name in averages) else ""
     names = [name.removeprefix(host) for name in averages]
     keys = _names.flat_keys(names, lambda key: key in ("decay", "num_updates"))
-    decay = 0.9999 if averaged.decay is None else averaged.decay
     count = -1 if averaged.step is None else averaged.step
     controls = {
-        CONTROLS[0]: torch.tensor(decay, dtype=torch.float32),
+        CONTROLS[0]: torch.tensor(_decay(averaged), dtype=torch.float32),
         CONTROLS[1]: torch.tensor(count, dtype=torch.int32),
     }
     flat = {f"model_ema.{keys[name]}": averages[host + name] for name in names}
     return {**averaged.raw, **controls, **flat}
+
+
+def _as_averaged_model(averaged: Averaged, _: Names) -> dict[str, Any]:
+    count = torch.tensor(_step("averaged-model", averaged))
+    return {"n_averaged": count} | {f"module.{n}": v for n, v in averaged.weights.items()}
+
+
+def _as_ema_pytorch(averaged: Averaged, _: Names) -> dict[str, Any]:
+    step = torch.tensor(_step("ema-pytorch", averaged))
+    online = {f"online_model.{name}": value for name, value in averaged.raw.items()}
+    average = {f"ema_model.{name}": value for name, value in averaged.weights.items()}
+    return {"initted": torch.tensor(True), "step": step, **online, **average}
+
+
+def _as_timm(averaged: Averaged, _: Names) -> dict[str, Any]:
+    return {"state_dict": dict(averaged.raw), "state_dict_ema": dict(averaged.weights)}
+
+
+def _as_diffusers(averaged: Averaged, names: Names) -> dict[str, Any]:
+    return {
+        "decay": _decay(averaged),
+        "min_decay": 0.0,
+        "optimization_step": averaged.step or 0,
+        "update_after_step": 0,
+        "use_ema_warmup": False,
+        "inv_gamma": 1.0,
+        "power": 2 / 3,
+        "shadow_params": _in_order("diffusers-ema", averaged, names),
+    }
+
+
+def _as_torch_ema(averaged: Averaged, names: Names) -> dict[str, Any]:
+    return {
+        "decay": _decay(averaged),
+        "num_updates": averaged.step,
+        "shadow_params": _in_order("torch-ema", averaged, names),
+        "collected_params": None,
+    }
+
+
+_WRITERS: dict[str, Callable[[Averaged, Names], dict[str, Any]]] = {
+    "state_dict": _as_state_dict,
+    "litema": _as_lit_ema,
+    "averaged-model": _as_averaged_model,
+    "ema-pytorch": _as_ema_pytorch,
+    "timm": _as_timm,
+    "diffusers-ema": _as_diffusers,
+    "torch-ema": _as_torch_ema,
+}
+LAYOUTS = tuple(_WRITERS)
+OF_SAFETENSORS = "state_dict", "litema"
+
+
+def written(averaged: Averaged, layout: str, names: Names) -> dict[str, Any]:
+    """What a file in one of the `LAYOUTS` holds.
+
+    Raises ValueError for another layout, and where the layout needs what was not there: "litema"
+    the trained weights, "averaged-model" and "ema-pytorch" the step, without which they would start
+    from the model again, "diffusers-ema" and "torch-ema" names, whose order a file may have lost.
+    """
+    if layout not in _WRITERS:
+        raise ValueError(f"layout: expected {' or '.join(LAYOUTS)}, found {layout!r}")
+    return _WRITERS[layout](averaged, names)
+
+
+def _averages(averaged: Averaged) -> dict[str, Tensor]:
+    return {n: v for n, v in averaged.weights.items() if n not in averaged.raw_only}
+
+
+def _decay(averaged: Averaged) -> float:
+    return 0.9999 if averaged.decay is None else averaged.decay
+
+
+def _step(layout: str, averaged: Averaged) -> int:
+    if averaged.step is None:
+        raise ValueError(f"{layout}: expected a checkpoint that tells its step, found none")
+    return averaged.step
+
+
+def _in_order(layout: str, averaged: Averaged, names: Names) -> list[Tensor]:
+    averages = _averages(averaged)
+    unknown = ["none"] if names is None else [name for name in names if name not in averages]
+    if names is None or unknown:
+        raise ValueError(
+            f"{layout}: expected names of averages in the order of the model's parameters, found "
+            f"{_tree.some(unknown)}"
+        )
+    return [averages[name] for name in names]
