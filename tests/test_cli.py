@@ -140,7 +140,7 @@ def test_without_a_command(
     assert "Commands" in out + err
     assert "emajit: " not in err
     assert emajit(monkeypatch, "--version") == 0
-    assert capsys.readouterr().out.startswith("emajit 0.")
+    assert capsys.readouterr().out.startswith("emajit ")
 
 
 def test_help_is_there_and_light() -> None:
@@ -302,9 +302,8 @@ class TestCheckpoints:
 
     def test_convert(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         out = file.parent / "out"
-        assert (
-            emajit(monkeypatch, "convert", str(file), "--to", "averaged-model", "-o", str(out)) == 0
-        )
+        arguments = [str(file), "-o", str(out)]
+        assert emajit(monkeypatch, "convert", *arguments, "--to", "averaged-model") == 0
         found = checkpoint.read(out)
         assert found.layout == "AveragedModel"
         assert found.weights.keys() == checkpoint.read(file).weights.keys()

@@ -21,7 +21,11 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"emajit {metadata.version('emajit')}")
+        try:
+            number = metadata.version("emajit")
+        except metadata.PackageNotFoundError:  # run from its sources
+            number = "(not installed)"
+        typer.echo(f"emajit {number}")
         raise typer.Exit
 
 
