@@ -19,12 +19,12 @@ CPU = torch.device("cpu")
 
 
 def key(path: str = "['w']", step: int | Tensor = 0) -> Tensor:
-    return Noise([path], step).keys(CPU)[0]
+    return Noise([path], [None], step).keys(CPU).words[0]
 
 
 def noise(path: str = "['w']", step: int | Tensor = 0) -> Tensor:
     """The noise of `DRAWS` elements, as numbers in [-1/2, 1/2)."""
-    return _rounding._noise(torch.zeros(DRAWS), key(path, step)).double() / 2**32
+    return _rounding._noise(torch.zeros(DRAWS), key(path, step), None).double() / 2**32
 
 
 def every_number(dtype: torch.dtype) -> Tensor:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from emajit import _kernels, _tree
-from emajit._kernels import Keys, Weight
-from emajit._rounding import Noise
+from emajit._kernels import Weight
+from emajit._rounding import Keys, Noise
 from emajit._tree import Dtypes
 
 Kernel = Any  # of (shadows, params, weights, skip, keys): a plain function, or one compiled
@@ -57,7 +57,11 @@ class Work(NamedTuple):
     def part(self, leaves: Sequence[int]) -> Work:
         if len(leaves) == len(self.shadows):
             return self
-        noise = self.noise and Noise([self.noise.paths[i] for i in leaves], self.noise.step)
+        noise = self.noise and Noise(
+            [self.noise.paths[i] for i in leaves],
+            [self.noise.regions[i] for i in leaves],
+            self.noise.step,
+        )
         return Work(
             [self.shadows[i] for i in leaves],
             [self.params[i] for i in leaves],
@@ -70,7 +74,7 @@ class Work(NamedTuple):
     def device(self) -> torch.device:
         return self.shadows[0].device if self.shadows else torch.device("cpu")
 
-    def keys(self) -> Keys:
+    def keys(self) -> Keys | None:
         return self.noise.keys(self.device) if self.noise and self.shadows else None
 
 
@@ -130,7 +134,7 @@ def _run_compiled(kernel: Kernel, work: Work, backend: str, eager: Kernel) -> An
     # a parameter of several averages stays one tensor, which is read once.
     detached = {id(leaf): leaf.detach() for leaf in (*work.shadows, *work.params)}
     s, p = ([detached[id(leaf)] for leaf in leaves] for leaves in (work.shadows, work.params))
-    key = kernel, layout(work), work.device, work.skip, work.noise is None
+    key = kernel, layout(work), work.device, work.skip
     run = _compiled(kernel, key, backend, eager)
     return run(s, p, scalars(work), work.skip, work.keys())
 
@@ -139,7 +143,8 @@ def layout(work: Work) -> Hashable:
     """What a graph depends on, beside the options."""
     places = {i: place for place, i in enumerate(dict.fromkeys(map(id, work.weights)))}
     leaves = zip(work.shadows, work.params, work.weights, strict=True)
-    return tuple(
+    regions = work.noise and tuple(work.noise.regions)
+    return regions, tuple(
         [(s.shape, s.stride(), s.dtype, p.stride(), p.dtype, places[id(w)]) for s, p, w in leaves]
     )
 

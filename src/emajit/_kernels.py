@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from emajit import _rounding
+from emajit._rounding import Keys
+from emajit._shards import Region
 
 Weight = float | Tensor
-Keys = Tensor | None  # of the noise, a row a leaf: see `_rounding`
+Key = tuple[Tensor, Region | None]
 
 
 def blend(
-    shadow: Tensor, param: Tensor, weight: Weight, skip: bool, key: Tensor | None = None
+    shadow: Tensor, param: Tensor, weight: Weight, skip: bool, key: Key | None = None
 ) -> Tensor:
     """One leaf: `s + w (p - s)` in float32 or wider, rounded once to the shadow's dtype.
 
@@ -38,7 +40,8 @@ def blend(
     if skip:
         average = torch.where(torch.isfinite(p), average, s)
     if key is not None and shadow.dtype in _rounding.SUPPORTED:
-        return _rounding.stochastic(average, shadow.dtype, key.to(s.device))
+        words, region = key
+        return _rounding.stochastic(average, shadow.dtype, words.to(s.device), region)
     return average.to(shadow.dtype)
 
 
@@ -56,8 +59,10 @@ def _at_least_32_bits(tensor: Tensor) -> torch.dtype:
     return tensor.dtype if tensor.dtype.itemsize >= 4 else torch.float32
 
 
-def _each(keys: Keys, shadows: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    return [None] * len(shadows) if keys is None else keys.unbind()
+def _each(keys: Keys | None, shadows: Sequence[Tensor]) -> Sequence[Key | None]:
+    if keys is None:
+        return [None] * len(shadows)
+    return [*zip(keys.words.unbind(), keys.regions, strict=True)]
 
 
 def average(
@@ -65,7 +70,7 @@ def average(
     params: Sequence[Tensor],
     weights: Sequence[Weight],
     skip: bool,
-    keys: Keys = None,
+    keys: Keys | None = None,
 ) -> list[Tensor]:
     """Blend every leaf; the form to compile and to trace."""
     rows = zip(shadows, params, weights, _each(keys, shadows), strict=True)
@@ -77,7 +82,7 @@ def average_(
     params: Sequence[Tensor],
     weights: Sequence[Weight],
     skip: bool,
-    keys: Keys = None,
+    keys: Keys | None = None,
 ) -> None:
     """Blend every leaf in place; the form to compile and to trace."""
     for s, p, w, key in zip(shadows, params, weights, _each(keys, shadows), strict=True):
@@ -91,7 +96,7 @@ def eager_average_(
     params: Sequence[Tensor],
     weights: Sequence[Weight],
     skip: bool,
-    keys: Keys = None,
+    keys: Keys | None = None,
 ) -> None:
     """`average_` with half the temporaries for a shadow that needs no rounding."""
     for s, p, w, key in zip(shadows, params, weights, _each(keys, shadows), strict=True):

@@ -2,8 +2,8 @@ r"""Stochastic rounding to 16 bits: up or down at random, so that the mean is th
 
 A number between two neighbours $a < x < b$ becomes $b$ with probability $(x - a) / (b - a)$. The
 noise is a hash of the step, the leaf's path and the element's index, in row-major order: the same
-on every device, eager or compiled. So are the results, but for a few elements in a million, whose
-average itself differs in its last bit of float32.
+on every device, eager or compiled, in one piece or in shards. So are the results, but for a few
+elements in a million, whose average itself differs in its last bit of float32.
 """
 
 from __future__ import annotations
@@ -15,19 +15,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from emajit._shards import Region
+
 SUPPORTED = torch.bfloat16, torch.float16, torch.complex32
 
 
-def stochastic(x: Tensor, dtype: torch.dtype, key: Tensor) -> Tensor:
-    """Round `x` to `dtype`, one of `SUPPORTED`, at random.
+def stochastic(x: Tensor, dtype: torch.dtype, key: Tensor, region: Region | None = None) -> Tensor:
+    """Round `x`, all of a leaf or a `region` of it, to `dtype`, one of `SUPPORTED`, at random.
 
     What `dtype` holds exactly stays, and so do zeros, infinities and NaN. Beyond the largest finite
     number there is no second neighbour, and rounding is to nearest.
     """
     if dtype.is_complex:
-        return torch.view_as_complex(stochastic(torch.view_as_real(x), torch.float16, key))
+        region = region and Region(2 * region.first, (*(2 * s for s in region.strides), 1))
+        return torch.view_as_complex(stochastic(torch.view_as_real(x), torch.float16, key, region))
     x = x.to(torch.float32)
-    rounded = (_to_8_bits if dtype == torch.bfloat16 else _to_11_bits)(x, _noise(x, key))
+    rounded = (_to_8_bits if dtype == torch.bfloat16 else _to_11_bits)(x, _noise(x, key, region))
     return torch.where(x.abs() <= torch.finfo(dtype).max, rounded, x).to(dtype)
 
 
@@ -56,17 +59,22 @@ def _to_11_bits(x: Tensor, noise: Tensor) -> Tensor:
     return torch.copysign(multiple, x)
 
 
+class Keys(NamedTuple):
+    """Of each leaf two words, int32, of shape (leaves, 2), and which part of it is there."""
+
+    words: Tensor
+    regions: list[Region | None]
+
+
 class Noise(NamedTuple):
     """What tells the noise of one call from that of any other."""
 
     paths: list[str]
+    regions: list[Region | None]
     step: int | Tensor
 
-    def keys(self, device: torch.device) -> Tensor:
-        """Two words for each of the leaves, int32, of shape (leaves, 2).
-
-        They are made of tensors: a graph that was compiled or captured serves every step.
-        """
+    def keys(self, device: torch.device) -> Keys:
+        """Those of the leaves. A graph that was compiled or captured serves every step."""
         step = self.step
         if not isinstance(step, Tensor):
             step = torch.full((), step, dtype=torch.int64, device=device)
@@ -74,7 +82,7 @@ class Noise(NamedTuple):
         first = _hash((step ^ 0x3C6EF372).to(torch.int32))
         second = _hash(first ^ (step >> 32).to(torch.int32))
         words = _words.__wrapped__ if torch.compiler.is_compiling() else _words
-        return words(tuple(self.paths), device) ^ torch.stack([first, second])
+        return Keys(words(tuple(self.paths), device) ^ torch.stack([first, second]), self.regions)
 
 
 @lru_cache(maxsize=64)
@@ -92,11 +100,21 @@ def _digest(path: str) -> list[int]:
 _digest._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _noise(x: Tensor, key: Tensor) -> Tensor:
+def _noise(x: Tensor, key: Tensor, region: Region | None) -> Tensor:
     """32 random bits for each element of `x`."""
-    counter = torch.int32 if x.numel() < 2**31 else torch.int64
-    index = torch.arange(x.numel(), dtype=counter, device=x.device).to(torch.int32)
-    return _hash(index.view(x.shape) ^ key[0], key[1])
+    return _hash(_index(x, region) ^ key[0], key[1])
+
+
+def _index(x: Tensor, region: Region | None) -> Tensor:
+    """The index of each element in the row-major order of the leaf, its lower 32 bits."""
+    if region is None:
+        counter = torch.int32 if x.numel() < 2**31 else torch.int64
+        return torch.arange(x.numel(), dtype=counter, device=x.device).to(torch.int32).view(x.shape)
+    index = torch.full((), region.first, dtype=torch.int64, device=x.device).to(torch.int32)
+    for n, stride in zip(x.shape, region.strides, strict=True):
+        steps = torch.arange(n, device=x.device) * stride
+        index = index[..., None] + steps.to(torch.int32)
+    return index
 
 
 def _hash(x: Tensor, key: Tensor | int = 0) -> Tensor:

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from emajit import _memory
+from emajit import _memory, _shards
 
 PyTree = Any
 Dtypes = frozenset[tuple[torch.dtype, torch.dtype]]
+T = TypeVar("T")
 
 _HINT = "pass dict(model.named_parameters())"
 
 
 class Pairs(NamedTuple):
-    """The leaves of a shadow and of its params, tied leaves once.
+    """The leaves of a shadow and of its params, tied leaves once; of DTensors, their shards here.
 
     `slots` has, for each leaf of the shadow's tree, its index in the two lists; None for None.
     `dtypes` are those that the pairs have, where they are known.
@@ -33,16 +34,29 @@ class Pairs(NamedTuple):
 
     def rebuild(self, leaves: Sequence[Tensor]) -> PyTree:
         """The shadow's tree with `leaves` in place of `shadows`."""
-        spec = pytree.tree_structure(self.shadow)
+        olds, spec = pytree.tree_flatten(self.shadow)
+        whole = leaves
+        if _shards.are_in(olds):
+            whole = [*map(_shards.like, self._of_each(olds), leaves)]
         return pytree.tree_unflatten(
-            [None if slot is None else leaves[slot] for slot in self.slots], spec
+            [None if slot is None else whole[slot] for slot in self.slots], spec
         )
 
     def paths(self) -> list[str]:
         """Where each of `shadows` stands in the shadow's tree, as one would write it in Python."""
-        paths = _paths(self.shadow)
+        return self._of_each(_paths(self.shadow))
+
+    def regions(self) -> list[_shards.Region | None]:
+        """Which part of a leaf each of `shadows` is, if not all of it."""
+        leaves = pytree.tree_leaves(self.shadow)
+        if not _shards.are_in(leaves):
+            return [None] * len(self.shadows)
+        return [_shards.region(leaf) for leaf in self._of_each(leaves)]
+
+    def _of_each(self, leaves: list[T]) -> list[T]:
+        """Of each of `shadows` what `leaves` has at its first place in the tree."""
         firsts = {slot: i for i, slot in reversed([*enumerate(self.slots)])}
-        return [paths[firsts[slot]] for slot in range(len(self.shadows))]
+        return [leaves[firsts[slot]] for slot in range(len(self.shadows))]
 
 
 def copy(params: PyTree, dtype: torch.dtype | None) -> PyTree:
@@ -74,12 +88,15 @@ def align(shadow: PyTree, params: PyTree, *, writable: bool = False) -> Pairs:
     same view of the same memory, are tied: they make one pair.
 
     Raises:
-        ValueError: the structure, a shape, a device or the kind of number differs, or leaves are
+        ValueError: the structure, a shape, a device, the kind of number or how a DTensor is placed
+            differs, or leaves are
             tied in `shadow` and not in `params`; if `writable`, also where writing a leaf of the
             shadow would change another leaf.
         TypeError: a leaf is neither a tensor nor None.
     """
     flat = _flat(shadow, params)
+    if flat is not None and _shards.are_in(chain(*flat)):
+        flat = _local(*flat)
     leaves = flat[0] + flat[1] if flat is not None else []
     addresses = _addresses(leaves) if writable and flat is not None else None
     seen = _checked.get(addresses) if addresses is not None else None
@@ -117,9 +134,6 @@ def align_several(shadows: list[PyTree], params: PyTree, *, writable: bool = Fal
                 f"{here}: expected a tensor of its own, tied as {there} is, found another tie"
             )
     return pairs
-
-
-T = TypeVar("T")
 
 
 def interleave(tensors: list[T], parts: int) -> list[T]:
@@ -217,6 +231,9 @@ def _align_leaf_by_leaf(shadow: PyTree, params: PyTree) -> Pairs:
             continue
         if not (isinstance(s, Tensor) and isinstance(p, Tensor)):
             raise _not_a_pair(shadow, i, s, p)
+        if _shards.misplaced(p, s):
+            raise ValueError(_placed_differently(shadow, i, s, p))
+        s, p = _shards.local([s, p])  # noqa: PLW2901
         if (
             s.shape != p.shape
             or s.device != p.device
@@ -252,6 +269,13 @@ def _flat(shadow: PyTree, params: PyTree) -> tuple[list[Any], list[Any]] | None:
     if type(shadow) is dict and type(params) is dict and list(shadow) == list(params):
         return list(shadow.values()), list(params.values())
     return None
+
+
+def _local(shadows: list[Any], params: list[Any]) -> tuple[list[Any], list[Any]] | None:
+    """The shards that are here, of leaves that are placed alike."""
+    if _shards.placed(shadows) != _shards.placed(params):
+        return None
+    return _shards.local(shadows), _shards.local(params)
 
 
 def _kind(tensor: Tensor) -> int:
@@ -364,6 +388,15 @@ def _leaf_differs(shadow: PyTree, index: int, s: Tensor, p: Tensor) -> str:
     else:
         expected, found = f"a number that {s.dtype} as in shadow can hold", str(p.dtype)
     return f"{path}: expected {expected}, found {found}"
+
+
+def _placed_differently(shadow: PyTree, index: int, s: Tensor, p: Tensor) -> str:
+    hints = {
+        (True, False): "; the reshard() of a module of FSDP makes its parameters shards again",
+        (False, True): "; make the shadow of the sharded parameters",
+    }
+    hint = hints.get((_shards.is_one(s), _shards.is_one(p)), "")
+    return f"{_path('params', shadow, index)}: {_shards.misplaced(p, s)}{hint}"
 
 
 def _structure_differs(shadow: PyTree, params: PyTree, error: ValueError) -> str:

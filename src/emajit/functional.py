@@ -166,7 +166,8 @@ def prepare(
     repeated = weights * (len(shadows) // max(1, several))
     noise = None
     if rounding == "stochastic":
-        noise = Noise(_tree.interleave(_paths(pairs), several), step)
+        paths, regions = (_tree.interleave(t, several) for t in _places(pairs))
+        noise = Noise(paths, regions, step)
     dtypes = pairs.dtypes
     if not _compile.is_traced():
         dtypes = dtypes or _tree.dtypes(shadows, partners)
@@ -219,8 +220,8 @@ def _pairs(shadow: Any, params: Any, decay: Any, *, writable: bool) -> _tree.Pai
     return _tree.align_several(shadow, params, writable=writable)
 
 
-def _paths(pairs: _tree.Pairs) -> list[str]:
-    """Where the shadows stand, each of a dtype that can be rounded at random."""
+def _places(pairs: _tree.Pairs) -> tuple[list[str], list[Any]]:
+    """Paths and regions of the shadows, each of a dtype that can be rounded at random."""
     paths = pairs.paths()
     for path, s in zip(paths, pairs.shadows, strict=True):
         if s.dtype.itemsize < 2 and s.is_floating_point():
@@ -228,7 +229,7 @@ def _paths(pairs: _tree.Pairs) -> list[str]:
                 f"shadow{path}: expected bfloat16, float16 or wider for rounding='stochastic', "
                 f"found {s.dtype}"
             )
-    return paths
+    return paths, pairs.regions()
 
 
 def _weights(decay: Decay | Schedule | list[Any], step: Step) -> list[Weight]:

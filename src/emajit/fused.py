@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import optimizer as _torch
 
-from emajit import _compile, _kernels, _memory, functional, scope
+from emajit import _compile, _kernels, _memory, _shards, functional, scope
 from emajit._compile import Work
-from emajit._kernels import Keys
+from emajit._rounding import Keys
 from emajit.functional import Decay, Schedule, Step
 from emajit.litema import LitEma
 
@@ -38,9 +38,9 @@ class FusedOptimizer:
     The first step runs the two one after the other, since it creates the optimizer's state; the
     second one compiles, seconds to minutes. Part of the graph are the other options of the
     parameter groups, and which gradients are None. One after the other, as long as it is so, run
-    complex weights, an optimizer with step hooks, and, with a warning, options that differ at
-    nearly every step (`OneCycleLR` with its momentum) and what `torch.compile` refuses (sparse
-    gradients).
+    complex weights, DTensors, an optimizer with step hooks, and, with a warning, options that
+    differ at nearly every step (`OneCycleLR` with its momentum) and what `torch.compile` refuses
+    (sparse gradients).
 
     It is itself what `torch.amp.GradScaler` takes: `scaler.step(fused)`, `scaler.unscale_(fused)`.
     Gradients are unscaled within the graph, and where one is infinite or NaN, nothing changes,
@@ -195,6 +195,7 @@ class FusedOptimizer:
         step = vars(optimizer).get("step")
         if (
             _compile.in_dispatch_mode()
+            or _shards.are_in(self._weights())
             or any(leaf.is_complex() or leaf.is_neg() for leaf in leaves)
             or any(hooks for hooks in (*_GLOBAL_HOOKS, *_own_hooks(optimizer)))
             or (step is not None and not hasattr(step, "_wrapped_by_lr_sched"))
@@ -310,7 +311,7 @@ def _compiled(optimizer: torch.optim.Optimizer, skip: bool, backend: str) -> Any
         shadows: list[Tensor],
         params: list[Tensor],
         weights: list[Tensor],
-        keys: Keys,
+        keys: Keys | None,
         gradients: list[Tensor],
         grad_scale: Tensor | None,
         written: list[Tensor],

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emajit import _memory, _names, _tree, functional, schedules, scope
+from emajit import _memory, _names, _shards, _tree, functional, schedules, scope
 
 _log = logging.getLogger(__name__)
 _RANGES = {"decay": (0, 1), "num_updates": (-1, 2**31 - 1)}
@@ -80,6 +80,7 @@ class LitEma(nn.Module):
         self.m_name2s_name: dict[str, str] = {}
         self.collected_params: list[Tensor] = []
         self._written_decay = float(decay)
+        self._is_updated = False
         # Keys of averages that were neither updated nor loaded, and of those among them that are
         # to start from the model at the next use.
         self._untouched: set[str] = set()
@@ -94,6 +95,17 @@ class LitEma(nn.Module):
         for name, average in functional.init(params, dtype=dtype).items():
             self.register_buffer(self.m_name2s_name[name], average)
         self._untouched.update(self.m_name2s_name.values())
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Those of any module, but once it was updated a host's walk passes over it.
+
+        `DistributedDataParallel` broadcasts the buffers that it finds so: at its construction, when
+        the averages may still differ, and in each forward, when they cannot.
+        """
+        if not (prefix and self._is_updated):
+            yield from super().named_modules(memo, prefix, remove_duplicate)
 
     def forward(self, model: nn.Module) -> None:
         """Update the averages with the parameters of `model`, without a host synchronisation.
@@ -127,6 +139,7 @@ class LitEma(nn.Module):
         elif int(updates) >= 0:
             updates.add_(1)
         self._untouched.clear()
+        self._is_updated = True
 
     def _on_host(self) -> bool:
         return self.num_updates.is_cpu and not torch.compiler.is_compiling()
@@ -225,6 +238,7 @@ class LitEma(nn.Module):
         """The averages and the parameters of `model` that they are of, under its names."""
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a module, found {type(model).__qualname__}")
+        _shards.reshard(model)
         params: dict[str, Tensor] = dict(model.named_parameters())
         scope.check_outside(params.values())
         if list(params) != self._known:
@@ -357,20 +371,26 @@ def _misfit(key: str, value: object, buffer: Any) -> str:
     if value.shape != buffer.shape or value.layout is not torch.strided:
         found = tuple(value.shape) if value.layout is torch.strided else value.layout
         return f"expected shape {tuple(buffer.shape)}, found {found}"
-    if value.is_meta:
-        return "" if buffer.is_meta else "expected numbers, found a tensor on the meta device"
-    if key in _RANGES and not value.is_complex():  # converters cast them along with the rest
+    if value.is_meta and not buffer.is_meta:
+        return "expected numbers, found a tensor on the meta device"
+    if key in _RANGES and not (
+        value.is_complex() or value.is_meta
+    ):  # converters cast them along with the rest
         (low, high), number = _RANGES[key], value.item()
         fits = low <= number <= high and (key == "decay" or number % 1 == 0)
         return "" if fits else f"expected a number in [{low}, {high}], found {number}"
     kinds = [(t.is_floating_point(), t.is_complex()) for t in (value, buffer)]
     if kinds[0] != kinds[1]:
         return f"expected a number of the kind of {buffer.dtype}, found {value.dtype}"
-    return ""
+    return _shards.misplaced(value, buffer)
 
 
 def _copy(params: list[Tensor], values: list[Tensor]) -> None:
     """In one call, so that no interrupt comes between two tensors; what it would refuse before."""
+    for i, (p, value) in enumerate(zip(params, values, strict=True)):
+        if misplaced := _shards.misplaced(p, value):
+            raise ValueError(f"parameter {i}: {misplaced}")
+    params, values = _shards.local(params), _shards.local(values)
     for i, (p, value) in enumerate(zip(params, values, strict=True)):
         if p.layout is not torch.strided or _memory.repeats_itself(p.shape, p.stride()):
             found = "one that repeats an element" if p.layout is torch.strided else str(p.layout)

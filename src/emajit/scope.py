@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from emajit import _names
+from emajit import _names, _shards
 
 # The scopes that are entered now, in that order, and the parameters and buffers in each, which the
 # scope keeps alive. A dict has no state between two operations, whatever thread or signal comes.
@@ -42,6 +42,9 @@ def ema_scope(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> Iterator
     side of the scope's boundary what was computed on the other, except that a graph from before
     the scope can be used after it.
 
+    Into the shards of DTensors the averages are copied, and the training weights kept meanwhile:
+    FSDP gathers parameters from memory of its own. No process waits for another.
+
     Args:
         model: any module; one inside `torch.compile`, DDP or activation checkpointing is fine.
         shadow: averages by the names of `named_parameters()`, with or without the prefixes that
@@ -59,9 +62,12 @@ def ema_scope(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> Iterator
     ...     model(torch.ones(1))
     tensor([2.])
     """
+    if isinstance(model, nn.Module):
+        _shards.reshard(model)
     averages = _averages(model, shadow)
     tensors = [tensor for tensor, _ in averages]
-    swapped = set(map(id, tensors))
+    shards = [pair for pair in averages if _shards.is_one(pair[0])]
+    swapped = {*map(id, tensors), *map(id, _shards.local(tensors))}
     # Only callbacks undo: each of them runs, whatever one before it raises.
     with ExitStack() as undo:
         undo.callback(_inside.pop, undo, None)
@@ -73,9 +79,19 @@ def ema_scope(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> Iterator
                     undo.callback(module._buffers.__setitem__, name, buffer)
         _move_to_another_version(tensors, undo)
         for tensor, average in averages:
-            undo.callback(setattr, tensor, "data", tensor.data)
-            tensor.data = average
+            if not _shards.is_one(tensor):
+                undo.callback(setattr, tensor, "data", tensor.data)
+                tensor.data = average
+        if shards:
+            _copy_into_shards(shards, undo)
+            undo.callback(_shards.reshard, model)
         yield
+
+
+def _copy_into_shards(averages: list[tuple[Tensor, Tensor]], undo: ExitStack) -> None:
+    shards = [shard.detach() for shard in _shards.local(tensor for tensor, _ in averages)]
+    undo.callback(torch._foreach_copy_, shards, [shard.clone() for shard in shards])
+    torch._foreach_copy_(shards, _shards.local(average for _, average in averages))
 
 
 def _move_to_another_version(tensors: Iterable[Tensor], undo: ExitStack) -> None:
@@ -113,6 +129,8 @@ def _averages(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> list[tup
         if average.shape != tensor.shape or average.device != tensor.device:
             expected, found = (f"{tuple(t.shape)} on {t.device}" for t in (tensor, average))
             raise ValueError(f"shadow[{name!r}]: expected shape {expected}, found {found}")
+        if misplaced := _shards.misplaced(average, tensor):
+            raise ValueError(f"shadow[{name!r}]: {misplaced}")
         first, known = averages.setdefault(tensor, (name, average))
         if known is not average and not _same_values(known, average):
             raise ValueError(
@@ -130,4 +148,5 @@ def _averages(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> list[tup
 
 
 def _same_values(a: Tensor, b: Tensor) -> bool:
+    a, b = _shards.local([a, b])
     return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)

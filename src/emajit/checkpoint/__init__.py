@@ -1,7 +1,7 @@
 """A shadow and its step in a file: written atomically, read whole or not at all.
 
 The file is one of safetensors, for whatever reads those: a dict of named parameters is in it under
-its own names.
+its own names. A shadow of DTensors goes into a folder of `torch.distributed.checkpoint`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from emajit import _memory, _tree
+from emajit import _memory, _shards, _tree
 from emajit.checkpoint import files, formats
 from emajit.checkpoint.formats import Averaged
 from emajit.checkpoint.saved import KEY, Record, Saved, count, opened
 
-__all__ = ["Averaged", "load", "read", "save", "write"]
+__all__ = ["Averaged", "load", "load_sharded", "read", "save", "save_sharded", "write"]
 
 Tree = TypeVar("Tree")
+_SHADOW = "shadow."
 
 
 def save(
@@ -49,7 +50,8 @@ def save(
 
     Raises:
         ValueError: two leaves have the same name, a node of the tree has none for its children, a
-            tensor is not dense (sparse, on meta, a DTensor), safetensors lacks a dtype (complex32,
+            tensor is not dense (sparse, on meta), or is a DTensor, for which there is
+            `save_sharded`; safetensors lacks a dtype (complex32,
             complex128), the step is negative, or a key of `metadata` is taken.
         TypeError: a leaf is neither a tensor nor None, the step is no integer, or `metadata` is no
             dict of strings.
@@ -66,6 +68,11 @@ def save(
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     for name, leaf in _named("shadow", shadow).items():
+        if _shards.is_one(leaf):
+            found = _shards.described(leaf)
+            raise ValueError(
+                f"{name!r}: expected a whole tensor, found {found}; save_sharded writes those"
+            )
         first = kept.setdefault(_memory.identity(leaf), name)
         if first == name:
             tensors[name] = leaf
@@ -108,7 +115,12 @@ def load(path: str | os.PathLike[str], like: Tree) -> tuple[Tree, int]:
     path = Path(path)
     wanted = _named("like", like)
     with opened(path) as saved:
-        _check_forms(saved, wanted)
+        _check_names(path, saved.names(), wanted)
+        for name, leaf in wanted.items():
+            if not files.is_dense(leaf):
+                found = f"{type(leaf).__name__} in {leaf.layout} on {leaf.device}"
+                raise ValueError(f"like: {name!r}: expected a dense tensor, found {found}")
+            _check_form(path, name, saved.form(name), leaf)
         tied = saved.record.tied
         loaded: dict[str, Tensor] = {}
         first: dict[Hashable, str] = {}
@@ -121,9 +133,78 @@ def load(path: str | os.PathLike[str], like: Tree) -> tuple[Tree, int]:
                 loaded[name] = loaded[same]
             else:
                 raise ValueError(f"{path}: expected {name!r} tied to {same!r} as in like")
-    leaves = iter(loaded.values())
-    shadow = pytree.tree_map(lambda leaf: None if leaf is None else next(leaves), like)
-    return shadow, saved.record.step
+    return _rebuilt(like, loaded.values()), saved.record.step
+
+
+def _rebuilt(like: Tree, leaves: Iterable[Tensor]) -> Tree:
+    following = iter(leaves)
+    return pytree.tree_map(  # type: ignore[no-any-return]
+        lambda leaf: None if leaf is None else next(following), like
+    )
+
+
+def save_sharded(path: str | os.PathLike[str], shadow: Any, step: int | Tensor) -> None:
+    """Write a shadow of DTensors and its step, every process its shards; to be called by all.
+
+    The folder is one of `torch.distributed.checkpoint`, and appears when it is complete. In it a
+    leaf has the name that `save` gives it, behind "shadow.", and the step is "step". Whole tensors,
+    the same in every process, may be among the leaves; in one process without a process group all
+    may be whole.
+
+    Args:
+        path: the folder, which must not exist, in one that does and that all processes share.
+        shadow: a pytree as in `save`.
+        step: as in `save`.
+
+    Raises, in all processes, FileExistsError where `path` exists, and OSError if it cannot be
+    written; ValueError and TypeError as `save`.
+    """
+    from emajit.checkpoint import sharded  # noqa: PLC0415, half a second that others need not take
+
+    taken = count(step)
+    named = {_SHADOW + name: leaf.detach() for name, leaf in _named("shadow", shadow).items()}
+    sharded.write(Path(path), {**named, "step": torch.tensor(taken)})
+
+
+def load_sharded(path: str | os.PathLike[str], like: Tree) -> tuple[Tree, int]:
+    """The shadow that `save_sharded` has written, and its step; to be called by all processes.
+
+    How many there are, and how the leaves are placed, may differ from when it was saved: each
+    process reads the shards that `like` has in it. The shadow is a new tree: a folder that is
+    refused changes nothing. There are no checksums.
+
+    Args:
+        path: the folder.
+        like: as in `load`, of DTensors, whole tensors or both.
+
+    Raises:
+        ValueError: the folder is incomplete or broken; a leaf is missing, unknown, of another shape
+            or dtype, or tied in `like` and different in the folder.
+        TypeError: a leaf of `like` is neither a tensor nor None.
+    """
+    from emajit.checkpoint import sharded  # noqa: PLC0415, half a second that others need not take
+
+    path = Path(path)
+    wanted = _named("like", like)
+    folder = sharded.Folder(path)
+    held = {key.removeprefix(_SHADOW) for key in folder.forms if key.startswith(_SHADOW)}
+    _check_names(path, held, wanted)
+    for name, leaf in wanted.items():
+        _check_form(path, name, folder.forms[_SHADOW + name], leaf)
+    if folder.forms.get("step") != ((), torch.int64):
+        raise ValueError(f"{path}: expected a step, found none")
+    step = torch.zeros((), dtype=torch.int64)
+    loaded = {
+        _SHADOW + name: torch.empty_like(leaf, requires_grad=False) for name, leaf in wanted.items()
+    }
+    folder.read_into({**loaded, "step": step})
+    leaves: list[Tensor] = []
+    first: dict[Hashable, Tensor] = {}
+    for (name, leaf), own in zip(wanted.items(), loaded.values(), strict=True):
+        leaves.append(first.setdefault(_memory.identity(leaf), own))
+        if not torch.equal(*_shards.local([leaves[-1], own])):
+            raise ValueError(f"{path}: expected {name!r} tied as in like, found another value")
+    return _rebuilt(like, leaves), int(step)
 
 
 def read(
@@ -138,8 +219,8 @@ def read(
     averaging; NeMo; d2go; mmengine; Composer; torchtitan; and what `save` writes.
 
     Args:
-        source: a file of safetensors or `torch.save`, or what one holds. Nothing but tensors and
-            plain containers is unpickled.
+        source: a file of safetensors or `torch.save`, a folder of `torch.distributed.checkpoint`,
+            or what one holds. Nothing but tensors and plain containers is unpickled.
         names: the names of the averaged parameters in order, or the model, for the layouts that
             have none of their own: diffusers, torch_ema, NeMo, a `LitEma` on its own.
 
@@ -215,6 +296,8 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str,
 
 
 def _held(path: Path) -> Any:
+    if (path / ".metadata").is_file():
+        return _of_folder(path)
     if not files.is_safetensors(path):
         return files.load_torch(path)
     with files.opened(path) as file:
@@ -225,25 +308,31 @@ def _held(path: Path) -> Any:
         return {"shadow": shadow, "step": saved.record.step}
 
 
-def _check_forms(saved: Saved, wanted: dict[str, Tensor]) -> None:
-    held = saved.names()
+def _of_folder(path: Path) -> dict[str, Any]:
+    from emajit.checkpoint import sharded  # noqa: PLC0415, half a second that others need not take
+
+    folder = sharded.Folder(path)
+    held: dict[str, Any] = {
+        key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in folder.forms.items()
+    }
+    folder.read_into(held, alone=True)
+    shadow = {key.removeprefix(_SHADOW): v for key, v in held.items() if key.startswith(_SHADOW)}
+    return {"shadow": shadow, "step": held["step"]} if shadow and "step" in held else held
+
+
+def _check_names(path: Path, held: set[str], wanted: dict[str, Tensor]) -> None:
     missing, unknown = sorted(wanted.keys() - held), sorted(held - wanted.keys())
     if missing or unknown:
         told = [f"without {_tree.some(missing)}"] * bool(missing)
         told += [f"with {_tree.some(unknown)} too"] * bool(unknown)
-        raise ValueError(
-            f"{saved.path}: expected the leaves of like, found it {' and '.join(told)}"
-        )
-    for name, leaf in wanted.items():
-        if not files.is_dense(leaf):
-            found = f"{type(leaf).__name__} in {leaf.layout} on {leaf.device}"
-            raise ValueError(f"like: {name!r}: expected a dense tensor, found {found}")
-        forms = (tuple(leaf.shape), leaf.dtype), saved.form(name)
-        if forms[0] != forms[1]:
-            expected, found = ("shape {} in {}".format(*form) for form in forms)
-            raise ValueError(
-                f"{saved.path}: {name!r}: expected {expected} as in like, found {found}"
-            )
+        raise ValueError(f"{path}: expected the leaves of like, found it {' and '.join(told)}")
+
+
+def _check_form(path: Path, name: str, form: tuple[Any, Any], leaf: Tensor) -> None:
+    forms = (tuple(leaf.shape), leaf.dtype), form
+    if forms[0] != forms[1]:
+        expected, found = ("shape {} in {}".format(*each) for each in forms)
+        raise ValueError(f"{path}: {name!r}: expected {expected} as in like, found {found}")
 
 
 def _named(which: str, tree: Any) -> dict[str, Tensor]:

@@ -1,0 +1,121 @@
+"""DTensors: the shard that this process holds, and where it lies in the whole."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Region(NamedTuple):
+    """The indices of a shard in the row-major order of the whole: `first + sum(i * strides)`."""
+
+    first: int
+    strides: tuple[int, ...]
+
+
+def _kind() -> Any:
+    """The class of DTensors, or of nothing: while its module is not loaded there are none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return () if module is None else module.DTensor
+
+
+def is_one(leaf: Any) -> bool:
+    """Whether the leaf is a DTensor."""
+    return isinstance(leaf, _kind())
+
+
+def are_in(leaves: Iterable[Any]) -> bool:
+    """Whether a DTensor is among the leaves."""
+    kind = _kind()
+    return bool(kind) and any(issubclass(other, kind) for other in set(map(type, leaves)))
+
+
+def local(leaves: Iterable[Any]) -> list[Any]:
+    """The shards of DTensors that this process holds; what is none is itself."""
+    kind = _kind()
+    return [leaf._local_tensor if isinstance(leaf, kind) else leaf for leaf in leaves]
+
+
+def placed(leaves: Iterable[Any]) -> list[Any]:
+    """The whole shapes, meshes and placements of DTensors; nothing of what is none."""
+    kind = _kind()
+    return [
+        (leaf.shape, leaf.device_mesh, leaf.placements) if isinstance(leaf, kind) else None
+        for leaf in leaves
+    ]
+
+
+def misplaced(found: Any, expected: Any) -> str:
+    """How a tensor is placed otherwise than expected; nothing if it is not."""
+    if placed([found]) == placed([expected]):
+        return ""
+    return f"expected {described(expected)}, found {described(found)}"
+
+
+def reshard(model: Any) -> None:
+    """Make the parameters of FSDP2 shards again, where a forward has left them whole."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    if module is not None:
+        for part in model.modules():
+            if isinstance(part, module.FSDPModule):
+                part.reshard()
+
+
+def described(leaf: Any) -> str:
+    """A DTensor or a tensor in words for an error."""
+    if not is_one(leaf):
+        return f"a whole tensor of shape {tuple(leaf.shape)}"
+    placements = ", ".join(map(repr, leaf.placements))
+    return f"shape {tuple(leaf.shape)} as {placements} on {leaf.device_mesh}"
+
+
+def like(leaf: Any, shard: Tensor) -> Any:
+    """`shard` as a DTensor that is placed as `leaf` is, if that is one."""
+    if not is_one(leaf):
+        return shard
+    return type(leaf.data).from_local(
+        shard,
+        leaf.device_mesh,
+        leaf.placements,
+        run_check=False,
+        shape=leaf.shape,
+        stride=leaf.stride(),
+    )
+
+
+def region(leaf: Any) -> Region | None:
+    """Where the shard of a DTensor lies; nothing for a tensor that is whole."""
+    if not is_one(leaf):
+        return None
+    return _region(*placed([leaf])[0])
+
+
+def _region(shape: torch.Size, mesh: Any, placements: tuple[Any, ...]) -> Region:
+    return _computed_region(shape, mesh, placements)
+
+
+_region._dynamo_marked_constant = True  # type: ignore[attr-defined] # as in `_rounding`
+
+
+@lru_cache(maxsize=1024)
+def _computed_region(shape: torch.Size, mesh: Any, placements: tuple[Any, ...]) -> Region:
+    from torch.distributed.tensor import _utils  # noqa: PLC0415, only who has DTensors has it
+
+    for i, placement in enumerate(placements):
+        parts = getattr(placement, "split_factor", None)
+        later = [
+            mesh.size(j)
+            for j in range(i + 1, mesh.ndim)
+            if getattr(placements[j], "dim", None) == getattr(placement, "dim", None)
+        ]
+        if parts not in (None, math.prod(later)):  # of FSDP upon tensor parallelism it is that
+            raise ValueError(f"expected shards that are blocks of the whole, found {placements}")
+    strides = tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
+    _, offsets = _utils.compute_local_shape_and_global_offset(shape, mesh, placements)
+    return Region(sum(o * s for o, s in zip(offsets, strides, strict=True)), strides)

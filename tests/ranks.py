@@ -1,0 +1,478 @@
+"""What several processes check together: `torchrun --nproc-per-node N ranks.py RESULTS SHARED`.
+
+Each check is a function of the folder that the runs share. What they raise is written to RESULTS.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
+
+import emajit
+from emajit import checkpoint, schedules
+from emajit.fused import FusedOptimizer
+
+Check = Callable[[Path], None]
+CHECKS: dict[str, tuple[Check, tuple[int, ...]]] = {}
+
+
+def check(*worlds: int) -> Callable[[Check], Check]:
+    """Mark a check, and for how many processes it is."""
+
+    def add(function: Check) -> Check:
+        CHECKS[function.__name__] = function, worlds
+        return function
+
+    return add
+
+
+def whole_params(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Even, uneven and fewer rows than processes; no rows; no dimension."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"even": (12, 5), "uneven": (7, 3), "few": (1, 4), "none": (0, 4), "scalar": ()}
+    return {
+        name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()
+    }
+
+
+def sharded(params: dict[str, Tensor], *, columns: bool = False) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return {
+        name: distribute_tensor(
+            p, mesh, [Shard(int(columns)) if p.ndim else Replicate()], src_data_rank=None
+        )
+        for name, p in params.items()
+    }
+
+
+def gathered(tree: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tree.items()}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in gathered(found).items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0, equal_nan=True)
+
+
+def model_of(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 7), nn.Tanh(), nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 1))
+
+
+def fsdp(model: nn.Sequential, **options: Any) -> Any:
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+def trained(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    model.train()
+    optimizer.zero_grad()
+    model(torch.randn(6, 3, generator=generator)).square().mean().backward()
+    optimizer.step()
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"nonfinite": "skip"},
+    {"backend": "eager"},
+    {"backend": "inductor"},
+    {"rounding": "stochastic"},
+    {"rounding": "stochastic", "backend": "inductor"},
+]
+
+
+@check(2, 3)
+def average_of_shards_is_that_of_the_whole(_: Path) -> None:
+    for options in OPTIONS:
+        for columns in (False, True):
+            dtype = torch.bfloat16 if "rounding" in options else None
+            params = whole_params()
+            params["uneven"][3, 1] = torch.nan
+            expected = emajit.init(whole_params(), dtype=dtype)
+            ours = sharded({n: p.clone() for n, p in expected.items()}, columns=columns)
+            places = {name: (t.device_mesh, t.placements) for name, t in ours.items()}
+            partners = sharded(params, columns=columns)
+            for step in range(3):
+                decay = schedules.warmup(0.99)
+                new = emajit.update(ours, partners, step, decay=decay, **options)
+                assert emajit.update_(ours, partners, step, decay=decay, **options) is ours
+                emajit.update_(expected, params, step, decay=decay, **options)
+                assert_same(new, expected)
+                assert_same(ours, expected)
+            for tree in (ours, new):
+                assert places == {name: (t.device_mesh, t.placements) for name, t in tree.items()}
+
+
+@check(2, 3)
+def shards_of_complex_numbers_are_rounded_as_the_whole(_: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    params = {"w": torch.randn(7, 5, dtype=torch.complex64, generator=generator)}
+    shadow = {"w": torch.zeros(7, 5, dtype=torch.complex32)}
+    for columns in (False, True):
+        options: dict[str, Any] = {"decay": 0.3, "rounding": "stochastic"}
+        ours = sharded(shadow, columns=columns)
+        new = emajit.update(ours, sharded(params, columns=columns), 5, **options)
+        expected = emajit.update(shadow, params, 5, **options)
+        # full_tensor() has no collective for complex32
+        parts = new["w"].to_local(), sharded(expected, columns=columns)["w"].to_local()
+        assert torch.equal(*(torch.view_as_real(part.to(torch.complex64)) for part in parts))
+
+
+@check(2, 3)
+def several_decays_ties_and_nested_trees(_: Path) -> None:
+    whole = whole_params()
+    shards = sharded(whole)
+    tree: Any = {
+        "layers": [shards["even"], (shards["uneven"],)],
+        "head": shards["even"],
+        "none": None,
+    }
+    plain: Any = {
+        "layers": [whole["even"], (whole["uneven"],)],
+        "head": whole["even"],
+        "none": None,
+    }
+    ours: Any = [emajit.init(tree), emajit.init(tree)]
+    theirs: Any = [emajit.init(plain), emajit.init(plain)]
+    assert ours[0]["head"] is ours[0]["layers"][0]
+    moved, moved_plain = (
+        torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t + 1, t) for t in (tree, plain)
+    )
+    moved["head"], moved_plain["head"] = moved["layers"][0], moved_plain["layers"][0]
+    decay: Any = [0.9, schedules.power_function(0.1)]
+    new = emajit.update(ours, moved, 3, decay=decay)
+    emajit.update_(ours, moved, 3, decay=decay)
+    emajit.update_(theirs, moved_plain, 3, decay=decay)
+    for mine, other, expected in zip(ours, new, theirs, strict=True):
+        assert other["head"] is other["layers"][0]
+        for found in (mine, other):
+            assert torch.equal(found["head"].full_tensor(), expected["head"])
+            assert torch.equal(found["layers"][1][0].full_tensor(), expected["layers"][1][0])
+
+
+@check(2)
+def no_process_waits_for_another(_: Path) -> None:
+    model = fsdp(model_of())
+    params = dict(model.named_parameters())
+    with CommDebugMode() as communication:  # type: ignore[no-untyped-call]
+        shadow = emajit.init(params)
+        emajit.update_(shadow, params, 0, decay=0.9)
+        emajit.update_(shadow, params, 1, decay=0.9, rounding="stochastic")
+        ema = emajit.LitEma(model)
+        ema(model)
+        ema.store(model.parameters())
+        ema.copy_to(model)
+        ema.restore(model.parameters())
+        with ema.ema_scope(model), pytest.raises(RuntimeError, match="inside"):
+            ema(model)
+        with emajit.ema_scope(model, shadow):
+            pass
+    assert communication.get_total_counts() == 0
+
+
+@check(2)
+def inside_of_a_compiled_step(_: Path) -> None:
+    params, shadow = sharded(whole_params()), sharded(whole_params())
+    params = {name: p + 1 for name, p in params.items() if name != "none"}
+    shadow = {name: shadow[name] for name in params}
+    for rounding in ("nearest", "stochastic"):
+        options: Any = {"decay": schedules.warmup(0.99), "rounding": rounding}
+
+        def step(shadow: Any, params: Any, t: Tensor, options: Any = options) -> Any:
+            return emajit.update(shadow, params, t, **options)
+
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        start = emajit.init(shadow, dtype=torch.bfloat16)
+        for t in (torch.tensor(3), torch.tensor(4)):
+            found = compiled(start, params, t)
+            expected = emajit.update(gathered(start), gathered(params), t, **options)
+            assert_same(found, expected)
+
+
+@check(2, 3)
+def fsdp_averages_what_one_process_averages(_: Path) -> None:
+    model = fsdp(model_of())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    ema, shadow = emajit.LitEma(model, 0.9), emajit.init(dict(model.named_parameters()))
+    whole = gathered({name: p.detach() for name, p in model.named_parameters()})
+    expected, expected_ema = emajit.init(whole), emajit.init(whole)
+    for step in range(4):
+        trained(model, optimizer, step)
+        ema(model)
+        params = dict(model.named_parameters())
+        emajit.update_(shadow, params, step, decay=0.5)
+        whole = gathered({name: p.detach() for name, p in params.items()})
+        emajit.update_(expected, whole, step, decay=0.5)
+        emajit.update_(expected_ema, whole, step, decay=schedules.warmup(0.9))
+    assert_same(shadow, expected)
+    held = {name: ema.get_buffer(key) for name, key in ema.m_name2s_name.items()}
+    assert_same(held, expected_ema)
+
+
+@check(2, 3)
+def a_scope_computes_with_the_averages_and_leaves_nothing(_: Path) -> None:
+    for options in ({}, {"reshard_after_forward": False}):
+        model, reference = fsdp(model_of(), **options), model_of()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        shadow = emajit.init(dict(model.named_parameters()))
+        for value in shadow.values():
+            value.to_local().mul_(3)
+        averages, x = gathered(shadow), torch.randn(4, 3)
+        with torch.no_grad():
+            raw = model(x)  # leaves the root's parameters whole
+            for _again in range(2):
+                with emajit.ema_scope(model, shadow):
+                    inside = model(x)
+                torch.testing.assert_close(inside, functional_call(reference, averages, (x,)))
+                assert torch.equal(model(x), raw)
+            with pytest.raises(KeyError), emajit.ema_scope(model, shadow):
+                model(x)
+                raise KeyError
+            assert torch.equal(model(x), raw)
+        assert_same(shadow, averages)
+        theirs = torch.optim.SGD(reference.parameters(), lr=0.1)
+        trained(model, optimizer, 0)
+        trained(reference, theirs, 0)
+        for ours, other in zip(model.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(ours.full_tensor(), other)
+
+
+@check(2)
+def lit_ema_stores_copies_and_restores(_: Path) -> None:
+    model = fsdp(model_of())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    ema, x = emajit.LitEma(model, 0.5, use_num_upates=False), torch.randn(4, 3)
+    trained(model, optimizer, 0)
+    ema(model)
+    with torch.no_grad():
+        raw = model(x)
+        model.reshard()
+        ema.store(model.parameters())
+        ema.copy_to(model)
+        averaged = model(x)
+        model.reshard()
+        ema.restore(model.parameters())
+        assert not torch.equal(raw, averaged)
+        assert torch.equal(model(x), raw)
+        with ema.ema_scope(model):
+            assert torch.equal(model(x), averaged)
+        assert torch.equal(model(x), raw)
+
+
+@check(2)
+def a_fused_optimizer_runs_one_after_the_other(_: Path) -> None:
+    models = [fsdp(model_of()) for _ in range(2)]
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1) for m in models]
+    emas = [emajit.LitEma(m, 0.9) for m in models]
+    fused = FusedOptimizer(optimizers[0], emas[0], models[0])
+    for seed in range(4):
+        x = torch.randn(6, 3, generator=torch.Generator().manual_seed(seed))
+        for model in models:
+            model.zero_grad()
+            model(x).square().mean().backward()
+        fused.step()
+        optimizers[1].step()
+        emas[1](models[1])
+    ours, theirs = (gathered(dict(ema.named_buffers())) for ema in emas)
+    assert_same(ours, theirs)
+
+
+@check(2)
+def misfits_are_named(_: Path) -> None:
+    params = sharded(whole_params())
+    shadow = emajit.init(params)
+    for other, message in (
+        (whole_params(), r"params\['even'\]: expected shape \(12, 5\) as Shard.*found a whole"),
+        (sharded(whole_params(), columns=True), r"params\['even'\]: expected .*Shard\(dim=1\)"),
+        (sharded({**whole_params(), "few": torch.ones(2, 4)}), r"params\['few'\]: expected shape"),
+    ):
+        before = gathered(emajit.init(shadow))
+        with pytest.raises(ValueError, match=message):
+            emajit.update_(shadow, other, 0, decay=0.5)
+        assert_same(shadow, before)
+    with pytest.raises(ValueError, match="make the shadow of the sharded parameters"):
+        emajit.update_(whole_params(), params, 0, decay=0.5)
+    with pytest.raises(ValueError, match="save_sharded writes those"):
+        checkpoint.save("nowhere.safetensors", shadow, 0)
+    model = fsdp(model_of())
+    averages = emajit.init(dict(model.named_parameters()))
+    with torch.no_grad():
+        model(torch.ones(1, 3))
+    loose = model_of()
+    message = r"shadow\['0.weight'\]: expected a whole tensor"
+    with pytest.raises(ValueError, match=message), emajit.ema_scope(loose, averages):
+        pass
+    ema = emajit.LitEma(model)
+    before = {key: value.clone() for key, value in ema.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"0weight: expected shape \(7, 3\) as Shard"):
+        ema.load_state_dict(emajit.LitEma(loose).state_dict())
+    assert_same(ema.state_dict(), gathered(before))
+
+
+@check(2, 3)
+def a_folder_of_shards_is_read_on_any_number_of_processes(shared: Path) -> None:
+    shadow = emajit.init(sharded(whole_params()), dtype=torch.float64)
+    mine = shared / f"saved-by-{dist.get_world_size()}"
+    checkpoint.save_sharded(mine, shadow, torch.tensor(41))
+    with pytest.raises(FileExistsError, match="saved-by"):
+        checkpoint.save_sharded(mine, shadow, 42)
+    with pytest.raises(FileNotFoundError):
+        checkpoint.save_sharded(shared / "nowhere" / "folder", shadow, 42)
+    for folder in (mine, shared / "saved-by-2"):
+        for columns in (False, True):
+            like = emajit.init(sharded(whole_params(), columns=columns), dtype=torch.float64)
+            loaded, step = checkpoint.load_sharded(folder, like)
+            assert step == 41
+            assert_same(loaded, emajit.init(whole_params(), dtype=torch.float64))
+            assert loaded["even"].placements == like["even"].placements
+        whole, _ = checkpoint.load_sharded(folder, emajit.init(whole_params(), dtype=torch.float64))
+        assert_same(whole, emajit.init(whole_params(), dtype=torch.float64))
+    before = gathered(shadow)
+    with pytest.raises(ValueError, match="expected shape"):
+        checkpoint.load_sharded(mine, sharded({**whole_params(), "few": torch.ones(2, 4)}))
+    assert_same(shadow, before)
+
+
+@check(2, 3)
+def lit_ema_goes_on_from_torchs_own_checkpoint(shared: Path) -> None:
+    folder = shared / "litema"
+    model = fsdp(model_of())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ema = emajit.LitEma(model, 0.9)
+    for step in range(2):
+        trained(model, optimizer, step)
+        ema(model)
+    if dist.get_world_size() == 2:
+        save({"ema": ema.state_dict()}, checkpoint_id=folder)
+        return
+    resumed = emajit.LitEma(fsdp(model_of(1)), 0.5)
+    state = resumed.state_dict()
+    load({"ema": state}, checkpoint_id=folder)
+    resumed.load_state_dict(state)
+    assert int(resumed.num_updates) == 2
+    for name, value in gathered(resumed.state_dict()).items():
+        torch.testing.assert_close(value, gathered(ema.state_dict())[name])
+
+
+@check(4)
+def two_dimensions_of_processes(_: Path) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    hybrid: Any = fully_shard(model_of(), mesh=mesh)
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+
+    def even_inside() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 5))
+
+    mixed: Any = parallelize_module(even_inside(), mesh["inner"], plan)
+    fully_shard(mixed, mesh=mesh["outer"])
+    for model, make in ((hybrid, model_of), (mixed, even_inside)):
+        params = dict(model.named_parameters())
+        whole = gathered({name: p.detach() for name, p in params.items()})
+        for rounding in ("nearest", "stochastic"):
+            options: Any = {"decay": 0.7, "rounding": rounding}
+            shadow = emajit.init(params, dtype=torch.bfloat16)
+            for value in shadow.values():
+                value.to_local().zero_()
+            expected = {
+                name: torch.zeros_like(v, dtype=torch.bfloat16) for name, v in whole.items()
+            }
+            for step in range(3):
+                emajit.update_(shadow, params, step, **options)
+                emajit.update_(expected, whole, step, **options)
+            assert_same(shadow, expected)
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+        ema = emajit.LitEma(model)
+        with torch.no_grad(), ema.ema_scope(model):
+            torch.testing.assert_close(model(x), functional_call(make(), whole, (x,)))
+
+
+@check(2)
+def ddp_does_not_broadcast_the_averages(_: Path) -> None:
+    class Host(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+            self.model_ema = emajit.LitEma(self.model, 0.9)
+
+        def forward(self, x: Tensor) -> Tensor:
+            predicted: Tensor = self.model(x)
+            return predicted
+
+    torch.manual_seed(dist.get_rank())  # DDP makes them alike
+    host = Host()
+    ddp = DistributedDataParallel(host)
+    optimizer = torch.optim.Adam(ddp.parameters(), lr=0.1)
+    sent = []
+    for step in range(4):
+        x = torch.randn(6, 3, generator=torch.Generator().manual_seed(10 * step + dist.get_rank()))
+        optimizer.zero_grad()
+        ddp(x).square().mean().backward()
+        sent.append({name for name in ddp.named_module_buffers if "ema" in name})
+        optimizer.step()
+        host.model_ema(host.model)
+    assert "model.1.running_mean" in ddp.named_module_buffers
+    assert sent[0]
+    assert sent[1:] == [set()] * 3
+    for key, value in host.model_ema.state_dict().items():
+        both = [torch.empty_like(value) for _ in range(2)]
+        dist.all_gather(both, value)
+        assert torch.equal(*both), key
+    assert {"model_ema.decay", "model_ema.0weight"} <= host.state_dict().keys()
+    assert (
+        copy.deepcopy(host).to(torch.float64).model_ema.get_buffer("0weight").dtype == torch.float64
+    )
+
+
+def main() -> None:
+    results, shared = map(Path, sys.argv[1:])
+    dist.init_process_group("gloo")
+    world = dist.get_world_size()
+    told: dict[str, str] = {}
+    for name, (function, worlds) in CHECKS.items():
+        if world not in worlds:
+            continue
+        torch.manual_seed(0)
+        mine = ""
+        try:
+            function(shared)
+        except Exception:  # noqa: BLE001, the test tells it
+            mine = f"rank {dist.get_rank()}: {traceback.format_exc()}"
+        everyones: list[Any] = [None] * world
+        dist.all_gather_object(everyones, mine)
+        told[name] = "\n".join(filter(None, everyones))
+    if dist.get_rank() == 0:
+        results.write_text(json.dumps(told))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Averages of what is spread over processes: each of `ranks.CHECKS`, on real ones."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.testing import assert_close
+
+import emajit
+from emajit import checkpoint
+from emajit.checkpoint import sharded
+from tests import ranks
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo"
+)
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="module")
+def run(shared: Path) -> Callable[[int], dict[str, str]]:
+    """Run the checks for a number of processes, once; what each has raised, if anything."""
+
+    @functools.cache
+    def told(world: int) -> dict[str, str]:
+        if world == 3:
+            told(2)  # which writes what these read
+        results = shared / f"results-{world}.json"
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        file = [f"--nproc-per-node={world}", ranks.__file__, results, shared]
+        environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*torchrun, *map(str, file)],
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert results.exists(), done.stderr[-5000:]
+        return dict(json.loads(results.read_text()))
+
+    return told
+
+
+@pytest.mark.parametrize(
+    ("name", "world"), [(name, n) for name, (_, worlds) in ranks.CHECKS.items() for n in worlds]
+)
+def test(name: str, world: int, run: Callable[[int], dict[str, str]]) -> None:
+    found = run(world)[name]
+    assert not found, found
+
+
+class TestFolder:
+    """What several processes have written, read by this one."""
+
+    @pytest.fixture
+    def shadow(self) -> dict[str, Tensor]:
+        return emajit.init(ranks.whole_params())
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path, shadow: dict[str, Tensor]) -> Path:
+        checkpoint.save_sharded(tmp_path / "ema", shadow, 7)
+        return tmp_path / "ema"
+
+    def test_of_two_processes(self, run: Callable[[int], dict[str, str]], shared: Path) -> None:
+        run(2)
+        folder = shared / "saved-by-2"
+        expected = emajit.init(ranks.whole_params(), dtype=torch.float64)
+        loaded, step = checkpoint.load_sharded(folder, expected)
+        found = checkpoint.read(folder)
+        assert (step, found.step, found.layout) == (41, 41, "emajit")
+        for name, value in expected.items():
+            assert_close(loaded[name], value, rtol=0, atol=0)
+            assert_close(found.weights[name], value, rtol=0, atol=0)
+
+    def test_round_trip(self, folder: Path, shadow: dict[str, Tensor]) -> None:
+        assert [*folder.parent.iterdir()] == [folder]
+        like = emajit.init(ranks.whole_params())
+        loaded, step = checkpoint.load_sharded(folder, like)
+        assert step == 7
+        assert all(torch.equal(loaded[name], value) for name, value in shadow.items())
+
+    def test_ties(self, tmp_path: Path) -> None:
+        tied = torch.ones(3)
+        checkpoint.save_sharded(tmp_path / "a", {"a": tied, "b": tied}, 0)
+        loaded, _ = checkpoint.load_sharded(tmp_path / "a", {"a": tied, "b": tied})
+        assert loaded["a"] is loaded["b"]
+        checkpoint.save_sharded(tmp_path / "b", {"a": tied, "b": tied + 1}, 0)
+        with pytest.raises(ValueError, match="expected 'b' tied as in like"):
+            checkpoint.load_sharded(tmp_path / "b", {"a": tied, "b": tied})
+
+    def test_is_never_overwritten(self, folder: Path, shadow: dict[str, Tensor]) -> None:
+        with pytest.raises(FileExistsError):
+            checkpoint.save_sharded(folder, shadow, 8)
+        assert checkpoint.load_sharded(folder, shadow)[1] == 7
+
+    def test_half_written(self, folder: Path, shadow: dict[str, Tensor]) -> None:
+        (folder / ".metadata").unlink()
+        with pytest.raises(ValueError, match="ema: expected a complete folder"):
+            checkpoint.load_sharded(folder, shadow)
+
+    def test_another_kill_left_something(self, tmp_path: Path, shadow: dict[str, Tensor]) -> None:
+        (tmp_path / ".ema.part").mkdir()
+        (tmp_path / ".ema.part" / "__9_0.distcp").write_bytes(b"old")
+        checkpoint.save_sharded(tmp_path / "ema", shadow, 7)
+        assert sorted(p.name for p in (tmp_path / "ema").iterdir()) == [".metadata", "__0_0.distcp"]
+        assert not (tmp_path / ".ema.part").exists()
+
+    @pytest.mark.parametrize("left", [0, 1, 100, -1])
+    @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+    def test_truncated(self, name: str, left: int, folder: Path, shadow: dict[str, Tensor]) -> None:
+        file = folder / name
+        file.write_bytes(file.read_bytes()[:left])
+        before = {key: value.clone() for key, value in shadow.items()}
+        with pytest.raises(ValueError, match="ema"):
+            checkpoint.load_sharded(folder, shadow)
+        assert all(torch.equal(before[key], value) for key, value in shadow.items())
+
+    def test_missing_file(self, folder: Path, shadow: dict[str, Tensor]) -> None:
+        (folder / "__0_0.distcp").unlink()
+        with pytest.raises(ValueError, match="ema: expected what its index tells"):
+            checkpoint.load_sharded(folder, shadow)
+
+    def test_executes_nothing(self, folder: Path, shadow: dict[str, Tensor]) -> None:
+        class Hostile:
+            def __reduce__(self) -> tuple[object, tuple[str]]:
+                return os.system, (f"touch {folder}/executed",)
+
+        (folder / ".metadata").write_bytes(pickle.dumps(Hostile()))
+        for use in (
+            lambda: checkpoint.load_sharded(folder, shadow),
+            lambda: checkpoint.read(folder),
+        ):
+            with pytest.raises(ValueError, match=r"system is nothing that a \.metadata holds"):
+                use()
+        assert not (folder / "executed").exists()
+
+    def test_misfits(self, folder: Path, shadow: dict[str, Tensor]) -> None:
+        for like, message in (
+            ({**shadow, "more": torch.ones(1)}, "without more"),
+            ({"even": shadow["even"]}, "with few, none, scalar, uneven too"),
+            ({**shadow, "few": torch.ones(4)}, r"'few': expected shape \(4,\)"),
+            ({**shadow, "few": shadow["few"].half()}, "'few': expected .*float16"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                checkpoint.load_sharded(folder, like)
+
+    def test_without_a_step(self, tmp_path: Path, shadow: dict[str, Tensor]) -> None:
+        sharded.write(tmp_path / "ema", {f"shadow.{name}": v for name, v in shadow.items()})
+        with pytest.raises(ValueError, match="expected a step"):
+            checkpoint.load_sharded(tmp_path / "ema", shadow)
+
+    def test_step_is_a_count(self, tmp_path: Path, shadow: dict[str, Tensor]) -> None:
+        with pytest.raises(ValueError, match="step: expected the number of updates"):
+            checkpoint.save_sharded(tmp_path / "ema", shadow, -1)
+        assert not [*tmp_path.iterdir()]
+
+
+def test_no_folder_is_a_model_of_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected a complete folder"):
+        checkpoint.load_sharded(tmp_path, {})
+    shutil.rmtree(tmp_path)
+    with pytest.raises(ValueError, match="expected a complete folder"):
+        checkpoint.load_sharded(tmp_path, {})
