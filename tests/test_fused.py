@@ -491,3 +491,25 @@ def test_a_tensor_as_learning_rate() -> None:
         twins.step(step)
     twins.compare()
     assert twins.optimizers[1].param_groups[0]["lr"] is rate
+
+
+@pytest.mark.parametrize("buffers", ["copy", "average"])
+def test_buffers_of_a_lit_ema(buffers: Any) -> None:
+    emas = []
+    for fuse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ema = LitEma(model, 0.75, buffers=buffers)
+        fused = FusedOptimizer(optimizer, ema, model, backend="aot_eager")
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(torch.randn(8, 2)).square().sum().backward()
+            if fuse:
+                fused.step()
+            else:
+                optimizer.step()
+                ema(model)
+        emas.append(ema)
+    for key, value in emas[0].state_dict().items():
+        assert_close(emas[1].state_dict()[key], value)

@@ -761,3 +761,120 @@ class TestCheckpoints:
         ema.to_empty(device="cpu").load_state_dict(LitEma(source).state_dict())
         ema(model)
         assert_close(list(ema.buffers())[2:], list(source.parameters()))
+
+
+class TestBuffers:
+    """BatchNorm's running statistics, its count, and a buffer that no state_dict has."""
+
+    @staticmethod
+    def model() -> nn.Sequential:
+        model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+        model.register_buffer("constant", torch.ones(1), persistent=False)
+        return model
+
+    @staticmethod
+    def train(model: nn.Module, ema: LitEma, steps: int = 3) -> list[dict[str, Tensor]]:
+        """Each step's buffers."""
+        optimizer, seen = torch.optim.SGD(model.parameters(), lr=0.1), []
+        model.train()
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.randn(8, 2)).square().sum().backward()
+            optimizer.step()
+            ema(model)
+            seen.append({name: buffer.clone() for name, buffer in model.named_buffers()})
+        return seen
+
+    @staticmethod
+    def held(ema: LitEma, name: str) -> Tensor:
+        return ema.get_buffer(ema.m_name2s_name[name])
+
+    @pytest.mark.parametrize("buffers", ["ignore", "copy", "average"])
+    def test_evaluated(self, buffers: Any) -> None:
+        model, start = self.model(), self.model()
+        ema = LitEma(model, 0.75, use_num_upates=False, buffers=buffers)
+        first = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        seen = self.train(model, ema)
+        at_update = seen[-1]
+        with torch.no_grad():
+            model(torch.randn(8, 2) + 5)  # the statistics move on after the last update
+        training = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        assert not torch.equal(training["1.running_mean"], at_update["1.running_mean"])
+
+        averages = first["1.running_mean"].double()
+        for buffer in seen:
+            averages += 0.25 * (buffer["1.running_mean"] - averages)
+        expected = {
+            "ignore": training["1.running_mean"],
+            "copy": at_update["1.running_mean"],
+            "average": averages.float(),
+        }[buffers]
+        count = {"ignore": 4, "copy": 3, "average": 3}[buffers]
+
+        x = torch.randn(8, 2)
+        model.eval()
+        with ema.ema_scope(model):
+            assert_close(model.get_buffer("1.running_mean"), expected)
+            assert int(model.get_buffer("1.num_batches_tracked")) == count
+            inside = model(x)
+        for name, found in model.named_buffers():
+            assert torch.equal(found, training[name])
+        start.load_state_dict(model.state_dict())
+        ema.copy_to(start.eval())
+        assert torch.equal(start(x), inside)
+
+    def test_ignored_as_in_the_original(self) -> None:
+        model = self.model()
+        assert "1running_mean" not in LitEma(model).state_dict()
+
+    @pytest.mark.parametrize("buffers", ["copy", "average"])
+    def test_saved_and_loaded(self, buffers: Any) -> None:
+        model = self.model()
+        ema = LitEma(model, buffers=buffers)
+        self.train(model, ema)
+        state = ema.state_dict()
+        assert {"1running_mean", "1running_var", "1num_batches_tracked"} <= state.keys()
+        assert "constant" not in state
+        assert state["1num_batches_tracked"].dtype == torch.int64
+        resumed = LitEma(self.model(), buffers=buffers)
+        resumed.load_state_dict(state)
+        for key, value in resumed.state_dict().items():
+            assert torch.equal(value, state[key])
+        with pytest.raises(RuntimeError, match="missing key"):
+            resumed.load_state_dict(LitEma(self.model()).state_dict())
+
+    def test_dtype_is_of_floating_point_buffers(self) -> None:
+        ema = LitEma(self.model(), dtype=torch.float64, buffers="average")
+        assert self.held(ema, "1.running_mean").dtype == torch.float64
+        assert self.held(ema, "1.num_batches_tracked").dtype == torch.int64
+
+    def test_copies_are_exact_whatever_they_are(self) -> None:
+        model = self.model()
+        ema = LitEma(model, buffers="copy")
+        model.get_buffer("1.running_mean").copy_(torch.tensor([torch.nan, torch.inf, 1e-30]))
+        ema(model)
+        model.get_buffer("1.running_mean").copy_(torch.tensor([1.0, 2.0, 3.0]))
+        ema(model)
+        assert torch.equal(self.held(ema, "1.running_mean"), torch.tensor([1.0, 2.0, 3.0]))
+
+    def test_misfit_changes_nothing(self) -> None:
+        model = self.model()
+        ema = LitEma(model, buffers="copy")
+        before = {key: value.clone() for key, value in ema.state_dict().items()}
+        model[1].running_mean = torch.zeros(4)
+        with pytest.raises(ValueError, match=r"1\.running_mean: expected shape"):
+            ema(model)
+        assert all(torch.equal(before[key], value) for key, value in ema.state_dict().items())
+
+    def test_in_a_host_that_is_the_model(self) -> None:
+        model = self.model()
+        model.add_module("ema", LitEma(model, buffers="average"))
+        ema: Any = model.get_submodule("ema")
+        for _ in range(2):
+            ema(model)
+        with ema.ema_scope(model):
+            pass
+
+    def test_unknown_policy(self) -> None:
+        with pytest.raises(ValueError, match="buffers: expected ignore or copy or average"):
+            LitEma(self.model(), buffers="all")  # type: ignore[arg-type]

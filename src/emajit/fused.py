@@ -139,7 +139,7 @@ class FusedOptimizer:
         if not graph or not self._run(graph, key, work, scale, skipped):
             self._one_after_the_other(work, scale, skipped)
         if isinstance(self._ema, LitEma):
-            self._ema._done(unless=skipped)
+            self._ema._done(self._params, unless=skipped)
 
     def _skipped(self) -> Tensor | None:
         """A flag on the device, whether the step is to be left out; None without GradScaler."""

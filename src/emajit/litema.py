@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
-from emajit import _memory, _names, _shards, _tree, functional, schedules, scope
+from emajit import _buffers, _memory, _names, _shards, _tree, functional, schedules, scope
 
 _log = logging.getLogger(__name__)
 _RANGES = {"decay": (0, 1), "num_updates": (-1, 2**31 - 1)}
@@ -35,10 +36,15 @@ class LitEma(nn.Module):
         decay: the share of the average that an update keeps, in [0, 1].
         use_num_upates: warm up with `min(decay, (1 + n) / (10 + n))` at update n = 1, 2, ...
         dtype: of the averages; default that of each parameter.
+        buffers: "ignore" leaves the model's buffers, such as the statistics of BatchNorm, as they
+            are in training. "copy" holds their values at the last update, and "average" averages
+            those that are floating-point; both are among the averages from then on, but for
+            buffers that are not in a `state_dict`.
         backend: as in `emajit.update`.
 
     Raises:
-        ValueError: `decay` is not in [0, 1], or no parameter of `model` requires grad.
+        ValueError: `decay` is not in [0, 1], no parameter of `model` requires grad, or an unknown
+            option.
 
     >>> model = nn.Linear(2, 2)
     >>> ema = LitEma(model, decay=0.999)
@@ -57,6 +63,7 @@ class LitEma(nn.Module):
         use_num_upates: bool = True,
         *,
         dtype: torch.dtype | None = None,
+        buffers: _buffers.Policy = "ignore",
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -84,6 +91,8 @@ class LitEma(nn.Module):
         # Keys of averages that were neither updated nor loaded, and of those among them that are
         # to start from the model at the next use.
         self._untouched: set[str] = set()
+        # Keys of buffers that are copied.
+        self._copied: set[str] = set()
         self._orphans: set[str] = set()
         # Of the model seen last: the names of its parameters, and the key of each one's average.
         self._known: list[str] = []
@@ -91,20 +100,25 @@ class LitEma(nn.Module):
         self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
         updates = 0 if use_num_upates else -1
         self.register_buffer("num_updates", torch.tensor(updates, dtype=torch.int32))
-        self.m_name2s_name = _names.flat_keys(params, lambda key: hasattr(self, key))
-        for name, average in functional.init(params, dtype=dtype).items():
+        kept = _buffers.held(model, buffers)
+        self.m_name2s_name = _names.flat_keys([*params, *kept], lambda key: hasattr(self, key))
+        for name, average in functional.init(params | kept, dtype=dtype).items():
             self.register_buffer(self.m_name2s_name[name], average)
+        if buffers == "copy":
+            self._copied.update(self.m_name2s_name[name] for name in kept)
+        self._takes_buffers = bool(kept)
         self._untouched.update(self.m_name2s_name.values())
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """Those of any module, but once it was updated a host's walk passes over it.
+        """Those of any module; but in a process group a host finds no `LitEma` that was updated.
 
-        `DistributedDataParallel` broadcasts the buffers that it finds so: at its construction, when
+        `DistributedDataParallel` broadcasts the buffers that it finds: at its construction, when
         the averages may still differ, and in each forward, when they cannot.
         """
-        if not (prefix and self._is_updated):
+        hidden = prefix and self._is_updated and dist.is_available() and dist.is_initialized()
+        if not hidden:
             yield from super().named_modules(memo, prefix, remove_duplicate)
 
     def forward(self, model: nn.Module) -> None:
@@ -118,19 +132,33 @@ class LitEma(nn.Module):
             if params[name].device != average.device:
                 params[name] = params[name].to(average.device)
         functional.update_(averages, params, step, decay=decay, backend=self.backend)
-        self._done()
+        self._done(model)
 
     def _due(
         self, model: nn.Module
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, float | Tensor]:
         """The next update: the averages, their parameters, the step and the decay."""
         averages, params = self._pairs(model)
+        copies = self._take_copied(averages)
+        _check_shapes(copies, params)
+        params = {name: params[name] for name in averages} if copies else params
         step = self.num_updates
         on_host = self._on_host()
         return averages, params, step, self._decay_on_host() if on_host else self._decay_on_device()
 
-    def _done(self, unless: Tensor | None = None) -> None:
-        """Count an update, unless a flag on the device says that it was left out."""
+    def _take_copied(self, averages: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Take out, and return, those that are copies of buffers."""
+        if not self._copied:
+            return {}
+        names = [name for name in averages if self._keys[name] in self._copied]
+        return {name: averages.pop(name) for name in names}
+
+    def _done(self, model: nn.Module, unless: Tensor | None = None) -> None:
+        """Copy buffers and count an update; a flag on the device may say that it was left out."""
+        if self._copied:
+            averages, tensors = self._pairs(model)
+            copies = self._take_copied(averages)
+            _copy([*copies.values()], [tensors[name] for name in copies])
         updates = self.num_updates
         if unless is not None:
             updates.add_((updates >= 0) & ~unless)
@@ -168,7 +196,7 @@ class LitEma(nn.Module):
         return torch.where(self.num_updates < 0, decay, warm)
 
     def copy_to(self, model: nn.Module) -> None:
-        """Copy the averages into the parameters of `model`; all of them, or an error and none.
+        """Copy the averages into `model`; all of them, or an error and none.
 
         Ctrl-C does not come between two parameters. An error of the device within the copy may.
         """
@@ -240,6 +268,8 @@ class LitEma(nn.Module):
             raise TypeError(f"model: expected a module, found {type(model).__qualname__}")
         _shards.reshard(model)
         params: dict[str, Tensor] = dict(model.named_parameters())
+        if self._takes_buffers:
+            params |= dict(model.named_buffers())
         scope.check_outside(params.values())
         if list(params) != self._known:
             self._keys, self._known = self._match(list(params)), list(params)
