@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -77,6 +78,7 @@ class TestEachSchedule:
     def test_traces_into_one_graph(
         self, schedule: Schedule, formula: Callable[[int], float]
     ) -> None:
+        torch._dynamo.reset()  # all schedules are called by one method, of which it keeps 8 graphs
         compiled = torch.compile(schedule, fullgraph=True, backend="aot_eager")
         compiled(torch.tensor(0))
         with torch.compiler.set_stance("fail_on_recompile"):
@@ -214,3 +216,27 @@ def test_small_integer_steps_do_not_overflow() -> None:
 def test_bad_arguments(make: Callable[[], Schedule], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        schedules.constant(0.9),
+        schedules.warmup(decay=0.999),
+        schedules.inverse_gamma(1.0, power=0.75),
+        schedules.power_function(0.1),
+        schedules.half_life(1000, 32),
+        schedules.debiased(0.9),
+        schedules.uniform(),
+        schedules.cosine(0.9, 1.0, 10),
+        schedules.linear(0.9, 1.0, 10),
+        schedules.delay(schedules.every(schedules.warmup(0.9), 2), start=3),
+    ],
+    ids=repr,
+)
+def test_pickled_printed_and_compared_as_its_call(schedule: schedules.Schedule) -> None:
+    again = pickle.loads(pickle.dumps(schedule))
+    assert again == schedule == eval(repr(schedule), vars(schedules))  # noqa: S307
+    assert hash(again) == hash(schedule)
+    assert [again(step) for step in range(9)] == [schedule(step) for step in range(9)]
+    assert schedule != schedules.constant(0.123)

@@ -5,14 +5,19 @@ call), to the decay $\beta$, the share of the old shadow that is kept. A Python 
 0-d integer tensor gives a 0-d float64 tensor on its device, without being read back, so that a
 schedule can be traced by `torch.compile` and captured in a CUDA graph.
 
-Every factory here raises ValueError for an argument outside its range.
+Every factory here raises ValueError for an argument outside its range. What it returns can be
+printed, compared and pickled as its call.
+
+>>> every(warmup(0.999), 4)
+every(warmup(0.999), 4)
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, overload
+from typing import Any, ParamSpec, overload
 
 import torch
 from torch import Tensor
@@ -20,8 +25,47 @@ from torch import Tensor
 Step = int | Tensor
 Decay = float | Tensor
 Schedule = Callable[[Step], Decay]
+P = ParamSpec("P")
 
 
+class _Schedule:
+    """A schedule, and the call that made it."""
+
+    def __init__(self, schedule: Schedule, name: str, args: Any, kwargs: Any) -> None:
+        self._schedule, self._call = schedule, (name, args, kwargs)
+
+    def __call__(self, step: Step) -> Decay:
+        return self._schedule(step)
+
+    def __repr__(self) -> str:
+        name, args, kwargs = self._call
+        told = [*map(repr, args), *(f"{key}={value!r}" for key, value in kwargs.items())]
+        return f"{name}({', '.join(told)})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Schedule) and self._call == other._call
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+    def __reduce__(self) -> Any:
+        return _make, self._call
+
+
+def _make(name: str, args: Any, kwargs: Any) -> Schedule:
+    made: Schedule = globals()[name](*args, **kwargs)
+    return made
+
+
+def _factory(function: Callable[P, Schedule]) -> Callable[P, Schedule]:
+    @functools.wraps(function)
+    def made(*args: P.args, **kwargs: P.kwargs) -> Schedule:
+        return _Schedule(function(*args, **kwargs), function.__name__, args, kwargs)
+
+    return made
+
+
+@_factory
 def constant(decay: float) -> Schedule:
     r"""The same decay at every step: $\beta_t = \beta$.
 
@@ -33,6 +77,7 @@ def constant(decay: float) -> Schedule:
     return lambda step: decay  # noqa: ARG005, by that name as every schedule
 
 
+@_factory
 def warmup(decay: Decay) -> Schedule:
     r"""A short average at first: $\beta_t = \min(\beta, (1 + n) / (10 + n))$, $n = t + 1$.
 
@@ -53,6 +98,7 @@ def warmup(decay: Decay) -> Schedule:
     return schedule
 
 
+@_factory
 def inverse_gamma(
     gamma: float = 1.0, power: float = 2 / 3, min_decay: float = 0.0, max_decay: float = 0.9999
 ) -> Schedule:
@@ -81,6 +127,7 @@ def inverse_gamma(
     return schedule
 
 
+@_factory
 def power_function(sigma_rel: float | None = None, gamma: float | None = None) -> Schedule:
     r"""An average whose length is a share of the run: $\beta_t = (1 - 1/n)^{\gamma+1}$, $n = t+1$.
 
@@ -176,6 +223,7 @@ def _gamma(sigma_rel: float) -> float:
         gamma = following
 
 
+@_factory
 def half_life(images: float, batch_size: int, rampup_ratio: float | None = 0.05) -> Schedule:
     r"""A half-life in training images, $\beta_t = 2^{-B/h}$ with $h = \min(H, r B t)$.
 
@@ -202,6 +250,7 @@ def half_life(images: float, batch_size: int, rampup_ratio: float | None = 0.05)
     return schedule
 
 
+@_factory
 def debiased(decay: float) -> Schedule:
     r"""Without the bias of the start: $\beta_t = \beta (1 - \beta^t) / (1 - \beta^{t+1})$.
 
@@ -226,6 +275,7 @@ def debiased(decay: float) -> Schedule:
     return schedule
 
 
+@_factory
 def uniform() -> Schedule:
     r"""The equal average of all parameters seen (SWA, Polyak): $\beta_t = t / (t + 1)$.
 
@@ -241,6 +291,7 @@ def uniform() -> Schedule:
     return schedule
 
 
+@_factory
 def cosine(start: float, end: float, steps: int) -> Schedule:
     r"""Half a cosine from `start` to `end`: $\beta_t = e - (e - s)(\cos(\pi t/T) + 1)/2$, then $e$.
 
@@ -260,6 +311,7 @@ def cosine(start: float, end: float, steps: int) -> Schedule:
     return schedule
 
 
+@_factory
 def linear(start: float, end: float, steps: int) -> Schedule:
     r"""A straight line from `start` to `end`: $\beta_t = s + (e - s) t / T$, then $e$.
 
@@ -277,6 +329,7 @@ def linear(start: float, end: float, steps: int) -> Schedule:
     return schedule
 
 
+@_factory
 def delay(schedule: Schedule, start: int) -> Schedule:
     r"""The shadow is the parameters ($\beta_t = 0$) before `start`, then `schedule(step - start)`.
 
@@ -297,6 +350,7 @@ def delay(schedule: Schedule, start: int) -> Schedule:
     return delayed
 
 
+@_factory
 def every(schedule: Schedule, interval: int) -> Schedule:
     r"""For a shadow updated at each `interval`-th step only: the product of that many decays.
 
