@@ -11,6 +11,7 @@ import torch
 from tests.counting import Counting
 
 EXTRAS = ("hypothesis", "matplotlib", "rich", "safetensors", "sklearn", "typer")
+ABSENT = {name for name in ("lightning", "transformers") if find_spec(name) is None}
 
 if find_spec("hypothesis"):
     import hypothesis
@@ -20,24 +21,26 @@ if find_spec("hypothesis"):
     hypothesis.settings.load_profile("default")
 
 
-class OnlyCuda:
-    """Where nothing but torch and pytest is installed, the CUDA tests are what can be run."""
+class OnlyInstalled:
+    """Collects no integration of what is not installed, and only the CUDA tests without extras."""
 
-    def __init__(self, missing: list[str]) -> None:
-        self.missing = missing
+    def __init__(self) -> None:
+        self.missing = [name for name in EXTRAS if find_spec(name) is None]
 
     def pytest_report_header(self) -> str:
+        if not self.missing:
+            return ""
         return f"only the CUDA tests are collected, for want of {', '.join(self.missing)}"
 
     def pytest_ignore_collect(self, collection_path: Path) -> bool | None:
-        wanted = collection_path.is_dir() or collection_path.name == "test_cuda.py"
-        return None if wanted else True
+        if self.missing and collection_path.is_file() and collection_path.name != "test_cuda.py":
+            return True
+        is_integration = collection_path.parent.name == "integrations"
+        return (is_integration and collection_path.stem in ABSENT) or None
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    missing = [name for name in EXTRAS if find_spec(name) is None]
-    if missing:
-        config.pluginmanager.register(OnlyCuda(missing))
+    config.pluginmanager.register(OnlyInstalled())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

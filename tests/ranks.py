@@ -9,7 +9,9 @@ import copy
 import json
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
@@ -449,6 +451,61 @@ def ddp_does_not_broadcast_the_averages(_: Path) -> None:
     assert (
         copy.deepcopy(host).to(torch.float64).model_ema.get_buffer("0weight").dtype == torch.float64
     )
+
+
+if find_spec("lightning"):
+
+    @check(2)
+    def lightnings_model_parallel_strategy(shared: Path) -> None:
+        from lightning.pytorch.strategies import ModelParallelStrategy  # noqa: PLC0415
+
+        from emajit.integrations.lightning import EMACallback  # noqa: PLC0415
+        from tests import test_lightning as tests  # noqa: PLC0415
+
+        class Sharded(tests.Regression):
+            def configure_model(self) -> None:
+                if isinstance(self.net, FSDPModule):  # at the second call
+                    return
+                self.net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+                strategy: Any = self.trainer.strategy
+                fully_shard(self.net, mesh=strategy.device_mesh["data_parallel"])
+
+        def fit(seed: int, callback: EMACallback, steps: int, **options: Any) -> Any:
+            torch.manual_seed(seed)
+            model = Sharded()
+            strategy: Any = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+            trainer = tests.trainer_of(
+                shared,
+                callback,
+                devices=2,
+                strategy=strategy,
+                max_steps=steps,
+                max_epochs=-1,
+                use_distributed_sampler=False,  # which shuffles otherwise after it is resumed
+            )
+            trainer.fit(model, tests.data(), tests.data(2), **options)
+            return trainer, model
+
+        def averages(callback: EMACallback, model: nn.Module) -> dict[str, Tensor]:
+            with callback.averaged(model):
+                return gathered({name: p.detach() for name, p in model.named_parameters()})
+
+        warnings.simplefilter("ignore")
+        for save in ("raw", "averaged"):
+            options: Any = {"decay": tests.DECAY, "save": save}
+            whole = EMACallback(**options)
+            _, whole_model = fit(0, whole, 9)
+            begun = EMACallback(**options)
+            trainer, model = fit(0, begun, 6)
+            folder = shared / f"lightning-{save}"
+            trainer.save_checkpoint(folder)
+            expected = averages(begun, model)
+            found = checkpoint.read(folder)
+            assert_same({name: found.weights[name] for name in expected}, expected)
+            resumed = EMACallback(**options)
+            _, model = fit(1, resumed, 9, ckpt_path=folder)
+            assert_same(averages(resumed, model), averages(whole, whole_model))
+            assert_same(model.state_dict(), gathered(whole_model.state_dict()))
 
 
 def main() -> None:

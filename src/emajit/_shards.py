@@ -89,6 +89,23 @@ def like(leaf: Any, shard: Tensor) -> Any:
     )
 
 
+def whole(tensor: Any) -> Tensor:
+    """A DTensor, gathered by all processes together into the memory of the host; others as is."""
+    gathered: Tensor = tensor.full_tensor().cpu() if is_one(tensor) else tensor
+    return gathered
+
+
+def split_as(leaf: Any, tensor: Tensor) -> Any:
+    """A whole tensor, placed as `leaf` is if that is a DTensor; each process takes its shard."""
+    if not is_one(leaf) or is_one(tensor):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415, as in `_computed_region`
+
+    return distribute_tensor(
+        tensor.to(leaf.device), leaf.device_mesh, leaf.placements, src_data_rank=None
+    )
+
+
 def region(leaf: Any) -> Region | None:
     """Where the shard of a DTensor lies; nothing for a tensor that is whole."""
     if not is_one(leaf):

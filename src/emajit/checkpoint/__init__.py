@@ -187,8 +187,7 @@ def load_sharded(path: str | os.PathLike[str], like: Tree) -> tuple[Tree, int]:
     path = Path(path)
     wanted = _named("like", like)
     folder = sharded.Folder(path)
-    held = {key.removeprefix(_SHADOW) for key in folder.forms if key.startswith(_SHADOW)}
-    _check_names(path, held, wanted)
+    _check_names(path, {*_below(_SHADOW, folder.forms)}, wanted)
     for name, leaf in wanted.items():
         _check_form(path, name, folder.forms[_SHADOW + name], leaf)
     if folder.forms.get("step") != ((), torch.int64):
@@ -316,8 +315,14 @@ def _of_folder(path: Path) -> dict[str, Any]:
         key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in folder.forms.items()
     }
     folder.read_into(held, alone=True)
-    shadow = {key.removeprefix(_SHADOW): v for key, v in held.items() if key.startswith(_SHADOW)}
+    if (path / "meta.pt").is_file():  # Lightning's, which keeps there what is not sharded
+        return {**files.load_torch(path / "meta.pt"), "state_dict": _below("state_dict.", held)}
+    shadow = _below(_SHADOW, held)
     return {"shadow": shadow, "step": held["step"]} if shadow and "step" in held else held
+
+
+def _below(prefix: str, held: dict[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix(prefix): v for key, v in held.items() if key.startswith(prefix)}
 
 
 def _check_names(path: Path, held: set[str], wanted: dict[str, Tensor]) -> None:

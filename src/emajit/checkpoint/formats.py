@@ -222,6 +222,17 @@ def _lightning(tree: Mapping[str, Any], _: Names) -> Averaged | None:
     return Averaged(_state(tree["state_dict"]), "Lightning weight averaging", step, raw=raw)
 
 
+def _emajit_lightning(tree: Mapping[str, Any], _: Names) -> Averaged | None:
+    """Of `emajit.integrations.lightning`: `emajit`, beside trained or averaged weights."""
+    if "emajit" not in tree:
+        return None
+    ours = tree["emajit"]
+    raw = _state(tree["state_dict"]) | _state(ours.get("raw", {}))
+    partners = _names.match(raw, ours["shadow"])
+    averages = {partners.get(name, name): v for name, v in _state(ours["shadow"]).items()}
+    return _merged(averages, raw, "emajit in Lightning", int(ours["step"]))
+
+
 def _nemo(tree: Mapping[str, Any], names: Names) -> Averaged | None:
     """NeMo: `ema` by position in the state of an optimizer."""
     states = tree.get("optimizer_states", [tree])
@@ -286,6 +297,7 @@ def _emajit(tree: Mapping[str, Any], _: Names) -> Averaged | None:
 
 _READERS: list[Callable[[Mapping[str, Any], Names], Averaged | None]] = [
     _emajit,
+    _emajit_lightning,
     _lit_ema,
     _averaged_model,
     _timm,

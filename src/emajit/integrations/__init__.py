@@ -1,0 +1,1 @@
+"""Callbacks for other libraries' training loops; each is imported by its own name."""

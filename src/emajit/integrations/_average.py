@@ -1,0 +1,72 @@
+"""What the callbacks have in common: the averages of a module, beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emajit import _buffers, _names, _shards
+from emajit.functional import Decay, Schedule
+from emajit.litema import LitEma
+
+
+class Average(LitEma):
+    """A `LitEma` of any schedule, whose state has the parameters' own names."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        decay: Decay | Schedule,
+        *,
+        dtype: torch.dtype | None,
+        buffers: _buffers.Policy,
+    ) -> None:
+        super().__init__(model, dtype=dtype, buffers=buffers)
+        self._schedule = decay
+
+    def _decay_on_host(self) -> Any:
+        return self._schedule(int(self.num_updates)) if callable(self._schedule) else self._schedule
+
+    def _decay_on_device(self) -> Any:
+        return self._schedule(self.num_updates) if callable(self._schedule) else self._schedule
+
+    @property
+    def step(self) -> int:
+        """How many updates the averages have taken."""
+        return int(self.num_updates)
+
+    def named_averages(self) -> dict[str, Tensor]:
+        """The averages themselves, under the names that the parameters have in the bare model."""
+        return {
+            _names.canonical(name): self.get_buffer(key) for name, key in self.m_name2s_name.items()
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What `restore_state` goes on from, in whole tensors; to be called by all processes."""
+        averages = self.named_averages()
+        return {
+            "shadow": {name: _shards.whole(average) for name, average in averages.items()},
+            "step": self.step,
+        }
+
+    def restore_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave; ValueError, and nothing changed, where it does not fit."""
+        shadow, step = state["shadow"], torch.tensor(state["step"], dtype=torch.int32)
+        keys = {_names.canonical(name): key for name, key in self.m_name2s_name.items()}
+        missing, unknown = sorted(keys.keys() - shadow.keys()), sorted(shadow.keys() - keys.keys())
+        if missing or unknown:
+            raise ValueError(
+                f"averages: expected those of the model, found {missing} missing and {unknown} "
+                "unknown"
+            )
+        flat = {
+            keys[name]: _shards.split_as(self.get_buffer(keys[name]), value)
+            for name, value in shadow.items()
+        }
+        try:
+            self.load_state_dict({**flat, "decay": self.decay, "num_updates": step})
+        except RuntimeError as error:
+            raise ValueError(str(error)) from None

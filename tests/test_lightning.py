@@ -1,0 +1,366 @@
+"""The callback with a real Trainer."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+
+from emajit import checkpoint, schedules
+
+pytest.importorskip("lightning", reason="lightning is not installed")
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from emajit.integrations.lightning import EMACallback
+
+# Lightning's hints, such as that there are few workers, and what torch tells Lightning
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning",
+    "ignore:.*isinstance.treespec, LeafSpec",
+    "ignore:Checkpoint directory .* exists and is not empty",
+)
+
+DECAY = schedules.warmup(0.9)
+
+
+class Regression(LightningModule):
+    """A network with BatchNorm; it remembers the weights that it was evaluated with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net: nn.Module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+        self.seen: dict[str, dict[str, Tensor]] = {}
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        loss: Tensor = self.net(batch[0]).square().mean()
+        return loss
+
+    def remember(self, stage: str) -> None:
+        self.seen[stage] = {name: p.detach().clone() for name, p in self.named_parameters()}
+
+    def validation_step(self, batch: Any, _: int) -> None:
+        self.remember("validation")
+        self.log("loss", self.net(batch[0]).square().mean())
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+        self.remember("test")
+        self.net(batch[0])
+
+    def predict_step(self, batch: Any, _: int) -> Tensor:
+        self.remember("predict")
+        predicted: Tensor = self.net(batch[0])
+        return predicted
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=0.05)
+
+
+class Recorder(Callback):
+    """The trained weights after each optimizer step, and an average of them in float64."""
+
+    def __init__(self, decay: schedules.Schedule = DECAY, every: int = 1) -> None:
+        self.decay, self.every = decay, every
+        self.average: dict[str, Tensor] = {}
+        self.steps = self.updates = 0
+
+    def on_train_start(self, _: Trainer, pl_module: LightningModule) -> None:
+        self.average = {name: p.detach().double() for name, p in pl_module.named_parameters()}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+    ) -> None:
+        if trainer.global_step == self.steps:
+            return
+        self.steps = trainer.global_step
+        if self.steps % self.every == 0:
+            beta = float(self.decay(self.updates))
+            self.updates += 1
+            for name, p in pl_module.named_parameters():
+                self.average[name] = beta * self.average[name] + (1 - beta) * p.detach().double()
+
+
+def data(batches: int = 6) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(0)
+    return DataLoader(TensorDataset(torch.randn(4 * batches, 3, generator=generator)), batch_size=4)
+
+
+def trainer_of(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        "max_epochs": 2,
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        "default_root_dir": folder,
+    }
+    return Trainer(callbacks=[*callbacks], **defaults | options)
+
+
+def model_of(seed: int = 0) -> Regression:
+    torch.manual_seed(seed)
+    return Regression()
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def averages(callback: EMACallback, model: nn.Module) -> dict[str, Tensor]:
+    with callback.averaged(model):
+        return weights(model)
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
+
+
+def differ(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return any(not torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("every", [1, 2])
+def test_averages_optimizer_steps(tmp_path: Path, accumulate: int, every: int) -> None:
+    callback, recorder = EMACallback(DECAY, every=every), Recorder(every=every)
+    model = model_of()
+    trainer = trainer_of(tmp_path, callback, recorder, accumulate_grad_batches=accumulate)
+    trainer.fit(model, data())
+    assert recorder.steps == 12 // accumulate
+    found = averages(callback, model)
+    for name, expected in recorder.average.items():
+        assert_close(found[name].double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_training_is_what_it_is_without(tmp_path: Path) -> None:
+    models = [model_of(), model_of()]
+    trainer_of(tmp_path).fit(models[0], data(), data(2))
+    trainer_of(tmp_path, EMACallback(DECAY)).fit(models[1], data(), data(2))
+    assert_equal(models[1].state_dict(), models[0].state_dict())
+
+
+def test_evaluates_with_the_averages(tmp_path: Path) -> None:
+    callback, model = EMACallback(DECAY), model_of()
+    trainer = trainer_of(tmp_path, callback)
+    trainer.fit(model, data(), data(2))
+    trained = weights(model)
+    expected = averages(callback, model)
+    assert differ(trained, expected)
+    trainer.test(model, data(2), verbose=False)
+    trainer.predict(model, data(2))
+    for stage in ("validation", "test", "predict"):
+        assert_equal(model.seen[stage], expected)
+    assert_equal(weights(model), trained)
+
+
+def test_sanity_check_before_training(tmp_path: Path) -> None:
+    callback, model = EMACallback(DECAY), model_of()
+    before = weights(model)
+    trainer_of(tmp_path, callback, max_steps=0, num_sanity_val_steps=2).fit(model, data(), data())
+    assert_equal(model.seen["validation"], before)
+
+
+@pytest.mark.parametrize("save", ["raw", "averaged"])
+class TestCheckpoint:
+    def test_has_both(self, tmp_path: Path, save: Any) -> None:
+        callback, model = EMACallback(DECAY, save=save), model_of()
+        trainer = trainer_of(tmp_path, callback)
+        trainer.fit(model, data(), data(2))
+        file = tmp_path / "last.ckpt"
+        trainer.save_checkpoint(file)
+        trained, averaged = weights(model), averages(callback, model)
+        plain = weights(Regression.load_from_checkpoint(file))
+        assert_equal(plain, trained if save == "raw" else averaged)
+        held = torch.load(file, weights_only=True)
+        assert_equal(held["emajit"]["shadow"], averaged)
+        other = held["state_dict"] if save == "raw" else held["emajit"]["raw"]
+        assert_equal({name: other[name] for name in trained}, trained)
+        found = checkpoint.read(file)
+        assert (found.layout, found.step) == ("emajit in Lightning", 12)
+        assert_equal({name: found.weights[name] for name in averaged}, averaged)
+        assert_equal({name: found.raw[name] for name in trained}, trained)
+        assert set(found.raw_only) == {name for name, _ in model.named_buffers()}
+
+    @pytest.mark.parametrize("at", [3, 6])
+    def test_resumes_bit_for_bit(self, tmp_path: Path, save: Any, at: int) -> None:
+        """At the end of an epoch, since Lightning begins a data loader anew."""
+        options: dict[str, Any] = {"max_epochs": -1, "accumulate_grad_batches": 2}
+        whole, whole_model = EMACallback(DECAY, save=save, every=2), model_of()
+        trainer_of(tmp_path, whole, max_steps=9, **options).fit(whole_model, data(), data(2))
+        saver = ModelCheckpoint(tmp_path, every_n_train_steps=at, save_top_k=-1)
+        begun = EMACallback(DECAY, save=save, every=2)
+        trainer_of(tmp_path, begun, saver, max_steps=at, **options).fit(model_of(), data(), data(2))
+        file = saver.best_model_path
+        resumed, model = EMACallback(DECAY, save=save, every=2), model_of(1)
+        trainer = trainer_of(tmp_path, resumed, copy.deepcopy(saver), max_steps=9, **options)
+        trainer.fit(model, data(), data(2), ckpt_path=file, weights_only=True)
+        assert_equal(model.state_dict(), whole_model.state_dict())
+        assert_equal(averages(resumed, model), averages(whole, whole_model))
+
+    def test_of_the_best_validation(self, tmp_path: Path, save: Any) -> None:
+        """Saved when its averages were validated: the weights that had that loss."""
+        callback, model = EMACallback(DECAY, save=save), model_of()
+        saver = ModelCheckpoint(tmp_path, monitor="loss", save_top_k=-1)
+        trainer_of(tmp_path, callback, saver).fit(model, data(), data(2))
+        last = max(tmp_path.glob("*.ckpt"), key=lambda f: torch.load(f)["global_step"])
+        assert_equal(torch.load(last)["emajit"]["shadow"], model.seen["validation"])
+
+    def test_tested_by_a_new_process(self, tmp_path: Path, save: Any) -> None:
+        callback, model = EMACallback(DECAY, save=save), model_of()
+        trainer = trainer_of(tmp_path, callback)
+        trainer.fit(model, data())
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        expected, fresh = averages(callback, model), model_of(1)
+        other = trainer_of(tmp_path, EMACallback(DECAY, save=save))
+        other.test(fresh, data(2), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+        assert_equal(fresh.seen["test"], expected)
+
+    def test_saved_in_the_middle_of_a_validation(self, tmp_path: Path, save: Any) -> None:
+        class Saver(Callback):
+            def on_validation_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+                trainer.save_checkpoint(tmp_path / "middle.ckpt")
+
+        callback, model = EMACallback(DECAY, save=save), model_of()
+        trainer_of(tmp_path, callback, Saver(), max_epochs=1).fit(model, data(), data(2))
+        assert_equal(model.seen["validation"], averages(callback, model))
+        found = checkpoint.read(tmp_path / "middle.ckpt")
+        assert_equal({name: found.raw[name] for name in weights(model)}, weights(model))
+        assert_equal(
+            {name: found.weights[name] for name in weights(model)}, averages(callback, model)
+        )
+
+
+def test_a_checkpoint_without_averages(tmp_path: Path) -> None:
+    plain, model = trainer_of(tmp_path), model_of()
+    plain.fit(model, data())
+    plain.save_checkpoint(tmp_path / "plain.ckpt")
+    callback, fresh = EMACallback(schedules.constant(1.0)), model_of(1)
+    with pytest.warns(UserWarning, match="has no averages of EMACallback"):
+        trainer_of(tmp_path, callback, max_epochs=3).fit(
+            fresh, data(), ckpt_path=tmp_path / "plain.ckpt"
+        )
+    assert_equal(averages(callback, fresh), weights(model))
+
+
+def test_averages_of_another_model(tmp_path: Path) -> None:
+    callback, model = EMACallback(DECAY), model_of()
+    trainer = trainer_of(tmp_path, callback)
+    trainer.fit(model, data())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    file = torch.load(tmp_path / "last.ckpt")
+    del file["emajit"]["shadow"]["net.0.bias"]
+    torch.save(file, tmp_path / "broken.ckpt")
+    with pytest.raises(ValueError, match=r"averages: expected those of the model.*net\.0\.bias"):
+        trainer_of(tmp_path, EMACallback(DECAY), max_epochs=3).fit(
+            model_of(), data(), ckpt_path=tmp_path / "broken.ckpt"
+        )
+
+
+@pytest.mark.parametrize("hook", ["validation_step", "on_validation_epoch_end"])
+def test_an_exception_leaves_the_trained_weights(tmp_path: Path, hook: str) -> None:
+    class Broken(Regression):
+        def remember(self, stage: str) -> None:
+            super().remember(stage)
+            if hook == "validation_step":
+                raise KeyError
+
+        def on_validation_epoch_end(self) -> None:
+            raise KeyError
+
+    torch.manual_seed(0)
+    model, callback = Broken(), EMACallback(DECAY)
+    trainer = trainer_of(tmp_path, callback, num_sanity_val_steps=0)
+    with pytest.raises(KeyError):
+        trainer.fit(model, data(), data(2))
+    assert differ(weights(model), model.seen["validation"])
+    assert_equal(model.seen["validation"], averages(callback, model))
+
+
+def test_fitting_goes_on(tmp_path: Path) -> None:
+    """A second fit of the same callback, in a Trainer whose steps begin at 0 again."""
+    callback, model = EMACallback(DECAY), model_of()
+    trainer_of(tmp_path, callback).fit(model, data())
+    trainer_of(tmp_path, callback).fit(model, data())
+    trainer = trainer_of(tmp_path, callback)
+    trainer.fit(model, data())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    assert checkpoint.read(tmp_path / "last.ckpt").step == 36
+
+
+def test_compiled_module_and_low_precision(tmp_path: Path) -> None:
+    callback, model = EMACallback(DECAY, dtype=torch.float32), model_of()
+    model.net = torch.compile(model.net, backend="eager")  # type: ignore[assignment]
+    trainer = trainer_of(tmp_path, callback, precision="bf16-true")
+    trainer.fit(model, data(), data(2))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    found = checkpoint.read(tmp_path / "last.ckpt")
+    assert {v.dtype for n, v in found.weights.items() if n not in found.raw_only} == {torch.float32}
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    held = torch.load(tmp_path / "last.ckpt")
+    assert "net.0.weight" in held["emajit"]["shadow"]
+    assert "net._orig_mod.0.weight" in held["state_dict"]
+    for name, value in model.seen["validation"].items():
+        assert torch.equal(value, found.weights[name].bfloat16())
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+def test_precision_plugins(tmp_path: Path, precision: Any) -> None:
+    callback, recorder, model = EMACallback(DECAY), Recorder(), model_of()
+    trainer_of(tmp_path, callback, recorder, precision=precision).fit(model, data(), data(2))
+    for name, value in averages(callback, model).items():
+        assert_close(value.double(), recorder.average[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("buffers", ["ignore", "copy", "average"])
+def test_buffers(tmp_path: Path, buffers: Any) -> None:
+    callback, model = EMACallback(DECAY, buffers=buffers), model_of()
+    trainer_of(tmp_path, callback).fit(model, data(), data(2))
+    mean, count = (
+        model.get_buffer(f"net.1.{n}").clone() for n in ("running_mean", "num_batches_tracked")
+    )
+    model.eval()
+    with callback.averaged(model):
+        assert torch.equal(model.get_buffer("net.1.running_mean"), mean) == (buffers != "average")
+        assert torch.equal(model.get_buffer("net.1.num_batches_tracked"), count)
+
+
+def test_save_weights_only_is_told(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, save_weights_only=True)
+    with pytest.warns(UserWarning, match="saves the trained weights alone"):
+        trainer_of(tmp_path, EMACallback(), saver).fit(model_of(), data())
+
+
+def test_nothing_is_averaged_without_training(tmp_path: Path) -> None:
+    model = model_of()
+    before = weights(model)
+    trainer = trainer_of(tmp_path, EMACallback())
+    trainer.test(model, data(2), verbose=False)
+    assert_equal(model.seen["test"], before)
+    trainer.save_checkpoint(tmp_path / "raw.ckpt")
+    assert "emajit" not in torch.load(tmp_path / "raw.ckpt")
+
+
+def test_wrong_options() -> None:
+    with pytest.raises(ValueError, match="save: expected raw or averaged, found 'both'"):
+        EMACallback(save="both")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="every: expected a number of steps"):
+        EMACallback(every=0)
+
+
+def test_copied_and_pickled(tmp_path: Path) -> None:
+    callback, model = EMACallback(DECAY), model_of()
+    trainer_of(tmp_path, callback).fit(model, data())
+    for other in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
+        assert_equal(averages(other, model), averages(callback, model))
