@@ -80,6 +80,13 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(value, expected[name], rtol=0, atol=0, equal_nan=True)
 
 
+def assert_same_on_all_ranks(tensors: dict[str, Tensor]) -> None:
+    for name, value in tensors.items():
+        found = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+        dist.all_gather(found, value)
+        assert all(torch.equal(value, other) for other in found), name
+
+
 def model_of(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(3, 7), nn.Tanh(), nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 1))
@@ -443,10 +450,7 @@ def ddp_does_not_broadcast_the_averages(_: Path) -> None:
     assert "model.1.running_mean" in ddp.named_module_buffers
     assert sent[0]
     assert sent[1:] == [set()] * 3
-    for key, value in host.model_ema.state_dict().items():
-        both = [torch.empty_like(value) for _ in range(2)]
-        dist.all_gather(both, value)
-        assert torch.equal(*both), key
+    assert_same_on_all_ranks(host.model_ema.state_dict())
     assert {"model_ema.decay", "model_ema.0weight"} <= host.state_dict().keys()
     assert (
         copy.deepcopy(host).to(torch.float64).model_ema.get_buffer("0weight").dtype == torch.float64
@@ -506,6 +510,32 @@ if find_spec("lightning"):
             _, model = fit(1, resumed, 9, ckpt_path=folder)
             assert_same(averages(resumed, model), averages(whole, whole_model))
             assert_same(model.state_dict(), gathered(whole_model.state_dict()))
+
+
+if find_spec("transformers"):
+
+    @check(2)
+    def transformers_in_data_parallel(shared: Path) -> None:
+        from emajit.integrations.transformers import EMACallback  # noqa: PLC0415
+        from tests import test_transformers as tests  # noqa: PLC0415
+
+        options = {**tests.settings("steps"), "max_steps": 4, "ddp_backend": "gloo"}
+        ema, recorder = EMACallback(tests.DECAY), tests.Recorder()
+        folder = shared / "transformers"
+        trainer = tests.trainer_of(folder, ema, recorder, **options)
+        start = tests.trained(trainer.model)
+        trainer.train()
+        assert isinstance(trainer.model_wrapped, DistributedDataParallel)
+        expected = tests.averages(ema)
+        tests.assert_near(expected, tests.reference(start, recorder.steps))
+        assert_same_on_all_ranks(expected)
+        assert_same(recorder.evaluated[-1], expected)
+        dist.barrier()
+        assert_same(checkpoint.read(folder / "checkpoint-4/averages.safetensors").weights, expected)
+        resumed = EMACallback(tests.DECAY)
+        begun = str(folder / "checkpoint-2")
+        tests.trainer_of(folder, resumed, **options).train(resume_from_checkpoint=begun)
+        assert_same(tests.averages(resumed), expected)
 
 
 def main() -> None:

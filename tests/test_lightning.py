@@ -51,7 +51,7 @@ class Regression(LightningModule):
         self.remember("validation")
         self.log("loss", self.net(batch[0]).square().mean())
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+    def test_step(self, batch: Any, batch_idx: int) -> None:
         self.remember("test")
         self.net(batch[0])
 

@@ -86,7 +86,7 @@ class EMACallback(Callback):
             self._loaded = None
         return self._average
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Warn of checkpoints that would have no averages."""
         alone = [
             callback

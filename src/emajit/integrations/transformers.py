@@ -1,0 +1,243 @@
+"""A callback for the Trainer of transformers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from emajit import _buffers, _shards, checkpoint, schedules
+from emajit.functional import Decay, Schedule
+from emajit.integrations._average import Average
+
+try:
+    from transformers import (
+        PreTrainedModel,
+        TrainerCallback,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
+except ModuleNotFoundError as error:
+    message = (
+        "emajit.integrations.transformers needs transformers; "
+        "pip install 'emajit[transformers]' brings it"
+    )
+    raise ModuleNotFoundError(message, name=error.name) from None
+
+
+class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Averages the weights in training; the Trainer's evaluations in training are of the averages.
+
+    After each optimizer step the trainable parameters are averaged: not after the other batches of
+    an accumulated gradient, nor where a gradient scaler has left the step out. Each `train()`
+    starts the averages from the model's weights, or goes on bit for bit from the checkpoint that
+    it resumes. What the caller evaluates or predicts is of the trained weights, but within
+    `averaged`. Give it to the Trainer behind callbacks that change weights or ask for evaluations.
+
+    A checkpoint has the trained weights where they always are, and beside them
+
+    - `averages.safetensors`, from which training goes on: the averages in their own dtype, as
+      `emajit.checkpoint.save` writes them;
+    - `averaged/`, the averages in the model's dtype, with configuration and `processing_class`, for
+      `from_pretrained`. Only a `PreTrainedModel` has it: in the folder of an adapter the Trainer
+      would take it for one more adapter.
+
+    A callback is not told which folder is resumed. Expected is `checkpoint-<step>` in `output_dir`,
+    or else in `TrainingArguments(resume_from_checkpoint=...)`, with the log that training goes on
+    with. In a search of hyperparameters nothing is saved.
+
+    With `load_best_model_at_end` the best checkpoint is the one whose averages were evaluated best.
+    Afterwards the model has the trained weights of that checkpoint, and `averaged` gives the
+    averages of it, which are also in its folder `averaged/`.
+
+    An evaluation that raises leaves the averages in the model until the next call of a hook, of
+    the model's `state_dict` or `load_state_dict`, or of `restore`.
+
+    Args:
+        decay: as in `emajit.update`.
+        dtype, buffers: as in `LitEma`.
+        every: average after each optimizer step whose number is a multiple of this; `decay` counts
+            the averaged ones.
+
+    Raises, at the start of training, ValueError for parameters in shards (FSDP, DeepSpeed ZeRO 3),
+    for a resumed checkpoint that is not found or whose averages are missing or do not fit, and
+    what `LitEma` raises for the model.
+    """
+
+    def __init__(
+        self,
+        decay: Decay | Schedule = schedules.warmup(0.9999),  # noqa: B008, a function without state
+        *,
+        dtype: torch.dtype | None = None,
+        buffers: _buffers.Policy = "ignore",
+        every: int = 1,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every: expected a number of steps, >= 1, found {every}")
+        self._options: Any = {"decay": decay, "dtype": dtype, "buffers": buffers}
+        self._every = every
+        self._average: Average | None = None
+        self._is_training = False
+        self._is_inside = False
+        # The averages in the model for an evaluation of the Trainer, and what guards them there.
+        self._evaluation, self._guards = ExitStack(), ExitStack()
+
+    @contextmanager
+    def averaged(self, model: nn.Module) -> Iterator[None]:
+        """A context in which `model` has the averaged weights, as `emajit.ema_scope`.
+
+        Around `trainer.evaluate()`, `trainer.predict()` or `trainer.save_model(...)`. Raises
+        RuntimeError before the first training.
+        """
+        self.restore()
+        with self._present().ema_scope(model):
+            self._is_inside = True
+            try:
+                yield
+            finally:
+                self._is_inside = False
+
+    def restore(self) -> None:
+        """Give the model its trained weights back, after an evaluation that has raised."""
+        self._evaluation.close()
+        self._guards.close()
+
+    def _present(self) -> Average:
+        if self._average is None:
+            raise RuntimeError("expected averages, which train() starts, found none")
+        return self._average
+
+    def _enter(self, model: nn.Module) -> None:
+        self._evaluation.enter_context(self.averaged(model))
+        # No hook comes between the last of several evaluations, or one that raises, and saving or
+        # loading.
+        bare = getattr(model, "_orig_mod", model)
+        for register in (bare.register_state_dict_pre_hook, bare.register_load_state_dict_pre_hook):
+            self._guards.callback(register(lambda *_: self._evaluation.close()).remove)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the averages from the model's weights, or go on with those of the checkpoint."""
+        self.restore()
+        model = kwargs["model"]
+        for name, p in model.named_parameters():
+            if _shards.is_one(p) or hasattr(p, "ds_id") or "_fsdp_wrapped_module" in name:
+                raise ValueError(f"{name}: expected a whole parameter, found one in shards")
+        self._average = Average(model, **self._options)
+        if state.global_step:
+            self._load(_resumed(args, state))
+        self._is_training = True
+        if args.eval_on_start:
+            self._enter(model)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Average, if the optimizer has stepped."""
+        self.restore()
+        skipped = getattr(kwargs["optimizer"], "step_was_skipped", False)
+        if state.global_step % self._every == 0 and not skipped:
+            self._present()(kwargs["model"])
+        self._before_evaluation(args, state, control, **kwargs)
+
+    def _before_evaluation(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.restore()
+        if control.should_evaluate:
+            self._enter(kwargs["model"])
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give the model its trained weights back, unless there may be another data set."""
+        if self._is_training and not self._is_inside:
+            warnings.warn(
+                f"the evaluation at step {state.global_step} was of the trained weights, since "
+                "EMACallback was not told of it before; it belongs behind the callback that asked "
+                "for the evaluation",
+                stacklevel=2,
+            )
+        if "eval_runtime" in kwargs["metrics"]:  # eval_<name>_runtime where there are several
+            self.restore()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put the averages into the checkpoint."""
+        folder = _folder(args, state)
+        unguarded = self._is_inside
+        self.restore()
+        if not args.should_save or state.is_hyper_param_search:
+            return
+        if unguarded:
+            raise RuntimeError(
+                f"{folder}: expected trained weights, found the averages saved in their place, by "
+                "something that does not call state_dict()"
+            )
+        average, model = self._present(), kwargs["model"]
+        checkpoint.save(folder / "averages.safetensors", **average.state())
+        bare = getattr(model, "_orig_mod", model)
+        if isinstance(bare, PreTrainedModel):
+            with average.ema_scope(model):
+                bare.save_pretrained(folder / "averaged")
+            if kwargs["processing_class"] is not None:
+                kwargs["processing_class"].save_pretrained(folder / "averaged")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Take the averages of the best checkpoint, where the Trainer has taken its weights."""
+        self.restore()
+        self._is_training = False
+        best = state.best_model_checkpoint
+        if args.load_best_model_at_end and best is not None and not state.is_hyper_param_search:
+            if args.distributed_state is not None:
+                args.distributed_state.wait_for_everyone()  # one process may still be writing
+            self._load(Path(best))
+
+    def _restore(self, *_: Any, **__: Any) -> None:
+        self.restore()
+
+    on_epoch_begin = on_step_begin = _restore
+    on_epoch_end = _before_evaluation
+
+    def _load(self, folder: Path) -> None:
+        path, average = folder / "averages.safetensors", self._present()
+        if not path.is_file():
+            raise ValueError(
+                f"{path}: expected the averages of this checkpoint, found no such file"
+            )
+        shadow, step = checkpoint.load(path, like=average.named_averages())
+        average.restore_state({"shadow": shadow, "step": step})
+
+
+def _folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir or "", f"checkpoint-{state.global_step}")
+
+
+def _resumed(args: TrainingArguments, state: TrainerState) -> Path:
+    """The folder of the checkpoint that training goes on from."""
+    folders = [_folder(args, state)]
+    if args.resume_from_checkpoint:
+        folders.insert(0, Path(args.resume_from_checkpoint))
+    for folder in folders:
+        path = folder / "trainer_state.json"
+        if path.is_file():
+            saved = TrainerState.load_from_json(str(path))
+            logged = state.log_history[: len(saved.log_history)]
+            # as text, in which one NaN is another
+            if saved.global_step == state.global_step and repr(saved.log_history) == repr(logged):
+                return folder
+    raise ValueError(
+        f"expected the checkpoint of step {state.global_step} that training goes on from, to read "
+        f"its averages, found it in none of {[str(folder) for folder in folders]}; "
+        "TrainingArguments(resume_from_checkpoint=...) tells EMACallback its folder"
+    )
