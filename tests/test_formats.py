@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import collections
 import contextlib
 import copy
+import io
 import pickle
+import tempfile
+import warnings
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -24,6 +31,19 @@ from tests import reference
 
 def peer(name: str) -> Any:
     return pytest.importorskip(name, reason=f"{name} is of the bench extra")
+
+
+def timm(file: str) -> Any:
+    """A file of timm alone: the package needs torchvision, which these do not."""
+    spec = find_spec("timm")
+    if spec is None or spec.origin is None:
+        pytest.skip("timm is installed by hand, without its dependencies")
+    alone = spec_from_file_location("timm_file", Path(spec.origin).parent / file)
+    assert alone is not None
+    assert alone.loader is not None
+    module = module_from_spec(alone)
+    alone.loader.exec_module(module)
+    return module
 
 
 class Host(nn.Module):
@@ -252,6 +272,24 @@ class TestPeers:
         assert_average(found, averages)
         assert (found.layout, found.step) == ("Lightning weight averaging", 5)
 
+    def test_lightning_itself(self, tmp_path: Path) -> None:
+        pytest.importorskip("lightning", reason="lightning is not installed")
+        from lightning.pytorch import callbacks  # noqa: PLC0415
+
+        from tests import test_lightning as tests  # noqa: PLC0415
+
+        callback, model = callbacks.EMAWeightAveraging(decay=0.9), tests.model_of()
+        saver = callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=12)
+        trainer = tests.trainer_of(tmp_path, callback, saver)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Lightning's hints
+            trainer.fit(model, tests.data())
+        found = checkpoint.read(saver.best_model_path)
+        assert_average(found, model.state_dict())  # where it leaves the averages
+        assert (found.layout, found.step) == ("Lightning weight averaging", 12)
+        assert found.raw.keys() == found.weights.keys()
+        assert not torch.equal(found.raw["net.0.weight"], found.weights["net.0.weight"])
+
     def test_nemo(self, written: Any) -> None:
         averages = parameters(net())
         optimizer = {"opt": {}, "ema": tuple(averages.values()), "current_step": 7, "decay": 0.99}
@@ -317,6 +355,50 @@ KEYS = st.sampled_from(
 )
 
 
+class Hyperparameters:
+    """As a training script pickles them; what unpickling calls leaves a trace."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return tempfile.mkdtemp, ("", "", str(self.folder))
+
+
+class TestPickledBeside:
+    """What a file holds beside the averages is neither run, nor imported, nor in the way."""
+
+    def test_nothing_of_it_runs(self, tmp_path: Path) -> None:
+        averages, folder = net().state_dict(), tmp_path / "folder"
+        folder.mkdir()
+        beside = [
+            Hyperparameters(folder),
+            np.float64(0.5),
+            {Host: 1},
+            nn.functional.relu,
+            Path("a"),
+        ]
+        torch.save({"state_dict_ema": averages, "beside": beside}, tmp_path / "file")
+        assert_average(checkpoint.read(tmp_path / "file"), averages)
+        assert not [*folder.iterdir()]
+        torch.load(tmp_path / "file", weights_only=False)
+        assert [*folder.iterdir()]
+
+    def test_of_a_library_that_is_not_there(self, tmp_path: Path) -> None:
+        """A module of this name would be imported, which fails."""
+        content = io.BytesIO()
+        torch.save({"state_dict_ema": net().state_dict(), "b": argparse.Namespace(a=1)}, content)
+        renamed = content.getvalue().replace(b"argparse\nNamespace", b"omegacon\nDictConfi")
+        (tmp_path / "file").write_bytes(renamed)
+        assert checkpoint.read(tmp_path / "file").layout == "timm"
+
+    def test_what_is_no_plain_container_after_all(self, tmp_path: Path) -> None:
+        path = tmp_path / "file"
+        torch.save({"state_dict_ema": collections.defaultdict(int, w=1)}, path)
+        with pytest.raises(ValueError, match=f"^{path}: .* nothing else is .* Can only SETITEM"):
+            checkpoint.read(path)
+
+
 class TestRefused:
     def test_no_average(self, written: Any) -> None:
         with pytest.raises(ValueError, match=r"expected averages in a layout .* none among 0"):
@@ -328,10 +410,14 @@ class TestRefused:
         with pytest.raises(ValueError, match="expected one average, found two: timm and Lightning"):
             checkpoint.read(both)
 
-    def test_nothing_is_unpickled(self, tmp_path: Path) -> None:
+    def test_no_module_is_unpickled(self, tmp_path: Path) -> None:
         path = tmp_path / "model.pt"
+        of = "beside what is not unpickled: torch.nn.modules"
         torch.save({"ema": net(), "model": None}, path)
-        with pytest.raises(ValueError, match=f"^{path}: .* since nothing else is unpickled, found"):
+        with pytest.raises(ValueError, match=rf"^{path}: .* none among ema, model, {of}"):
+            checkpoint.read(path)
+        torch.save(nn.Linear(1, 1), path)
+        with pytest.raises(ValueError, match=f"^{path}: expected a mapping .* found Linear, {of}"):
             checkpoint.read(path)
         path.write_bytes(pickle.dumps(copy.copy))
         with pytest.raises(ValueError, match=f"^{path}: expected a whole file of torch.save"):
@@ -571,12 +657,28 @@ class TestWritten:
             assert torch.equal(a, b)
 
     def test_timm(self, tmp_path: Path) -> None:
-        raw, averages = net().state_dict(), net().state_dict()
-        found = checkpoint.read({"state_dict_ema": averages, "state_dict": raw})
+        """As its training script saves and resumes, with the options of the run beside."""
+        averaging, helpers = timm("utils/model_ema.py"), timm("models/_helpers.py")
+        model, other = net(), net()
+        ema = averaging.ModelEmaV3(model, decay=0.9)
+        for _ in range(3):
+            trained(model)
+            ema.update(model)
+        raw, averages = model.state_dict(), ema.module.state_dict()
+        options = argparse.Namespace(output=tmp_path)
+        saved = {"epoch": 1, "args": options, "state_dict": raw, "state_dict_ema": averages}
+        torch.save(saved, tmp_path / "source")
+        found = checkpoint.read(tmp_path / "source")
+        assert_average(found, averages)
         checkpoint.write(tmp_path / "out", found, layout="timm")
-        again = checkpoint.read(tmp_path / "out")
-        assert_average(again, averages)
-        assert all(torch.equal(again.raw[name], value) for name, value in raw.items())
+        helpers.load_checkpoint(other, str(tmp_path / "out"), use_ema=False)
+        second = averaging.ModelEmaV3(other, decay=0.9)
+        helpers.load_checkpoint(second.module, str(tmp_path / "out"), use_ema=True)
+        assert_close(other.state_dict(), raw, rtol=0, atol=0)
+        trained(model)
+        for one in (ema, second):
+            one.update(model)
+        assert_close(second.module.state_dict(), ema.module.state_dict(), rtol=0, atol=0)
 
     @pytest.mark.parametrize("layout", formats.LAYOUTS)
     def test_dtype(self, tmp_path: Path, layout: str) -> None:

@@ -89,9 +89,8 @@ def align(shadow: PyTree, params: PyTree, *, writable: bool = False) -> Pairs:
 
     Raises:
         ValueError: the structure, a shape, a device, the kind of number or how a DTensor is placed
-            differs, or leaves are
-            tied in `shadow` and not in `params`; if `writable`, also where writing a leaf of the
-            shadow would change another leaf.
+            differs, or leaves are tied in `shadow` and not in `params`; if `writable`, also where
+            writing a leaf of the shadow would change another leaf.
         TypeError: a leaf is neither a tensor nor None.
     """
     flat = _flat(shadow, params)

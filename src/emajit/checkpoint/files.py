@@ -206,11 +206,30 @@ def is_safetensors(path: Path) -> bool:
         return file.read(9)[8:] == b"{"
 
 
+class Opaque:
+    """In place of a pickled object that is no tensor and no plain container, and of its class.
+
+    What the object was made of is dropped: of its class no code runs, nor is it imported.
+    """
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+def _opaque(path: str) -> type[Opaque]:
+    module, _, name = path.rpartition(".")
+    return type(name, (Opaque,), {"__module__": module})
+
+
 def load_torch(path: Path) -> Any:
     """What a file of `torch.save` holds, mapped from the disk where that can be.
 
-    Nothing is unpickled but tensors and plain containers. Raises ValueError, with the path, for
-    anything else.
+    Nothing is unpickled but tensors and plain containers; an `Opaque` takes the place of anything
+    else, such as the hyperparameters of a training script, or a whole module. In the format of
+    torch before 1.6 there can be none. Raises ValueError, with the path, for a broken file.
     """
     with path.open("rb") as file:
         start = file.read(2)
@@ -218,12 +237,14 @@ def load_torch(path: Path) -> Any:
     if not (zipped or start[:1] == b"\x80"):
         raise ValueError(f"{path}: expected a file of safetensors or torch.save, found another")
     try:
-        return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
+        with torch.serialization.safe_globals([(_opaque(name), name) for name in names]):
+            return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except Exception as error:  # noqa: BLE001, whatever a broken file makes of a parser
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split())
         raise ValueError(
-            f"{path}: expected a whole file of torch.save with tensors and plain containers only, "
-            f"since nothing else is unpickled, found: {reason:.300}"
+            f"{path}: expected a whole file of torch.save with tensors and plain containers, "
+            f"since nothing else is unpickled, found: {reason or type(error).__name__:.300}"
         ) from None
 
 

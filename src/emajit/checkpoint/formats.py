@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from emajit import _names, _tree
+from emajit.checkpoint.files import Opaque
 
 State = Mapping[str, Tensor]
 Names = Sequence[str] | None
@@ -44,16 +45,25 @@ class Averaged(NamedTuple):
 
 def recognise(tree: Any, names: Names) -> Averaged:
     """The one average that is in `tree`; ValueError for none, for two, and for a broken one."""
+    leaves = pytree.tree_leaves(tree)
+    objects = {
+        f"{type(leaf).__module__}.{type(leaf).__name__}"
+        for leaf in leaves
+        if isinstance(leaf, Opaque)
+    }
+    pickled = f", beside what is not unpickled: {_tree.some(sorted(objects))}" if objects else ""
     if not isinstance(tree, Mapping):
         found_type = type(tree).__qualname__
-        raise ValueError(f"expected a mapping of names, found {found_type}")  # noqa: TRY004, as below
+        raise ValueError(f"expected a mapping of names, found {found_type}{pickled}")  # noqa: TRY004, as below
     try:
         found = [averaged for reader in _READERS if (averaged := reader(tree, names)) is not None]
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise ValueError(f"expected averages in a layout that is known, found {error!r}") from None
     if not found:
         keys = _tree.some([str(key) for key in tree])
-        raise ValueError(f"expected averages in a layout that is known, found none among {keys}")
+        raise ValueError(
+            f"expected averages in a layout that is known, found none among {keys}{pickled}"
+        )
     if len(found) > 1:
         layouts = " and ".join([averaged.layout for averaged in found])
         raise ValueError(f"expected one average, found two: {layouts}")
@@ -61,7 +71,7 @@ def recognise(tree: Any, names: Names) -> Averaged:
     if broken:
         raise ValueError(f"{found[0].layout}: expected tensors, found others at {broken[:5]}")
     used = {id(value) for part in (found[0].weights, found[0].raw) for value in part.values()}
-    held = {id(leaf) for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)}
+    held = {id(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
     return found[0]._replace(others=len(held - used))
 
 
