@@ -559,7 +559,7 @@ class TestWritten:
 
     @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to tell memory")
     @pytest.mark.parametrize("kind", ["torch.save", "safetensors"])
-    @pytest.mark.parametrize("layout", ["state_dict", "litema"])
+    @pytest.mark.parametrize("layout", ["state_dict", "litema", "diffusers-ema"])
     def test_memory_is_that_of_a_few_tensors(self, tmp_path: Path, kind: str, layout: str) -> None:
         """Of a file of 128 MB: what is mapped from the disk is not counted."""
 
@@ -579,11 +579,19 @@ class TestWritten:
             peaks.append(own_memory() - before)
 
         found = checkpoint.read(source)
-        options: Any = {"layout": layout, "dtype": torch.float16, "tell": tell}
+        names = [f"model.{i}.w" for i in range(16)]
+        options: Any = {"layout": layout, "tell": tell, "names": names}
+        if layout in formats.OF_SAFETENSORS:
+            options["dtype"] = torch.float16
         checkpoint.write(tmp_path / "out", found, **options)
         assert len(peaks) > 16
         assert max(peaks) < 32 * 1024  # a tensor is 4 MB; freed ones are not all reused
-        assert load_file(tmp_path / "out")["model.3.w"][0] == (3.5 if layout == "state_dict" else 3)
+        if layout == "diffusers-ema":
+            written = torch.load(tmp_path / "out")["shadow_params"][3]
+        else:
+            key = "model.3.w" if layout == "state_dict" else "model_ema.3w"
+            written = load_file(tmp_path / "out")[key]
+        assert written[0] == 3.5
 
     def test_diffusers(self, tmp_path: Path) -> None:
         training_utils = peer("diffusers.training_utils")

@@ -80,7 +80,7 @@ def extract(
     parts = [found.weights, *([found.raw] if layout == "litema" else [])]
     total = sum(tensor.nbytes for part in parts for tensor in part.values())
     columns = TextColumn("writing"), BarColumn(), DownloadColumn()
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=total)
         checkpoint.write(
             out,

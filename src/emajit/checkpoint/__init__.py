@@ -269,7 +269,7 @@ def write(
             `EMAModel` and of torch_ema, by position.
         names: for the last two, the names of the model's parameters in order, or the model.
         dtype: of floating-point tensors; default their own.
-        tell: is told how many bytes were written, tensor by tensor.
+        tell: is told how many bytes were written, piece by piece.
 
     Raises:
         ValueError: another layout; "litema" without the trained weights, "averaged-model" and
@@ -286,7 +286,7 @@ def write(
         header = {"format": "pt"}
         files.write_tensors(Path(path), state, lambda _: header, casts=casts, tell=tell)
     else:
-        files.write(Path(path), lambda file: torch.save(state, file))
+        files.write_torch(Path(path), state, tell)
 
 
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:

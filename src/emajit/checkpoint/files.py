@@ -129,6 +129,31 @@ def write_tensors(
     write(path, fill)
 
 
+def write_torch(path: Path, state: Any, tell: Callable[[int], object]) -> None:
+    """`torch.save`, whole or not at all; `tell` is told the bytes of each piece written."""
+
+    def fill(file: BinaryIO) -> None:
+        telling: Any = _Telling(file, tell)
+        torch.save(state, telling)
+
+    write(path, fill)
+
+
+class _Telling:
+    """What `torch.save` wants of a file."""
+
+    def __init__(self, file: BinaryIO, tell: Callable[[int], object]) -> None:
+        self._file, self._tell = file, tell
+
+    def write(self, piece: bytes) -> int:
+        written = self._file.write(piece)
+        self._tell(written)
+        return written
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether a tensor has its numbers in memory: no meta, sparse or nested one, no DTensor."""
     if tensor.layout is not torch.strided or tensor.is_nested:
