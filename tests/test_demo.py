@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from torch import distributed as dist
 
 from emajit import demo, posthoc
 
@@ -84,3 +87,28 @@ def test_the_sweep_is_of_averages_of_each_length(tmp_path: Path) -> None:
     for length, loss in saved.items():
         nearest = min(range(len(lengths)), key=lambda i: abs(lengths[i] - length))
         assert losses[nearest] == pytest.approx(loss, rel=0.01)
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+def test_in_data_parallel_it_ends_with_the_same_table(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=100)
+    demo.run(demo.Settings(100, 0.9, 1, "cpu", tmp_path / "alone"), console)
+    options = ["--steps", "100", "--decay", "0.9", "--seed", "1", "--posthoc", "--device", "cpu"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    ran = subprocess.run(
+        [*launch, "-m", "emajit", "demo", *options, "--out", str(tmp_path / "together")],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert isinstance(console.file, io.StringIO)
+    names = ["raw"], ["averaged"]
+    alone, together = (
+        [row[:6] for row in map(str.split, shown.splitlines()) if row[1:2] in names]
+        for shown in (console.file.getvalue(), ran.stdout)
+    )
+    assert len(alone) == 2
+    assert together == alone
+    assert ran.stdout.count("Written into") == 1
+    assert len([*(tmp_path / "together" / "snapshots").iterdir()]) == 2 * 34

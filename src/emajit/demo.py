@@ -3,16 +3,20 @@ r"""A small diffusion model on scikit-learn's digits, with raw and averaged weig
 The model sees $x_t = \alpha_t x + \sigma_t \epsilon$ with $\alpha_t = \cos(\pi t / 2)$ and
 $\sigma_t = \sin(\pi t / 2)$, and predicts the noise $\epsilon$ (DDPM, arXiv 2006.11239; the
 cosine schedule is that of arXiv 2102.09672). Samples are drawn with DDIM (arXiv 2010.02502).
+
+Started by torchrun, the processes train one model on a share of each batch.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +27,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
 
 import emajit
 from emajit import checkpoint, pictures, posthoc, schedules
@@ -75,7 +81,20 @@ class Settings:
 
 
 def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def processes() -> Iterator[tuple[int, int]]:
+    """The number of this process, and of how many that torchrun has started."""
+    if not dist.is_torchelastic_launched():
+        yield 0, 1
+        return
+    dist.init_process_group()
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+    finally:
+        dist.destroy_process_group()
 
 
 @dataclass
@@ -143,8 +162,9 @@ def loss_of(model: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, eps
 class Trial:
     """The data of a run: batches to train on, and what held-out loss any weights of it have."""
 
-    def __init__(self, settings: Settings, model: Denoiser) -> None:
+    def __init__(self, settings: Settings, model: Denoiser, rank: int = 0, ranks: int = 1) -> None:
         self.model, self.device = model, torch.device(settings.device)
+        self.rank, self.ranks = rank, ranks
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.images, held_out = (part.to(self.device) for part in digits(self.generator))
         self.judged = held_out.repeat(8, 1)
@@ -155,12 +175,14 @@ class Trial:
     def noise(self, shape: torch.Size) -> Tensor:
         return torch.randn(shape, generator=self.generator).to(self.device)
 
-    def batch(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Images, times and noise."""
+    def batch(self) -> tuple[Tensor, ...]:
+        """Images, times and noise; of those of all processes, this one's share."""
         chosen = torch.randint(len(self.images), (BATCH,), generator=self.generator)
         images = self.images[chosen.to(self.device)]
         t = torch.rand(BATCH, generator=self.generator).to(self.device)
-        return images, t, self.noise(images.shape)
+        return tuple(
+            part[self.rank :: self.ranks] for part in (images, t, self.noise(images.shape))
+        )
 
     @torch.no_grad()
     def loss(self, weights: dict[str, Tensor]) -> float:
@@ -183,13 +205,15 @@ def train(
     shadows = [emajit.init(params) for _ in decays]
     shadow, *tracked = shadows
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+    parallel = model if trial.ranks == 1 else DistributedDataParallel(model)
     history = History()
     interval = max(1, settings.steps // 60)
     for step in range(settings.steps):
         began = clock(device)
         images, t, noise = trial.batch()
         optimizer.zero_grad()
-        loss_of(model, images, t, noise).backward()  # type: ignore[no-untyped-call]
+        share = len(images) * trial.ranks / BATCH  # the processes' gradients are averaged
+        (share * loss_of(parallel, images, t, noise)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         trained = clock(device)
         emajit.update_(shadows, params, step, decay=decays)
@@ -200,7 +224,11 @@ def train(
             history.steps.append(step + 1)
             history.raw.append(trial.loss(params))
             history.averaged.append(trial.loss(shadow))
-        if tracked and (step + 1 == settings.steps or (step + 1) % settings.snapshot_interval == 0):
+        if (
+            trial.rank == 0
+            and tracked
+            and (step + 1 == settings.steps or (step + 1) % settings.snapshot_interval == 0)
+        ):
             folder = settings.out / SNAPSHOTS
             saved = posthoc.save(folder, tracked, step + 1, sigma_rel=TRACKED, dtype=torch.float16)
             history.snapshots += saved
@@ -275,10 +303,24 @@ def table(history: History) -> Table:
 
 
 def run(settings: Settings, console: Console) -> History:
-    """Train, show the table, and write the pictures and the averaged weights into `out`."""
+    """Train, show the table, and write the pictures and the averaged weights into `out`.
+
+    Of several processes, the first shows and writes.
+    """
     torch.manual_seed(settings.seed)
     model = Denoiser().to(settings.device)
-    trial = Trial(settings, model)
+    with processes() as (rank, ranks):
+        trial = Trial(settings, model, rank, ranks)
+        shadow, history = watched(settings, trial, console)
+    if rank == 0:
+        show(settings, trial, shadow, history, console)
+    return history
+
+
+def watched(
+    settings: Settings, trial: Trial, console: Console
+) -> tuple[dict[str, Tensor], History]:
+    """Train with a progress bar."""
     columns = (
         TextColumn("training"),
         BarColumn(),
@@ -286,7 +328,7 @@ def run(settings: Settings, console: Console) -> History:
         TimeRemainingColumn(),
         TextColumn("held-out loss {task.fields[losses]}"),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=trial.rank > 0) as progress:
         task = progress.add_task("", total=settings.steps, losses="")
 
         def tell(history: History) -> None:
@@ -295,8 +337,14 @@ def run(settings: Settings, console: Console) -> History:
                 progress.update(task, losses=losses)
             progress.advance(task)
 
-        shadow, history = train(settings, trial, tell)
+        return train(settings, trial, tell)
 
+
+def show(
+    settings: Settings, trial: Trial, shadow: dict[str, Tensor], history: History, console: Console
+) -> None:
+    """Show the table, and write pictures and weights."""
+    model = trial.model
     noise = torch.randn(GRID**2, 64, generator=torch.Generator().manual_seed(settings.seed + 1))
     noise = noise.to(settings.device)
     grids = {"raw": sample(model, noise)}
@@ -326,4 +374,3 @@ def run(settings: Settings, console: Console) -> History:
         )
     told = f"Written into {settings.out}: {', '.join(written)}"
     console.print(told, highlight=False, markup=False)
-    return history

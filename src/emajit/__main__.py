@@ -1,0 +1,7 @@
+"""`python -m emajit`, and what torchrun starts."""
+
+import sys
+
+from emajit.cli import main
+
+sys.exit(main())
