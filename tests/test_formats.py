@@ -163,6 +163,30 @@ class TestLitEma:
         found = checkpoint.read(make(LitEma).state_dict())  # which keeps them apart
         assert {k: v.item() for k, v in found.weights.items()} == {"model.a.bc": 1, "model.ab.c": 0}
 
+    def test_tied_weights_have_one_average(self, tmp_path: Path) -> None:
+        """Under all their names in a model, under one in a LitEma."""
+
+        def make(ema: Any) -> nn.Module:
+            host: Any = nn.Module()
+            host.model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+            host.model[1].weight = host.model[0].weight
+            host.model_ema = ema(host.model)
+            return host  # type: ignore[no-any-return]
+
+        for ema in (LitEma, reference.LitEma):
+            host: Any = make(ema)
+            averages = parameters(host.model)
+            trained(host.model)
+            torch.save(host.state_dict(), tmp_path / "source")
+            found = checkpoint.read(tmp_path / "source")
+            assert not found.raw_only
+            assert torch.equal(found.weights["model.1.weight"], averages["0.weight"])
+            checkpoint.write(tmp_path / "out", found, layout="litema")
+            other = make(ema)
+            assert other.load_state_dict(load_file(tmp_path / "out")) == ([], [])
+            for name, value in host.state_dict().items():
+                assert torch.equal(other.state_dict()[name], value), name
+
     def test_half_precision_files_are_distrusted(self) -> None:
         state = {key: value.half() for key, value in Host().state_dict().items()}
         found = checkpoint.read(state)

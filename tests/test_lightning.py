@@ -299,6 +299,113 @@ def test_fitting_goes_on(tmp_path: Path) -> None:
     assert checkpoint.read(tmp_path / "last.ckpt").step == 36
 
 
+def saved(folder: Path, save: Any = "raw") -> tuple[Path, EMACallback, Regression]:
+    """A checkpoint of a training, its callback and its module."""
+    callback, model = EMACallback(DECAY, save=save), model_of()
+    trainer = trainer_of(folder, callback)
+    trainer.fit(model, data())
+    trainer.save_checkpoint(folder / "saved.ckpt")
+    return folder / "saved.ckpt", callback, model
+
+
+class TestOfWhichWeights:
+    def test_another_module_is_evaluated_as_it_is(self, tmp_path: Path) -> None:
+        file, callback, _ = saved(tmp_path)
+        other = Regression.load_from_checkpoint(file)
+        before = weights(other)
+        trainer_of(tmp_path, callback).test(other, data(2), verbose=False)
+        assert_equal(other.seen["test"], before)
+
+    def test_each_module_has_averages_of_its_own(self, tmp_path: Path) -> None:
+        callback = EMACallback(DECAY)
+        for seed in range(2):
+            alone, expected = EMACallback(DECAY), model_of(seed)
+            trainer_of(tmp_path, alone).fit(expected, data(), data(2))
+            model = model_of(seed)
+            trainer_of(tmp_path, callback).fit(model, data(), data(2))
+            assert_equal(averages(callback, model), averages(alone, expected))
+
+    def test_other_weights_in_the_same_module(self, tmp_path: Path) -> None:
+        _, callback, model = saved(tmp_path)
+        start = model_of(1)
+        model.load_state_dict(start.state_dict())
+        trainer = trainer_of(tmp_path, callback)
+        trainer.test(model, data(2), verbose=False)
+        assert_equal(model.seen["test"], weights(start))
+        alone = EMACallback(DECAY)
+        trainer_of(tmp_path, alone).fit(start, data())
+        trainer_of(tmp_path, callback).fit(model, data())
+        assert_equal(averages(callback, model), averages(alone, start))
+
+    def test_weights_alone_are_evaluated_as_they_are(self, tmp_path: Path) -> None:
+        _, callback, model = saved(tmp_path)
+        trainer = trainer_of(tmp_path, callback)
+        trainer.fit(model, data())
+        file = tmp_path / "weights.ckpt"
+        trainer.save_checkpoint(file, weights_only=True)
+        trained = weights(model)
+        trainer.fit_loop.max_epochs = 4
+        trainer.fit(model, data())
+        trainer.test(model, data(2), ckpt_path=file, verbose=False)
+        assert_equal(model.seen["test"], trained)
+
+    @pytest.mark.parametrize("save", ["raw", "averaged"])
+    def test_after_the_test_of_a_checkpoint(self, tmp_path: Path, save: Any) -> None:
+        file, callback, model = saved(tmp_path, save)
+        trained, expected = weights(model), averages(callback, model)
+        fresh, again = model_of(1), EMACallback(DECAY, save=save)
+        trainer = trainer_of(tmp_path, again)
+        trainer.validate(fresh, data(2), ckpt_path=file, verbose=False)
+        assert_equal(fresh.seen["validation"], expected)
+        assert_equal(weights(fresh), trained)
+        trainer.fit(fresh, data(), data(2))
+        trainer_of(tmp_path, callback).fit(model, data())
+        assert_equal(averages(again, fresh), averages(callback, model))
+
+    def test_a_checkpoint_without_averages_is_told(self, tmp_path: Path) -> None:
+        plain, model = trainer_of(tmp_path), model_of(1)
+        plain.fit(model, data())
+        plain.save_checkpoint(tmp_path / "plain.ckpt")
+        _, callback, other = saved(tmp_path)
+        with pytest.warns(UserWarning, match="its weights stand for them"):
+            trainer_of(tmp_path, callback).test(
+                other, data(2), ckpt_path=tmp_path / "plain.ckpt", verbose=False
+            )
+        assert_equal(other.seen["test"], weights(model))
+
+
+class Odd(Regression):
+    """A tied weight, and two names that are one but for what wrappers add."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        inner: Any = nn.Linear(3, 3, bias=False)
+        inner.module = nn.Linear(3, 3, bias=False)
+        tied = nn.Linear(3, 3, bias=False)
+        tied.weight = inner.weight
+        inner.forward = lambda x: nn.functional.linear(inner.module(x), inner.weight)
+        self.net = nn.Sequential(inner, tied)
+
+
+@pytest.mark.parametrize("save", ["raw", "averaged"])
+def test_tied_weights_and_names_that_are_alike(tmp_path: Path, save: Any) -> None:
+    callback, model = EMACallback(DECAY, save=save), Odd()
+    trainer = trainer_of(tmp_path, callback)
+    trainer.fit(model, data())
+    trainer.save_checkpoint(tmp_path / "file")
+    trained, expected = weights(model), averages(callback, model)
+    assert len(expected) == 2
+    plain = Odd.load_from_checkpoint(tmp_path / "file")
+    assert_equal(weights(plain), expected if save == "averaged" else trained)
+    read = Odd()
+    read.load_state_dict(dict(checkpoint.read(tmp_path / "file").weights))
+    assert_equal(weights(read), expected)
+    resumed, fresh = EMACallback(DECAY, save=save), Odd()
+    trainer_of(tmp_path, resumed).fit(fresh, data(), ckpt_path=tmp_path / "file")
+    assert_equal(weights(fresh), trained)
+    assert_equal(averages(resumed, fresh), expected)
+
+
 def test_compiled_module_and_low_precision(tmp_path: Path) -> None:
     callback, model = EMACallback(DECAY, dtype=torch.float32), model_of()
     model.net = torch.compile(model.net, backend="eager")  # type: ignore[assignment]
@@ -350,6 +457,32 @@ def test_nothing_is_averaged_without_training(tmp_path: Path) -> None:
     assert_equal(model.seen["test"], before)
     trainer.save_checkpoint(tmp_path / "raw.ckpt")
     assert "emajit" not in torch.load(tmp_path / "raw.ckpt")
+
+
+def test_no_averages_yet() -> None:
+    with pytest.raises(RuntimeError, match=r"expected averages, which fit\(\) starts, found none"):
+        averages(EMACallback(), model_of())
+
+
+def test_saving_averages_for_trained_weights_is_refused(tmp_path: Path) -> None:
+    _, callback, model = saved(tmp_path)
+    trainer = trainer_of(tmp_path, callback)
+    trainer.fit(model, data())
+    with callback.averaged(model), pytest.raises(RuntimeError, match="outside of ema_scope"):
+        trainer.save_checkpoint(tmp_path / "file")
+
+
+def test_two_callbacks_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected one EMACallback, found another"):
+        trainer_of(tmp_path, EMACallback(), EMACallback()).fit(model_of(), data())
+
+
+def test_processes_that_end_with_the_averages_are_told_of(tmp_path: Path) -> None:
+    callback = EMACallback()
+    trainer = trainer_of(tmp_path, callback, strategy="ddp_spawn", devices=2)
+    trainer.strategy._configure_launcher()
+    with pytest.warns(UserWarning, match="the averages end with the processes"):
+        callback.setup(trainer, model_of(), "fit")
 
 
 def test_wrong_options() -> None:

@@ -22,6 +22,16 @@ def canonical(name: str) -> str:
     return ".".join([part for part in modules if part not in _WRAPPERS] + [parameter])
 
 
+def canonical_of(names: Collection[str]) -> dict[str, str]:
+    """The `canonical` one for each name, or itself where that would be another's too.
+
+    >>> canonical_of(["_orig_mod.a", "b", "module.b"])
+    {'_orig_mod.a': 'a', 'b': 'b', 'module.b': 'module.b'}
+    """
+    count = Counter(map(canonical, names))
+    return {name: canonical(name) if count[canonical(name)] == 1 else name for name in names}
+
+
 def match(names: Collection[str], others: Collection[str]) -> dict[str, str]:
     """For each of `others`, the one of `names` that means the same parameter.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from emajit import _names, _tree
+from emajit import _memory, _names, _tree
 from emajit.checkpoint.files import Opaque
 
 State = Mapping[str, Tensor]
@@ -359,11 +359,16 @@ def _merged(
     step: int | None = None,
     decay: float | None = None,
 ) -> Averaged:
-    """Averages, and the raw values of what has none."""
+    """Averages, under all names of what is tied, and the raw values of what has none."""
     for name, average in averages.items():
         if name in raw and raw[name].shape != average.shape:
             expected, found = tuple(raw[name].shape), tuple(average.shape)
             raise ValueError(f"{name!r}: expected an average of shape {expected}, found {found}")
+    tied = {
+        _memory.identity(raw[name]): average for name, average in averages.items() if name in raw
+    }
+    ties = {n: tied[i] for n, v in raw.items() if (i := _memory.identity(v)) in tied}
+    averages = ties | averages
     missing = [name for name in raw if name not in averages]
     weights = {name: averages.get(name, value) for name, value in raw.items()} | averages
     return Averaged(weights, layout, step, decay, tuple(missing), raw)
@@ -381,7 +386,8 @@ def _as_lit_ema(averaged: Averaged, _: Names) -> dict[str, Any]:
 
     The averages are those of the module `model`, if all of them are in it, else of the host.
     """
-    averages = _averages(averaged)
+    first = {_memory.identity(v): n for n, v in reversed(_averages(averaged).items())}
+    averages = {n: v for n, v in _averages(averaged).items() if first[_memory.identity(v)] == n}
     if not averaged.raw.keys() >= averages.keys():
         raise ValueError("litema: expected the trained weights beside the averages, found none")
     host = "model." if all(name.startswith("model.") for name in averages) else ""

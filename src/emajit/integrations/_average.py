@@ -40,9 +40,11 @@ class Average(LitEma):
 
     def named_averages(self) -> dict[str, Tensor]:
         """The averages themselves, under the names that the parameters have in the bare model."""
-        return {
-            _names.canonical(name): self.get_buffer(key) for name, key in self.m_name2s_name.items()
-        }
+        return {name: self.get_buffer(key) for name, key in self._keys_by_name().items()}
+
+    def _keys_by_name(self) -> dict[str, str]:
+        bare = _names.canonical_of(self.m_name2s_name)
+        return {bare[name]: key for name, key in self.m_name2s_name.items()}
 
     def state(self) -> dict[str, Any]:
         """What `restore_state` goes on from, in whole tensors; to be called by all processes."""
@@ -55,7 +57,7 @@ class Average(LitEma):
     def restore_state(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` gave; ValueError, and nothing changed, where it does not fit."""
         shadow, step = state["shadow"], torch.tensor(state["step"], dtype=torch.int32)
-        keys = {_names.canonical(name): key for name, key in self.m_name2s_name.items()}
+        keys = self._keys_by_name()
         missing, unknown = sorted(keys.keys() - shadow.keys()), sorted(shadow.keys() - keys.keys())
         if missing or unknown:
             raise ValueError(

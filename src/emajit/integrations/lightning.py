@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from emajit import _buffers, _names, _shards, schedules
+from emajit import _buffers, _names, _shards, schedules, scope
 from emajit.functional import Decay, Schedule
 from emajit.integrations._average import Average
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
     from lightning.pytorch.trainer.states import TrainerFn
 except ModuleNotFoundError as error:
     message = (
@@ -30,24 +32,29 @@ _KEY = "emajit"
 class EMACallback(Callback):
     """Averages the weights in training; validates, tests and predicts with the averages.
 
-    After each optimizer step the trainable parameters are averaged, not after the other batches of
-    an accumulated gradient. In training and after it the module has its trained weights, and the
-    averages only in validation, test and prediction; `averaged` gives them outside of the Trainer.
+    After each batch in which the optimizer has stepped the trainable parameters are averaged, not
+    after the other batches of an accumulated gradient. In training and after it the module has its
+    trained weights, and the averages only in validation, test and prediction; `averaged` gives them
+    outside of the Trainer. Another module, or the same one after it was given other weights, is
+    evaluated as it is, and to fit it starts averages anew.
 
     A checkpoint has both. `checkpoint["state_dict"]` are the weights that `save` says, which are
     what `load_from_checkpoint` loads; resuming goes on bit for bit with either. The averages in
     their own dtype are `checkpoint["emajit"]["shadow"]`, and beside averaged weights the trained
     ones are `checkpoint["emajit"]["raw"]`; `emajit.checkpoint.read` knows both. Lightning calls no
     callback for `ModelCheckpoint(save_weights_only=True)`, whose files have the trained weights.
+    A callback of your own that saves after batches belongs behind this one.
 
     Args:
         decay: as in `emajit.update`.
         dtype, buffers: as in `LitEma`.
-        every: average after each optimizer step of so many; `decay` counts the averaged ones.
+        every: average after each optimizer step of so many, at most once a batch; `decay` counts
+            the averaged ones.
         save: which weights a checkpoint's `state_dict` has.
 
-    Raises ValueError for an unknown option, and what `LitEma` raises for the module at the start
-    of training.
+    Raises ValueError for an unknown option, for a second `EMACallback` of the Trainer, and what
+    `LitEma` raises for the module: at the start of training, and where a parameter starts to
+    require grad later.
     """
 
     def __init__(
@@ -66,39 +73,75 @@ class EMACallback(Callback):
         self._options: Any = {"decay": decay, "dtype": dtype, "buffers": buffers}
         self._every, self._save = every, save
         self._average: Average | None = None
+        # The module that has the weights that the averages are of, and the versions of those.
+        self._trained: tuple[weakref.ref[nn.Module], list[int]] | None = None
         self._loaded: dict[str, Any] | None = None
         self._averaged_at = 0
         self._inside: AbstractContextManager[None] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_trained": None, "_inside": None}
+
     @contextmanager
     def averaged(self, module: nn.Module) -> Iterator[None]:
-        """A context in which `module` has the averaged weights, as `emajit.ema_scope`."""
+        """A context in which `module` has the averaged weights, as `emajit.ema_scope`.
+
+        Raises RuntimeError where there are none: before a training, and in the process that has
+        started others to train ("ddp_spawn").
+        """
+        if self._average is None and self._loaded is None:
+            raise RuntimeError("expected averages, which fit() starts, found none")
         with self._of(module).ema_scope(module):
             yield
 
     def _of(self, module: nn.Module) -> Average:
         """The averages, which start from the module, or from what was loaded."""
-        if self._average is None:
-            self._average = Average(module, **self._options)
-        if self._loaded is not None:
-            self._average.restore_state(self._loaded)
-            self._averaged_at = self._loaded["averaged_at"]
-            self._loaded = None
+        with torch.inference_mode(False):
+            if self._average is None or self._loaded is not None:
+                self._average = Average(module, **self._options)
+                self._trained_are_of(module)
+            if self._loaded is not None:
+                self._average.restore_state(self._loaded)
+                self._averaged_at = self._loaded["averaged_at"]
+                self._loaded = None
         return self._average
 
+    def _trained_are_of(self, module: nn.Module) -> None:
+        self._trained = weakref.ref(module), _versions(module)
+
+    def _is_of(self, module: nn.Module) -> bool:
+        """Whether the averages are of the weights that the module has now."""
+        if self._loaded is not None or self._average is None or self._trained is None:
+            return self._loaded is not None or self._average is not None
+        trained, versions = self._trained
+        return trained() is module and versions == _versions(module)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Warn of checkpoints that would have no averages."""
-        alone = [
-            callback
-            for callback in trainer.checkpoint_callbacks
-            if isinstance(callback, ModelCheckpoint) and callback.save_weights_only
-        ]
-        if stage == "fit" and alone:
+        """Refuse a second one, and warn of what would have no averages."""
+        callbacks: list[Any] = vars(trainer)["callbacks"]
+        if sum(isinstance(callback, EMACallback) for callback in callbacks) > 1:
+            raise ValueError(
+                "expected one EMACallback, found another; a checkpoint has room for one"
+            )
+        if stage != "fit":
+            return
+        if any(isinstance(c, ModelCheckpoint) and c.save_weights_only for c in callbacks):
             warnings.warn(
                 "ModelCheckpoint(save_weights_only=True) saves the trained weights alone, since "
                 "Lightning calls no callback for it",
                 stacklevel=2,
             )
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            warnings.warn(
+                "the averages end with the processes that this strategy starts for the training; "
+                "only checkpoints keep them",
+                stacklevel=2,
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the averages of another training."""
+        if not self._is_of(pl_module):
+            self._average = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from the module's weights, or go on."""
@@ -115,9 +158,9 @@ class EMACallback(Callback):
             self._averaged_at = trainer.global_step
 
     def _enter(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        training = trainer.state.fn == TrainerFn.FITTING
-        if training or self._average is not None or self._loaded is not None:
-            self._leave()
+        self._leave()
+        training = trainer.state.fn == TrainerFn.FITTING and self._average is not None
+        if training or self._is_of(pl_module):
             self._inside = self.averaged(pl_module)
             self._inside.__enter__()
 
@@ -126,8 +169,14 @@ class EMACallback(Callback):
         if inside is not None:
             inside.__exit__(None, None, None)
 
+    def _end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+        self._leave()
+        if trainer.state.fn == TrainerFn.FITTING and self._average is not None:
+            self._trained_are_of(pl_module)
+
     on_validation_start = on_test_start = on_predict_start = _enter
-    on_validation_end = on_test_end = on_predict_end = on_exception = teardown = _leave
+    on_validation_end = on_test_end = on_predict_end = _leave
+    on_exception = teardown = _end
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -140,31 +189,53 @@ class EMACallback(Callback):
             trained = trainer.strategy.lightning_module_state_dict()
             checkpoint["state_dict"] = {name: value.clone() for name, value in trained.items()}
             self._enter(trainer, pl_module)
+        else:
+            scope.check_outside(pl_module.parameters())
         state, raw = self._of(pl_module).state(), checkpoint["state_dict"]
         ours = checkpoint[_KEY] = {**state, "averaged_at": self._averaged_at}
         if self._save == "averaged":
-            partners = _names.match(raw, state["shadow"])
-            ours["raw"] = {name: _shards.whole(raw[name]) for name in partners.values()}
+            averages = _with_ties(pl_module, _names.match(raw, state["shadow"]))
+            ours["raw"] = {name: _shards.whole(raw[name]) for name in averages}
             checkpoint["state_dict"] = raw | {
                 name: _shards.split_as(raw[name], state["shadow"][bare].to(raw[name].dtype))
-                for bare, name in partners.items()
+                for name, bare in averages.items()
             }
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take the averages from the checkpoint, and to go on training the trained weights."""
+        """Take the averages from the checkpoint, and for the module the trained weights."""
         self._loaded = checkpoint.get(_KEY)
-        training = trainer.state.fn == TrainerFn.FITTING
         if self._loaded is None:
             self._average = None
-            if training:
+            if trainer.ckpt_path:  # and not one that Lightning has made for itself
                 warnings.warn(
-                    "the checkpoint has no averages of EMACallback; they start from its weights",
+                    "the checkpoint has no averages of EMACallback; its weights stand for them",
                     stacklevel=2,
                 )
-        elif training and "raw" in self._loaded:
+        elif "raw" in self._loaded:
             state = pl_module.state_dict()  # as Lightning has loaded it
             for name, value in self._loaded["raw"].items():
                 state[name] = _shards.split_as(state.get(name), value)
             pl_module.load_state_dict(state, strict=pl_module.strict_loading)
+
+
+def _versions(module: nn.Module) -> list[int]:
+    """What each write into a parameter raises."""
+    return [p._version for p in module.parameters()]
+
+
+def _with_ties(module: nn.Module, partners: Mapping[str, str]) -> dict[str, str]:
+    """The inverse of `partners`, with the other names in a state of what is tied there."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    bare = {name: bare for bare, name in partners.items()}
+    tied = {
+        other: bare[name]
+        for same in names.values()
+        for name in same
+        if name in bare
+        for other in same
+    }
+    return bare | tied
