@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 import subprocess
 import sys
 import warnings
@@ -311,7 +309,8 @@ def test_a_resumed_checkpoint_without_averages(tmp_path: Path) -> None:
     whole = path.read_bytes()
 
     path.unlink()
-    with pytest.raises(ValueError, match=rf"{path}: expected the averages of this checkpoint"):
+    message = rf"expected averages.safetensors that was .* none of \['{path.parent}'\]"
+    with pytest.raises(ValueError, match=message):
         trainer_of(tmp_path, EMACallback(DECAY), **options).train(resume_from_checkpoint=True)
 
     path.write_bytes(whole[:-1])
@@ -327,19 +326,26 @@ def test_a_resumed_checkpoint_without_averages(tmp_path: Path) -> None:
 def test_a_resumed_checkpoint_that_is_not_found(tmp_path: Path) -> None:
     options = half(tmp_path / "one")
     path = str(tmp_path / "one" / "checkpoint-4")
-    message = r"expected the checkpoint of step 4 .* found it in none of \['.*other/checkpoint-4'\]"
+    message = r"expected averages.safetensors .* found it in none of \['.*other/checkpoint-4'\]"
     trainer = trainer_of(tmp_path / "other", EMACallback(DECAY), **options)
     with pytest.raises(ValueError, match=message):
         trainer.train(resume_from_checkpoint=path)
 
-    other = tmp_path / "other" / "checkpoint-4"
-    shutil.copytree(path, other)  # of another run, as its log shows
-    saved = json.loads((other / "trainer_state.json").read_text())
-    saved["log_history"][0]["loss"] += 1
-    (other / "trainer_state.json").write_text(json.dumps(saved))
+    half(tmp_path / "other", **options | {"seed": 7, "logging_strategy": "no"})
     trainer = trainer_of(tmp_path / "other", EMACallback(DECAY), **options)
     with pytest.raises(ValueError, match=message):
         trainer.train(resume_from_checkpoint=path)
+
+
+def test_two_callbacks_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected one EMACallback, found another"):
+        trainer_of(tmp_path, EMACallback(), EMACallback()).train()
+
+
+def test_checkpoints_that_no_callback_hears_of_are_refused(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, EMACallback(), enable_jit_checkpoint=True)
+    with pytest.raises(ValueError, match="enable_jit_checkpoint: expected False"):
+        trainer.train()
 
 
 def test_each_training_starts_anew(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from emajit import _buffers, _shards, checkpoint, schedules
+from emajit.checkpoint import saved
 from emajit.functional import Decay, Schedule
 from emajit.integrations._average import Average
 
@@ -31,6 +33,10 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(message, name=error.name) from None
 
 
+_FILE = "averages.safetensors"
+_OF = "trained"
+
+
 class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     """Averages the weights in training; the Trainer's evaluations in training are of the averages.
 
@@ -48,9 +54,10 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
       `from_pretrained`. Only a `PreTrainedModel` has it: in the folder of an adapter the Trainer
       would take it for one more adapter.
 
-    A callback is not told which folder is resumed. Expected is `checkpoint-<step>` in `output_dir`,
-    or else in `TrainingArguments(resume_from_checkpoint=...)`, with the log that training goes on
-    with. In a search of hyperparameters nothing is saved.
+    A callback is not told which folder is resumed. The averages are taken from that of
+    `TrainingArguments(resume_from_checkpoint=...)` or `checkpoint-<step>` in `output_dir` in which
+    they were saved beside the trained weights that the model has now. In a search of
+    hyperparameters nothing is saved.
 
     With `load_best_model_at_end` the best checkpoint is the one whose averages were evaluated best.
     Afterwards the model has the trained weights of that checkpoint, and `averaged` gives the
@@ -65,9 +72,10 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         every: average after each optimizer step whose number is a multiple of this; `decay` counts
             the averaged ones.
 
-    Raises, at the start of training, ValueError for parameters in shards (FSDP, DeepSpeed ZeRO 3),
-    for a resumed checkpoint that is not found or whose averages are missing or do not fit, and
-    what `LitEma` raises for the model.
+    Raises ValueError, at the start of training, for parameters in shards (FSDP, DeepSpeed ZeRO 3),
+    for a resumed checkpoint whose averages are not found or do not fit, for a second `EMACallback`
+    of the Trainer, and for `enable_jit_checkpoint`, whose checkpoints no callback hears of; and
+    what `LitEma` raises for the model, there and where a parameter starts to require grad later.
     """
 
     def __init__(
@@ -126,13 +134,24 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     ) -> None:
         """Start the averages from the model's weights, or go on with those of the checkpoint."""
         self.restore()
+        if vars(state).setdefault("EMACallback", self) is not self:
+            raise ValueError(
+                "expected one EMACallback, found another; a checkpoint has room for one"
+            )
+        if getattr(args, "enable_jit_checkpoint", False):
+            raise ValueError(
+                "enable_jit_checkpoint: expected False, since the Trainer tells no callback of such "
+                "a checkpoint, found True"
+            )
         model = kwargs["model"]
         for name, p in model.named_parameters():
             if _shards.is_one(p) or hasattr(p, "ds_id") or "_fsdp_wrapped_module" in name:
                 raise ValueError(f"{name}: expected a whole parameter, found one in shards")
         self._average = Average(model, **self._options)
         if state.global_step:
-            self._load(_resumed(args, state))
+            told = args.resume_from_checkpoint
+            folders = [Path(str(told))] if told else []
+            self._load(model, [*folders, _folder(args, state)])
         self._is_training = True
         if args.eval_on_start:
             self._enter(model)
@@ -183,7 +202,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 "something that does not call state_dict()"
             )
         average, model = self._present(), kwargs["model"]
-        checkpoint.save(folder / "averages.safetensors", **average.state())
+        of = {_OF: _fingerprint(average, model)}
+        checkpoint.save(folder / _FILE, **average.state(), metadata=of)
         bare = getattr(model, "_orig_mod", model)
         if isinstance(bare, PreTrainedModel):
             with average.ema_scope(model):
@@ -192,7 +212,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 kwargs["processing_class"].save_pretrained(folder / "averaged")
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take the averages of the best checkpoint, where the Trainer has taken its weights."""
         self.restore()
@@ -201,7 +221,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if args.load_best_model_at_end and best is not None and not state.is_hyper_param_search:
             if args.distributed_state is not None:
                 args.distributed_state.wait_for_everyone()  # one process may still be writing
-            self._load(Path(best))
+            self._load(kwargs["model"], [Path(best)])
 
     def _restore(self, *_: Any, **__: Any) -> None:
         self.restore()
@@ -209,35 +229,33 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     on_epoch_begin = on_step_begin = _restore
     on_epoch_end = _before_evaluation
 
-    def _load(self, folder: Path) -> None:
-        path, average = folder / "averages.safetensors", self._present()
-        if not path.is_file():
-            raise ValueError(
-                f"{path}: expected the averages of this checkpoint, found no such file"
-            )
-        shadow, step = checkpoint.load(path, like=average.named_averages())
-        average.restore_state({"shadow": shadow, "step": step})
+    def _load(self, model: nn.Module, folders: list[Path]) -> None:
+        """Go on from the averages that were saved beside the weights that the model has."""
+        average = self._present()
+        for path in (folder / _FILE for folder in folders):
+            if path.is_file() and _saved_fingerprint(path) == _fingerprint(average, model):
+                shadow, step = checkpoint.load(path, like=average.named_averages())
+                average.restore_state({"shadow": shadow, "step": step})
+                return
+        raise ValueError(
+            f"expected {_FILE} that was saved beside the weights that the model has, found it in "
+            f"none of {[str(folder) for folder in folders]}; "
+            "TrainingArguments(resume_from_checkpoint=...) tells EMACallback the folder"
+        )
 
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir or "", f"checkpoint-{state.global_step}")
 
 
-def _resumed(args: TrainingArguments, state: TrainerState) -> Path:
-    """The folder of the checkpoint that training goes on from."""
-    folders = [_folder(args, state)]
-    if args.resume_from_checkpoint:
-        folders.insert(0, Path(args.resume_from_checkpoint))
-    for folder in folders:
-        path = folder / "trainer_state.json"
-        if path.is_file():
-            saved = TrainerState.load_from_json(str(path))
-            logged = state.log_history[: len(saved.log_history)]
-            # as text, in which one NaN is another
-            if saved.global_step == state.global_step and repr(saved.log_history) == repr(logged):
-                return folder
-    raise ValueError(
-        f"expected the checkpoint of step {state.global_step} that training goes on from, to read "
-        f"its averages, found it in none of {[str(folder) for folder in folders]}; "
-        "TrainingArguments(resume_from_checkpoint=...) tells EMACallback its folder"
-    )
+def _fingerprint(average: Average, model: nn.Module) -> str:
+    """Of the trained weights of what is averaged: it tells one training from another."""
+    params = dict(model.named_parameters())
+    weights = (params[name].detach() for name in average.m_name2s_name if name in params)
+    sums = [w.reshape(-1).view(torch.uint8).sum(dtype=torch.int64) for w in weights]
+    return f"{zlib.crc32(repr(torch.stack(sums).tolist()).encode()):08x}"
+
+
+def _saved_fingerprint(path: Path) -> str | None:
+    with saved.opened(path) as file:
+        return file.record.metadata.get(_OF)
