@@ -277,7 +277,10 @@ def a_scope_computes_with_the_averages_and_leaves_nothing(_: Path) -> None:
 def lit_ema_stores_copies_and_restores(_: Path) -> None:
     model = fsdp(model_of())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    ema, x = emajit.LitEma(model, 0.5, use_num_upates=False), torch.randn(4, 3)
+    x = torch.randn(4, 3)
+    with torch.no_grad():
+        model(x)  # leaves the root's parameters whole
+    ema = emajit.LitEma(model, 0.5, use_num_upates=False)
     trained(model, optimizer, 0)
     ema(model)
     with torch.no_grad():

@@ -140,8 +140,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             )
         if getattr(args, "enable_jit_checkpoint", False):
             raise ValueError(
-                "enable_jit_checkpoint: expected False, since the Trainer tells no callback of such "
-                "a checkpoint, found True"
+                "enable_jit_checkpoint: expected False, found True; no callback is told of those "
+                "checkpoints"
             )
         model = kwargs["model"]
         for name, p in model.named_parameters():
