@@ -139,3 +139,40 @@ def test_optimizer_and_average_in_one_graph(capturable: bool) -> None:
         averages[0](models[0])
         fused.step()
     assert_close(averages[1].state_dict(), averages[0].state_dict(), rtol=1e-4, atol=1e-5)
+
+
+class TestOffload:
+    """A shadow in host memory: the same averages, little memory on the device, nobody waits."""
+
+    @pytest.mark.parametrize("pinned", [True, False])
+    @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+    def test_has_the_averages_of_one_on_the_device(self, pinned: bool, rounding: Rounding) -> None:
+        dtype = torch.bfloat16 if rounding == "stochastic" else torch.float32
+        weights = [torch.randn(n, 1000, device="cuda") for n in (3000, 1, 500)]
+        params = [nn.Parameter(w) for w in weights]
+        optimizer = torch.optim.SGD(params, lr=0.1)
+        offloaded = emajit.init(params, dtype=dtype, device="cpu", pin_memory=pinned)
+        resident = emajit.init(params, dtype=dtype)
+        for step in range(10):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            optimizer.step()  # writes what the last update may still read
+            emajit.update_(offloaded, params, step, decay=0.9, rounding=rounding)
+            emajit.update_(resident, params, step, decay=0.9, rounding=rounding, backend="eager")
+        assert {s.device.type for s in offloaded} == {"cpu"}
+        assert_close(offloaded, [s.cpu() for s in resident], rtol=0, atol=0)
+
+    def test_takes_little_memory_and_holds_nobody(self, request: pytest.FixtureRequest) -> None:
+        params = [nn.Parameter(torch.ones(2**27, device="cuda")) for _ in range(2)]  # 1 GiB
+        shadow = emajit.init(params, device="cpu", pin_memory=True)
+        emajit.update_(shadow, params, 0, decay=0.5)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        request.getfixturevalue("no_synchronisation")
+        emajit.update_(shadow, params, 1, decay=0.5)
+        assert torch.cuda.current_stream().query()  # the training has nothing to wait for
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+        assert torch.cuda.max_memory_allocated() - before < 2**28
+        assert all(bool((s == 1).all()) for s in shadow)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from emajit import _memory, _shards
+from emajit import _host, _memory, _shards
 
 PyTree = Any
 Dtypes = frozenset[tuple[torch.dtype, torch.dtype]]
@@ -66,6 +66,27 @@ def copy(params: PyTree, dtype: torch.dtype | None) -> PyTree:
     return pairs.rebuild([p.detach().to(_copy_dtype(p, dtype), copy=True) for p in pairs.params])
 
 
+def copy_to_host(params: PyTree, dtype: torch.dtype | None, *, pinned: bool) -> PyTree:
+    """As `copy`, but in host memory; page-locked, if wanted and if there is a CUDA device."""
+    check_leaves("params", params)
+    pairs = align(params, params)
+    if _shards.are_in(pytree.tree_leaves(params)):
+        raise ValueError("device: expected that of the parameters, which are DTensors, found cpu")
+    pinned = pinned and torch.cuda.is_available()
+    copies = []
+    for path, p in zip(pairs.paths(), pairs.params, strict=True):
+        if p.device.type not in ("cpu", "cuda"):
+            raise ValueError(
+                f"device: expected that of params{path} or, of CUDA parameters, cpu, found cpu for "
+                f"{p.device}"
+            )
+        held = torch.empty_like(
+            p.detach(), dtype=_copy_dtype(p, dtype), device="cpu", pin_memory=pinned
+        ).copy_(p)
+        copies.append(held if p.is_cpu else _host.offloaded(held, p.device))
+    return pairs.rebuild(copies)
+
+
 def check_leaves(which: str, tree: PyTree) -> None:
     """Raise TypeError if a leaf is neither a tensor nor None."""
     for i, leaf in enumerate(pytree.tree_leaves(tree)):
@@ -94,6 +115,8 @@ def align(shadow: PyTree, params: PyTree, *, writable: bool = False) -> Pairs:
         TypeError: a leaf is neither a tensor nor None.
     """
     flat = _flat(shadow, params)
+    if flat is not None and _host.are_in(flat[0]):
+        flat = None
     if flat is not None and _shards.are_in(chain(*flat)):
         flat = _local(*flat)
     leaves = flat[0] + flat[1] if flat is not None else []
@@ -232,14 +255,15 @@ def _align_leaf_by_leaf(shadow: PyTree, params: PyTree) -> Pairs:
             raise _not_a_pair(shadow, i, s, p)
         if _shards.misplaced(p, s):
             raise ValueError(_placed_differently(shadow, i, s, p))
-        s, p = _shards.local([s, p])  # noqa: PLW2901
+        home = _host.home(s)
+        s, p = _shards.local([_host.plain(s), p])  # noqa: PLW2901
         if (
             s.shape != p.shape
-            or s.device != p.device
+            or home != p.device
             or not (s.layout is p.layout is torch.strided)
             or _kind(p) > _kind(s)
         ):
-            raise ValueError(_leaf_differs(shadow, i, s, p))
+            raise ValueError(_leaf_differs(shadow, i, s, p, home))
         slot = first.setdefault(_memory.identity(s), len(shadows))
         if slot == len(shadows):
             shadows.append(s)
@@ -376,12 +400,12 @@ def _not_a_pair(shadow: PyTree, index: int, s: object, p: object) -> Exception:
     return ValueError(f"{path}: expected {expected} as in shadow, found {found}")
 
 
-def _leaf_differs(shadow: PyTree, index: int, s: Tensor, p: Tensor) -> str:
+def _leaf_differs(shadow: PyTree, index: int, s: Tensor, p: Tensor, home: torch.device) -> str:
     path = _path("params", shadow, index)
     if s.shape != p.shape:
         expected, found = f"shape {tuple(s.shape)} as in shadow", str(tuple(p.shape))
-    elif s.device != p.device:
-        expected, found = f"device {s.device} as in shadow", str(p.device)
+    elif home != p.device:
+        expected, found = f"device {home} as in shadow", str(p.device)
     elif s.layout is not torch.strided or p.layout is not torch.strided:
         expected, found = "dense tensors", f"{s.layout} in shadow and {p.layout} in params"
     else:

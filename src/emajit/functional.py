@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from emajit import _compile, _tree, scope
+from emajit import _compile, _host, _offload, _tree, scope
 from emajit._kernels import Weight
 from emajit._rounding import Noise
 
@@ -24,7 +24,13 @@ Schedule = Callable[[Step], Decay]
 Tree = TypeVar("Tree")
 
 
-def init(params: Tree, *, dtype: torch.dtype | None = None) -> Tree:
+def init(
+    params: Tree,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    pin_memory: bool = False,
+) -> Tree:
     """The first shadow of `params`: a detached copy of each leaf, in the same structure.
 
     Args:
@@ -33,17 +39,36 @@ def init(params: Tree, *, dtype: torch.dtype | None = None) -> Tree:
         dtype: the dtype of the floating-point leaves (complex leaves take its complex partner).
             Default: that of each parameter. Parameters in bfloat16 or float16 want float32 here,
             since at a decay near 1 a step of the average is below the resolution of 16 bits.
+        device: "cpu" keeps the shadow of CUDA parameters in host memory. `update_` then averages on
+            the device, in pieces, which take 16 to 160 MiB there (a leaf that is not contiguous is
+            one piece). Whatever reads such a leaf waits for it. Default: that of each
+            parameter.
+        pin_memory: with `device="cpu"`, lock the pages, so that neither the host nor the training
+            waits for `update_`: it goes on in a stream of its own, and holds the next `step` of the
+            optimizers of `torch.optim`. What else writes into the parameters (`load_state_dict`,
+            operators of your own) comes too early, but after `torch.cuda.synchronize()`. Without a
+            CUDA device this has no effect.
 
     Leaves that are tied in `params` are tied in the shadow. Strides of dense leaves are kept.
 
     Raises:
         TypeError: a leaf is neither a tensor nor None.
-        ValueError: `dtype` is not a real floating-point dtype.
+        ValueError: `dtype` is not a real floating-point dtype; `device` is neither "cpu" nor None,
+            or the parameters are DTensors or on a device without CUDA; `pin_memory` without
+            `device="cpu"`.
     """
     if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
         raise ValueError(f"dtype: expected a floating-point dtype, found {dtype}")
+    if device is not None and torch.device(device).type != "cpu":
+        raise ValueError(
+            f"device: expected cpu, or none for that of the parameters, found {device}"
+        )
+    if pin_memory and device is None:
+        raise ValueError("pin_memory: expected device='cpu' with it, found none")
     with torch.no_grad():
-        return _tree.copy(params, dtype)  # type: ignore[no-any-return]
+        if device is None:
+            return _tree.copy(params, dtype)  # type: ignore[no-any-return]
+        return _tree.copy_to_host(params, dtype, pinned=pin_memory)  # type: ignore[no-any-return]
 
 
 def update(
@@ -139,9 +164,13 @@ def update_(
     {'w': tensor([0.2500])}
     """
     writable = not _compile.is_traced()
-    _, work = prepare(shadow, params, step, decay, rounding, nonfinite, writable=writable)
+    _, work = prepare(
+        shadow, params, step, decay, rounding, nonfinite, writable=writable, on_host=True
+    )
     check_backend(backend)
     with torch.no_grad():
+        if _host.is_used():
+            work = _offload.average_(work)
         _compile.average_(work, backend)
     return shadow
 
@@ -155,12 +184,15 @@ def prepare(
     nonfinite: str,
     *,
     writable: bool,
+    on_host: bool = False,
 ) -> tuple[_tree.Pairs, _compile.Work]:
     """Check everything; the pairs of leaves, and what is to be computed of them."""
     _check_option("rounding", rounding, ("nearest", "stochastic"))
     _check_option("nonfinite", nonfinite, ("propagate", "skip"))
     weights = _weights(decay, step)
     pairs = _pairs(shadow, params, decay, writable=writable)
+    if _host.is_used() and not (on_host and writable):
+        _host.refuse(pairs.shadows, pairs.params)
     several = len(weights)
     shadows, partners = (_tree.interleave(t, several) for t in (pairs.shadows, pairs.params))
     repeated = weights * (len(shadows) // max(1, several))

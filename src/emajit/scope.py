@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from emajit import _names, _shards
+from emajit import _host, _names, _shards
 
 # The scopes that are entered now, in that order, and the parameters and buffers in each, which the
 # scope keeps alive. A dict has no state between two operations, whatever thread or signal comes.
@@ -37,10 +37,10 @@ def ema_scope(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> Iterator
     Nothing is copied: each parameter refers to the memory of its average inside, and to its own
     again afterwards, whatever was raised. The `nn.Parameter` objects stay the same, so optimizers,
     hooks, tied weights and compiled models keep working. Only an average in another dtype than its
-    parameter is cast to that. What writes parameters inside writes the averages: call
-    `model.eval()` if averages of buffers are among them. Autograd refuses to differentiate on one
-    side of the scope's boundary what was computed on the other, except that a graph from before
-    the scope can be used after it.
+    parameter is cast to that, and one that `init` has put in host memory is copied. What writes
+    parameters inside writes the averages: call `model.eval()` if averages of buffers are among
+    them. Autograd refuses to differentiate on one side of the scope's boundary what was computed on
+    the other, except that a graph from before the scope can be used after it.
 
     Into the shards of DTensors the averages are copied, and the training weights kept meanwhile:
     FSDP gathers parameters from memory of its own. No process waits for another.
@@ -115,6 +115,7 @@ def _averages(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> list[tup
         found = type(shadow).__qualname__
         hint = "; a LitEma has a scope of its own" if isinstance(shadow, nn.Module) else ""
         raise TypeError(f"shadow: expected a mapping of names to averages, found {found}{hint}")
+    shadow = {name: _host.at_home(average) for name, average in shadow.items()}
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors |= dict(model.named_buffers(remove_duplicate=False))
     partners = _names.match(tensors, shadow)

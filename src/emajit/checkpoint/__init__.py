@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from emajit import _memory, _shards, _tree
+from emajit import _host, _memory, _shards, _tree
 from emajit.checkpoint import files, formats
 from emajit.checkpoint.formats import Averaged
 from emajit.checkpoint.saved import KEY, Record, Saved, count, opened
@@ -128,7 +128,8 @@ def load(path: str | os.PathLike[str], like: Tree) -> tuple[Tree, int]:
             same = first.setdefault(_memory.identity(leaf), name)
             if same == name:
                 # Not the file's own memory, which changes with the file.
-                loaded[name] = torch.empty_like(leaf, requires_grad=False).copy_(saved.read(name))
+                own = torch.empty_like(leaf, requires_grad=False).copy_(saved.read(name))
+                loaded[name] = _host.like(leaf, own)
             elif tied.get(same, same) == tied.get(name, name):
                 loaded[name] = loaded[same]
             else:
