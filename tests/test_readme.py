@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -18,14 +19,20 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.mark.inductor
+@pytest.mark.filterwarnings("ignore:Starting from v1.9.0")  # Lightning's, of its default logger
 def test_python_blocks_run_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     module = ModuleType("readme")
     monkeypatch.setitem(sys.modules, "readme", module)
     found = blocks("python")
     assert len(found) >= 3
+    missing = {name for name in ("accelerate", "lightning", "transformers") if not find_spec(name)}
     for number, block in enumerate(found):
+        if missing & {*re.findall(r"\w+", block)}:
+            continue
         exec(compile(block, f"README.md block {number}", "exec"), vars(module))  # noqa: S102
+    if missing:
+        pytest.skip(f"ran all blocks but those of {', '.join(missing)}, for want of them")
 
 
 def test_commands() -> None:
