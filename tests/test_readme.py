@@ -32,7 +32,7 @@ def test_python_blocks_run_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: P
             continue
         exec(compile(block, f"README.md block {number}", "exec"), vars(module))  # noqa: S102
     if missing:
-        pytest.skip(f"ran all blocks but those of {', '.join(missing)}, for want of them")
+        pytest.skip(f"ran all blocks but those of {', '.join(sorted(missing))}, for want of them")
 
 
 def test_commands() -> None:
