@@ -240,3 +240,17 @@ def test_pickled_printed_and_compared_as_its_call(schedule: schedules.Schedule) 
     assert hash(again) == hash(schedule)
     assert [again(step) for step in range(9)] == [schedule(step) for step in range(9)]
     assert schedule != schedules.constant(0.123)
+
+
+def test_one_call_however_it_is_written() -> None:
+    pairs = [
+        (schedules.constant(1), schedules.constant(decay=1.0)),
+        (schedules.inverse_gamma(gamma=2.0), schedules.inverse_gamma(2.0)),
+        (
+            schedules.every(schedules.uniform(), 2),
+            schedules.every(interval=2, schedule=schedules.uniform()),
+        ),
+    ]
+    for a, b in pairs:
+        assert a == b
+        assert hash(a) == hash(b)

@@ -51,23 +51,18 @@ class Work(NamedTuple):
     params: list[Tensor]
     weights: list[Weight]
     skip: bool
-    noise: Noise | None
+    noise: Noise | Keys | None
     dtypes: Dtypes | None = None
 
     def part(self, leaves: Sequence[int]) -> Work:
         if len(leaves) == len(self.shadows):
             return self
-        noise = self.noise and Noise(
-            [self.noise.paths[i] for i in leaves],
-            [self.noise.regions[i] for i in leaves],
-            self.noise.step,
-        )
         return Work(
             [self.shadows[i] for i in leaves],
             [self.params[i] for i in leaves],
             [self.weights[i] for i in leaves],
             self.skip,
-            noise,
+            self.noise and self.noise.part(leaves),
         )
 
     @property

@@ -1,10 +1,8 @@
-"""Leaves in host memory, of parameters on a CUDA device whose stream still writes them."""
+"""Leaves in host memory, of parameters on a CUDA device, a side stream of which writes them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import lru_cache
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,12 +11,15 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
 _is_used = False
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+_hooks: list[Any] = []
 
 
 class Offloaded(Tensor):
-    """A tensor in host memory, written by the `Lane` of a device; whatever reads it waits for that.
+    """A tensor in host memory that a device may still be writing; whatever reads it waits for that.
 
-    `plain` is the same memory without that care, and `home` the device of the parameters.
+    So do its views. `plain` is the same memory without that care, and `home` the device of the
+    parameters.
     """
 
     plain: Tensor
@@ -26,13 +27,27 @@ class Offloaded(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = pytree.tree_map_only(Offloaded, _waited_for, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        homes: dict[int, torch.device] = {}
 
+        def waited_for(leaf: Offloaded) -> Tensor:
+            if leaf.home in _streams:
+                _streams[leaf.home].synchronize()
+            homes[leaf.plain.untyped_storage().data_ptr()] = leaf.home
+            return leaf.plain
 
-def _waited_for(leaf: Offloaded) -> Tensor:
-    lane_of(leaf.home).hold_host()
-    return leaf.plain
+        args, kwargs = pytree.tree_map_only(Offloaded, waited_for, (args, kwargs or {}))
+        result = func(*args, **kwargs)
+        if type(result) is Tensor and result.is_cpu:
+            home = homes.get(result.untyped_storage().data_ptr())
+            return result if home is None else offloaded(result, home)
+        return result
+
+    def __copy__(self) -> Tensor:
+        return self.detach()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        memo[id(self)] = copied = like(self, self.clone())
+        return copied
 
 
 def offloaded(plain: Tensor, home: torch.device) -> Offloaded:
@@ -54,24 +69,9 @@ def are_in(leaves: Iterable[Any]) -> bool:
     return _is_used and Offloaded in set(map(type, leaves))
 
 
-def refuse(shadows: Iterable[Tensor], params: Iterable[Tensor]) -> None:
-    """Raise ValueError for a shadow in host memory of parameters that are elsewhere."""
-    if any(s.device != p.device for s, p in zip(shadows, params, strict=True)):
-        raise ValueError(
-            "shadow: expected one on the device of the parameters, found one in host memory, which "
-            "only update_ averages, outside of torch.compile and of FusedOptimizer"
-        )
-
-
-def plain(leaf: Any) -> Any:
-    """The memory of an offloaded leaf, without waiting; others as they are."""
-    return leaf.plain if type(leaf) is Offloaded else leaf
-
-
-def home(leaf: Any) -> torch.device:
-    """The device on which the parameter of a leaf is expected."""
-    device: torch.device = leaf.home if type(leaf) is Offloaded else leaf.device
-    return device
+def split(leaf: Any) -> tuple[Any, torch.device]:
+    """The memory of a leaf, without waiting, and the device on which its parameter is expected."""
+    return (leaf.plain, leaf.home) if type(leaf) is Offloaded else (leaf, leaf.device)
 
 
 def at_home(leaf: Any) -> Any:
@@ -86,54 +86,33 @@ def like(leaf: Any, held: Tensor) -> Tensor:
     return offloaded(held.pin_memory() if leaf.plain.is_pinned() else held, leaf.home)
 
 
-class Lane:
-    """A stream of a device beside the one that trains, and when it has done what it was given."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._done: torch.cuda.Event | None = None
-
-    @contextmanager
-    def running(self, inputs: Sequence[Tensor]) -> Iterator[None]:
-        """What is launched inside runs here, after what the training has launched so far.
-
-        The `inputs` are kept from being freed before. The training must not write them before: see
-        `hold_training`.
-        """
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            yield
-            self._done = self._stream.record_event()
-        for tensor in inputs:
-            tensor.record_stream(self._stream)
-
-    def hold_training(self) -> None:
-        """Let what the training launches from now on wait on the device; the host goes on."""
-        if self._done is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._done)
-
-    def hold_host(self) -> None:
-        if self._done is not None:
-            self._done.synchronize()
+def refuse(shadows: Iterable[Tensor], params: Iterable[Tensor]) -> None:
+    """Raise ValueError for a shadow in host memory of parameters that are elsewhere."""
+    if any(s.device != p.device for s, p in zip(shadows, params, strict=True)):
+        raise ValueError(
+            "shadow: expected one on the device of the parameters, found one in host memory, which "
+            "only update_ averages, outside of torch.compile and of FusedOptimizer"
+        )
 
 
-_lanes: dict[torch.device, Lane] = {}
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """That of a device. From the first one on, `torch.optim` waits for them before it steps."""
+    if not _hooks:
+        _hooks.append(torch.compiler.disable(hold_training))  # type: ignore[no-untyped-call]
+        register_optimizer_step_pre_hook(_hooks[0])
+    return _streams.setdefault(device, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
 
-def lane_of(device: torch.device) -> Lane:
-    """The lane of a device. From the first one on, optimizers wait for it before they step."""
-    if device not in _lanes:
-        _lanes[device] = Lane(device)
-        _hold_optimizers()
-    return _lanes[device]
+def is_hook(hook: Any) -> bool:
+    """Whether it is the one of an optimizer by which it waits."""
+    return hook in _hooks
 
 
-@lru_cache
-def _hold_optimizers() -> None:
-    register_optimizer_step_pre_hook(_hold_optimizer)
+def hold_training(*_: object) -> None:
+    """Let what is launched from now on wait, on the device, for what the side streams still read.
 
-
-def _hold_optimizer(*_: object) -> None:
-    for lane in _lanes.values():
-        lane.hold_training()
+    A CUDA graph that is captured does not.
+    """
+    for device, stream in _streams.items():
+        if not torch.cuda.is_current_stream_capturing():
+            torch.cuda.current_stream(device).wait_stream(stream)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from emajit import _compile, _host
 from emajit._compile import Work
-from emajit._rounding import Noise
 from emajit._shards import Region
 
 # How many numbers a piece has. It takes at most 80 bytes for each on the device, 160 MiB.
@@ -32,15 +31,46 @@ def average_(work: Work) -> Work:
 
 
 def _average_away_(work: Work, home: torch.device) -> None:
-    scalars = [t for t in (*work.weights, work.noise and work.noise.step) if isinstance(t, Tensor)]
-    read = [t for t in (*work.params, *scalars) if t.device == home]
-    with _host.lane_of(home).running(read):
-        for piece in _pieces(work):
-            there = [s.to(home, non_blocking=True) for s in piece.shadows]
-            _compile.average_(piece._replace(shadows=there), "eager")
-            for held, average in zip(piece.shadows, there, strict=True):
-                held.copy_(average, non_blocking=True)
-            del there  # before the next ones
+    """Launch the pieces in the side stream.
+
+    What does not require grad, such as buffers, no optimizer will hold back from being written: the
+    training waits for those, on the device.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("update_: expected no capture of a CUDA graph for a shadow on the host")
+    # Whatever else may change soon is read here, in the stream of the training: the step.
+    work = work._replace(noise=work.noise and work.noise.keys(home))
+    training, side = torch.cuda.current_stream(home), _host.side_stream(home)
+    for tensor in (*work.params, *work.weights, *(work.noise or ())):
+        if isinstance(tensor, Tensor):
+            tensor.record_stream(side)
+    side.wait_stream(training)
+    trained = [p.requires_grad for p in work.params]
+    for is_trained in (False, True):
+        part = work.part(
+            [i for i, requires_grad in enumerate(trained) if requires_grad == is_trained]
+        )
+        with torch.cuda.stream(side):
+            for piece in _pieces(part):
+                _average_piece_(piece, home)
+        if part.shadows and not is_trained:
+            training.wait_stream(side)
+
+
+def _average_piece_(piece: Work, home: torch.device) -> None:
+    there = [s.to(home, non_blocking=True) for s in piece.shadows]
+    _compile.average_(piece._replace(shadows=there), "eager")
+    for held, average in zip(piece.shadows, there, strict=True):
+        held.copy_(average, non_blocking=True)
+
+
+class _Slice(NamedTuple):
+    """Of the leaf of that index in the work, all or a `region`."""
+
+    leaf: int
+    shadow: Tensor
+    param: Tensor
+    region: Region | None
 
 
 def _pieces(work: Work) -> Iterator[Work]:
@@ -58,15 +88,6 @@ def _pieces(work: Work) -> Iterator[Work]:
         yield _of(work, slices)
 
 
-class _Slice(NamedTuple):
-    """Of the leaf of that index in the work, all or a `region`."""
-
-    leaf: int
-    shadow: Tensor
-    param: Tensor
-    region: Region | None
-
-
 def _slices(work: Work, leaf: int) -> Iterator[_Slice]:
     s, p = work.shadows[leaf], work.params[leaf]
     if s.numel() <= _PIECE or not (s.is_contiguous() and p.is_contiguous()):
@@ -79,6 +100,5 @@ def _slices(work: Work, leaf: int) -> Iterator[_Slice]:
 
 def _of(work: Work, slices: list[_Slice]) -> Work:
     leaves, shadows, params, regions = map(list, zip(*slices, strict=True))
-    noise = work.noise and Noise([work.noise.paths[i] for i in leaves], regions, work.noise.step)
-    weights = [work.weights[i] for i in leaves]
-    return Work(shadows, params, weights, work.skip, noise)
+    noise = work.noise and work.noise.part(leaves)._replace(regions=regions)
+    return Work(shadows, params, [work.weights[i] for i in leaves], work.skip, noise)

@@ -9,6 +9,7 @@ elements in a million, whose average itself differs in its last bit of float32.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -65,6 +66,13 @@ class Keys(NamedTuple):
     words: Tensor
     regions: list[Region | None]
 
+    def part(self, leaves: Sequence[int]) -> Keys:
+        words = torch.stack([self.words[i] for i in leaves]) if leaves else self.words[:0]
+        return Keys(words, [self.regions[i] for i in leaves])
+
+    def keys(self, device: torch.device) -> Keys:  # noqa: ARG002, as `Noise.keys`
+        return self
+
 
 class Noise(NamedTuple):
     """What tells the noise of one call from that of any other."""
@@ -72,6 +80,10 @@ class Noise(NamedTuple):
     paths: list[str]
     regions: list[Region | None]
     step: int | Tensor
+
+    def part(self, leaves: Sequence[int]) -> Noise:
+        paths, regions = [self.paths[i] for i in leaves], [self.regions[i] for i in leaves]
+        return Noise(paths, regions, self.step)
 
     def keys(self, device: torch.device) -> Keys:
         """Those of the leaves. A graph that was compiled or captured serves every step."""

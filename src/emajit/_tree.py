@@ -255,8 +255,8 @@ def _align_leaf_by_leaf(shadow: PyTree, params: PyTree) -> Pairs:
             raise _not_a_pair(shadow, i, s, p)
         if _shards.misplaced(p, s):
             raise ValueError(_placed_differently(shadow, i, s, p))
-        home = _host.home(s)
-        s, p = _shards.local([_host.plain(s), p])  # noqa: PLW2901
+        s, home = _host.split(s)  # noqa: PLW2901
+        s, p = _shards.local([s, p])  # noqa: PLW2901
         if (
             s.shape != p.shape
             or home != p.device

@@ -41,13 +41,15 @@ def init(
             since at a decay near 1 a step of the average is below the resolution of 16 bits.
         device: "cpu" keeps the shadow of CUDA parameters in host memory. `update_` then averages on
             the device, in pieces, which take 16 to 160 MiB there (a leaf that is not contiguous is
-            one piece). Whatever reads such a leaf waits for it. Default: that of each
-            parameter.
+            one piece). Whatever reads such a leaf or a view of it waits for the device; what reads
+            its memory behind torch's back, as an array of `numpy()` does later, has to call
+            `torch.cuda.synchronize()`. Default: that of each parameter.
         pin_memory: with `device="cpu"`, lock the pages, so that neither the host nor the training
-            waits for `update_`: it goes on in a stream of its own, and holds the next `step` of the
-            optimizers of `torch.optim`. What else writes into the parameters (`load_state_dict`,
-            operators of your own) comes too early, but after `torch.cuda.synchronize()`. Without a
-            CUDA device this has no effect.
+            waits for `update_`: it goes on in a side stream, for which the next `step` of an
+            optimizer of `torch.optim` waits on the device. For leaves that require no grad, such as
+            buffers, the training waits at once. What else writes into the parameters comes too
+            early unless it is behind `torch.cuda.synchronize()`: operators of your own, the step
+            of an optimizer in a CUDA graph. Without a CUDA device this has no effect.
 
     Leaves that are tied in `params` are tied in the shadow. Strides of dense leaves are kept.
 

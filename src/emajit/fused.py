@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import optimizer as _torch
 
-from emajit import _compile, _kernels, _memory, _shards, functional, scope
+from emajit import _compile, _host, _kernels, _memory, _shards, functional, scope
 from emajit._compile import Work
 from emajit._rounding import Keys
 from emajit.functional import Decay, Schedule, Step
 from emajit.litema import LitEma
 
 _GRAPHS = 8
-_GLOBAL_HOOKS = _torch._global_optimizer_pre_hooks, _torch._global_optimizer_post_hooks
 
 
 class FusedOptimizer:
@@ -133,6 +132,7 @@ class FusedOptimizer:
             raise
 
     def _step(self, work: Work) -> None:
+        _host.hold_training()
         scale, skipped = vars(self).get("grad_scale"), self._skipped()
         key = self._key(work, scale, skipped)
         graph = self._graph(key, work)
@@ -197,7 +197,7 @@ class FusedOptimizer:
             _compile.in_dispatch_mode()
             or _shards.are_in(self._weights())
             or any(leaf.is_complex() or leaf.is_neg() for leaf in leaves)
-            or any(hooks for hooks in (*_GLOBAL_HOOKS, *_own_hooks(optimizer)))
+            or any(not _host.is_hook(hook) for hook in _hooks(optimizer))
             or (step is not None and not hasattr(step, "_wrapped_by_lr_sched"))
             or (self._backend == "auto" and not _compile.can_compile(work.device.type))
         ):
@@ -334,5 +334,9 @@ def _compiled(optimizer: torch.optim.Optimizer, skip: bool, backend: str) -> Any
     )
 
 
-def _own_hooks(optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
-    return optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+def _hooks(optimizer: torch.optim.Optimizer) -> list[Any]:
+    every = (
+        *(_torch._global_optimizer_pre_hooks, _torch._global_optimizer_post_hooks),
+        *(optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks),
+    )
+    return [hook for hooks in every for hook in hooks.values()]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from emajit import _buffers, _memory, _names, _shards, _tree, functional, schedules, scope
+from emajit import _buffers, _host, _memory, _names, _shards, _tree, functional, schedules, scope
 
 _log = logging.getLogger(__name__)
 _RANGES = {"decay": (0, 1), "num_updates": (-1, 2**31 - 1)}
@@ -159,7 +159,11 @@ class LitEma(nn.Module):
         if self._copied:
             averages, tensors = self._pairs(model)
             copies = self._take_copied(averages)
-            _copy([*copies.values()], [tensors[name] for name in copies])
+            values = [tensors[name] for name in copies]
+            if unless is not None:
+                pairs = zip(copies.values(), values, strict=True)
+                values = [torch.where(unless, old, new) for old, new in pairs]
+            _copy([*copies.values()], values)
         updates = self.num_updates
         if unless is not None:
             updates.add_((updates >= 0) & ~unless)
@@ -429,6 +433,7 @@ def _copy(params: list[Tensor], values: list[Tensor]) -> None:
         if p.is_meta != value.is_meta:
             expected, found = str(value.device), str(p.device)
             raise ValueError(f"parameter {i}: expected one on {expected}, found {found}")
+    _host.hold_training()
     alike = [v.to(p.device, p.dtype) for p, v in zip(params, values, strict=True)]
     torch._foreach_copy_([p.data for p in params], alike)
 

@@ -15,6 +15,7 @@ every(warmup(0.999), 4)
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, overload
@@ -46,7 +47,7 @@ class _Schedule:
         return isinstance(other, _Schedule) and self._call == other._call
 
     def __hash__(self) -> int:
-        return hash(repr(self))
+        return hash(self._call[0])
 
     def __reduce__(self) -> Any:
         return _make, self._call
@@ -58,9 +59,13 @@ def _make(name: str, args: Any, kwargs: Any) -> Schedule:
 
 
 def _factory(function: Callable[P, Schedule]) -> Callable[P, Schedule]:
+    signature = inspect.signature(function)
+
     @functools.wraps(function)
     def made(*args: P.args, **kwargs: P.kwargs) -> Schedule:
-        return _Schedule(function(*args, **kwargs), function.__name__, args, kwargs)
+        schedule = function(*args, **kwargs)
+        call = signature.bind(*args, **kwargs)
+        return _Schedule(schedule, function.__name__, call.args, call.kwargs)
 
     return made
 

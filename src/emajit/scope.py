@@ -89,6 +89,7 @@ def ema_scope(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> Iterator
 
 
 def _copy_into_shards(averages: list[tuple[Tensor, Tensor]], undo: ExitStack) -> None:
+    _host.hold_training()
     shards = [shard.detach() for shard in _shards.local(tensor for tensor, _ in averages)]
     undo.callback(torch._foreach_copy_, shards, [shard.clone() for shard in shards])
     torch._foreach_copy_(shards, _shards.local(average for _, average in averages))

@@ -201,7 +201,7 @@ def load_sharded(path: str | os.PathLike[str], like: Tree) -> tuple[Tree, int]:
     leaves: list[Tensor] = []
     first: dict[Hashable, Tensor] = {}
     for (name, leaf), own in zip(wanted.items(), loaded.values(), strict=True):
-        leaves.append(first.setdefault(_memory.identity(leaf), own))
+        leaves.append(first.setdefault(_memory.identity(leaf), _host.like(leaf, own)))
         if not torch.equal(*_shards.local([leaves[-1], own])):
             raise ValueError(f"{path}: expected {name!r} tied as in like, found another value")
     return _rebuilt(like, leaves), int(step)

@@ -243,6 +243,9 @@ class Opaque:
     def __setstate__(self, _: object) -> None:
         pass
 
+    def __bool__(self) -> bool:
+        raise TypeError(f"expected a value, found a pickled {type(self).__name__}")
+
 
 def _opaque(path: str) -> type[Opaque]:
     module, _, name = path.rpartition(".")

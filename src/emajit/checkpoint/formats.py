@@ -67,12 +67,36 @@ def recognise(tree: Any, names: Names) -> Averaged:
     if len(found) > 1:
         layouts = " and ".join([averaged.layout for averaged in found])
         raise ValueError(f"expected one average, found two: {layouts}")
-    broken = [name for name, value in found[0].weights.items() if not isinstance(value, Tensor)]
-    if broken:
-        raise ValueError(f"{found[0].layout}: expected tensors, found others at {broken[:5]}")
+    _check_values(found[0])
     used = {id(value) for part in (found[0].weights, found[0].raw) for value in part.values()}
     held = {id(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
+    _check_beside(tree, used)
     return found[0]._replace(others=len(held - used))
+
+
+def _check_values(found: Averaged) -> None:
+    broken = [name for name, value in found.weights.items() if not isinstance(value, Tensor)]
+    if broken:
+        raise ValueError(f"{found.layout}: expected tensors, found others at {broken[:5]}")
+    for what, kind, value in (("step", int, found.step), ("decay", int | float, found.decay)):
+        if not isinstance(value, kind | None):
+            told = type(value).__qualname__
+            raise ValueError(  # noqa: TRY004, it is a broken file, not a wrong argument
+                f"{found.layout}: {what}: expected a number, found {told}"
+            )
+
+
+def _check_beside(tree: Any, used: set[int]) -> None:
+    """Raise ValueError where a pickled object stands among tensors that are used."""
+    if not isinstance(tree, Mapping):
+        return
+    opaque = [key for key, value in tree.items() if isinstance(value, Opaque)]
+    opaque = [key for key in opaque if not str(key).endswith("_extra_state")]
+    if opaque and any(id(value) in used for value in tree.values()):
+        found = type(tree[opaque[0]]).__name__
+        raise ValueError(f"{opaque[0]!r}: expected a tensor, found a pickled {found}")
+    for value in tree.values():
+        _check_beside(value, used)
 
 
 def _lit_ema(tree: Mapping[str, Any], names: Names) -> Averaged | None:

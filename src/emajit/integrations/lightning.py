@@ -73,8 +73,8 @@ class EMACallback(Callback):
         self._options: Any = {"decay": decay, "dtype": dtype, "buffers": buffers}
         self._every, self._save = every, save
         self._average: Average | None = None
-        # The module that has the weights that the averages are of, and the versions of those.
-        self._trained: tuple[weakref.ref[nn.Module], list[int]] | None = None
+        # The parameters that the averages are of, and which version of each.
+        self._trained: _Versions | None = None
         self._loaded: dict[str, Any] | None = None
         self._averaged_at = 0
         self._inside: AbstractContextManager[None] | None = None
@@ -99,22 +99,20 @@ class EMACallback(Callback):
         with torch.inference_mode(False):
             if self._average is None or self._loaded is not None:
                 self._average = Average(module, **self._options)
-                self._trained_are_of(module)
+                self._trained = _versions(module)
             if self._loaded is not None:
                 self._average.restore_state(self._loaded)
                 self._averaged_at = self._loaded["averaged_at"]
                 self._loaded = None
         return self._average
 
-    def _trained_are_of(self, module: nn.Module) -> None:
-        self._trained = weakref.ref(module), _versions(module)
-
     def _is_of(self, module: nn.Module) -> bool:
-        """Whether the averages are of the weights that the module has now."""
-        if self._loaded is not None or self._average is None or self._trained is None:
-            return self._loaded is not None or self._average is not None
-        trained, versions = self._trained
-        return trained() is module and versions == _versions(module)
+        """Whether there are averages, of the weights that the module has now."""
+        if self._loaded is not None:
+            return True
+        return self._average is not None and (
+            self._trained is None or _are_in(module, self._trained)
+        )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a second one, and warn of what would have no averages."""
@@ -172,7 +170,7 @@ class EMACallback(Callback):
     def _end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         self._leave()
         if trainer.state.fn == TrainerFn.FITTING and self._average is not None:
-            self._trained_are_of(pl_module)
+            self._trained = _versions(pl_module)
 
     on_validation_start = on_test_start = on_predict_start = _enter
     on_validation_end = on_test_end = on_predict_end = _leave
@@ -220,9 +218,20 @@ class EMACallback(Callback):
             pl_module.load_state_dict(state, strict=pl_module.strict_loading)
 
 
-def _versions(module: nn.Module) -> list[int]:
-    """What each write into a parameter raises."""
-    return [p._version for p in module.parameters()]
+_Versions = list[tuple[weakref.ref[nn.Parameter], int]]
+
+
+def _versions(module: nn.Module) -> _Versions:
+    """The parameters, and the number that each write into one raises; one into `.data` does not."""
+    return [(weakref.ref(p), p._version) for p in module.parameters()]
+
+
+def _are_in(module: nn.Module, versions: _Versions) -> bool:
+    params = [*module.parameters()]
+    return len(params) == len(versions) and all(
+        ref() is p and version == p._version
+        for p, (ref, version) in zip(params, versions, strict=True)
+    )
 
 
 def _with_ties(module: nn.Module, partners: Mapping[str, str]) -> dict[str, str]:
