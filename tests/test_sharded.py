@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,6 +134,51 @@ class TestFolder:
         with pytest.raises(ValueError, match="ema"):
             checkpoint.load_sharded(folder, shadow)
         assert all(torch.equal(before[key], value) for key, value in shadow.items())
+
+    def test_any_byte_of_the_index_that_is_another(
+        self, folder: Path, shadow: dict[str, Tensor]
+    ) -> None:
+        """Refused, or nothing that is read depends on it."""
+        index = (folder / ".metadata").read_bytes()
+        refused = 0
+        for i in range(len(index)):
+            flipped = index[i] ^ 1 << i % 8
+            (folder / ".metadata").write_bytes(index[:i] + bytes([flipped]) + index[i + 1 :])
+            try:
+                loaded, step = checkpoint.load_sharded(folder, shadow)
+            except ValueError:
+                refused += 1
+            else:
+                assert step == 7
+                assert all(torch.equal(loaded[name], value) for name, value in shadow.items()), i
+        assert refused > len(index) / 2
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda entry: entry.chunks.clear(),
+            lambda entry: entry.chunks.append(entry.chunks[0]),
+            lambda entry: setattr(entry, "chunks", None),
+            lambda entry: setattr(entry, "properties", None),
+            lambda entry: setattr(entry, "size", 7),
+            lambda entry: setattr(entry.chunks[0], "sizes", torch.Size([1, 2])),
+            lambda entry: setattr(entry.chunks[0], "offsets", torch.Size([3, 3])),
+        ],
+    )
+    def test_chunks_that_are_not_the_whole(
+        self, folder: Path, shadow: dict[str, Tensor], change: Any
+    ) -> None:
+        index = pickle.loads((folder / ".metadata").read_bytes())
+        change(index.state_dict_metadata["shadow.even"])
+        (folder / ".metadata").write_bytes(pickle.dumps(index))
+        with pytest.raises(ValueError, match=r"ema/.metadata: expected the index of a checkpoint"):
+            checkpoint.load_sharded(folder, shadow)
+        with pytest.raises(ValueError, match=r"ema/.metadata: expected the index of a checkpoint"):
+            checkpoint.read(folder)
+
+    def test_no_parent(self, tmp_path: Path, shadow: dict[str, Tensor]) -> None:
+        with pytest.raises(FileNotFoundError, match=r"'.*no/such'"):
+            checkpoint.save_sharded(tmp_path / "no" / "such" / "ema", shadow, 1)
 
     def test_missing_file(self, folder: Path, shadow: dict[str, Tensor]) -> None:
         (folder / "__0_0.distcp").unlink()

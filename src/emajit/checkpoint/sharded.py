@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import math
+import operator
+import os
 import pickle
 import shutil
 import warnings
@@ -46,23 +49,56 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Reader(FileSystemReader):
-    """One that builds nothing but what a `.metadata` is made of: it is a pickle."""
+    """One whose index is read once, checked, and made of nothing but what one is made of."""
 
-    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        path = Path(self.path) / ".metadata"
+    def __init__(self, path: Path) -> None:
+        """Raise ValueError, with the path, where the index is broken."""
+        super().__init__(path)
+        file = path / ".metadata"
         try:
-            with path.open("rb") as file:
-                metadata = _Unpickler(file).load()
+            with file.open("rb") as opened:
+                self.index: Metadata = _Unpickler(opened).load()
+            self.tensors = {
+                key: entry
+                for key, entry in self.index.state_dict_metadata.items()
+                if isinstance(entry, TensorStorageMetadata)
+            }
+            for key, entry in self.tensors.items():
+                _check_chunks(key, entry)
         except OSError:
             raise
         except Exception as error:  # noqa: BLE001, of a broken pickle it may be any
-            raise ValueError(f"{path}: expected the index of a checkpoint, found {error}") from None
-        if not isinstance(metadata, Metadata):
-            found = type(metadata).__qualname__
-            raise ValueError(  # noqa: TRY004, it is a broken file, not a wrong argument
-                f"{path}: expected the index of a checkpoint, found {found}"
-            )
-        return metadata
+            raise ValueError(f"{file}: expected the index of a checkpoint, found {error}") from None
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        return self.index
+
+
+def _check_chunks(key: str, entry: TensorStorageMetadata) -> None:
+    """Raise ValueError unless the chunks of a tensor are all of it, each number once."""
+    size, dtype = [operator.index(n) for n in entry.size], entry.properties.dtype
+    if not isinstance(key, str) or not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{key!r} of {dtype}")  # noqa: TRY004, it is a broken file
+    boxes = [[*zip(chunk.offsets, chunk.sizes, strict=True)] for chunk in entry.chunks]
+    held = 0
+    active: list[list[tuple[int, int]]] = []
+    for box in sorted(box for box in boxes if all(n for _, n in box)):
+        fits = len(box) == len(size) and all(
+            0 <= begin < begin + n <= whole for (begin, n), whole in zip(box, size, strict=True)
+        )
+        active = (
+            [other for other in active if other[0][0] + other[0][1] > box[0][0]] if box else active
+        )
+        if not fits or any(_overlap(box, other) for other in active):
+            raise ValueError(f"a chunk of {key!r} at {box} in {size}, beside {active}")
+        held += math.prod(n for _, n in box)
+        active.append(box)
+    if held != math.prod(size):
+        raise ValueError(f"{held} numbers of {key!r}, whose size is {size}")
+
+
+def _overlap(box: list[tuple[int, int]], other: list[tuple[int, int]]) -> bool:
+    return all(a < b + m and b < a + n for (a, n), (b, m) in zip(box, other, strict=True))
 
 
 class Folder:
@@ -74,12 +110,10 @@ class Folder:
             raise ValueError(
                 f"{path}: expected a complete folder of torch.distributed.checkpoint, found none"
             )
-        self.path = path
-        index = _Reader(path).read_metadata().state_dict_metadata
+        self.path, self._reader = path, _Reader(path)
         self.forms = {
             key: (tuple(entry.size), entry.properties.dtype)
-            for key, entry in index.items()
-            if isinstance(entry, TensorStorageMetadata)
+            for key, entry in self._reader.tensors.items()
         }
 
     def read_into(self, tensors: dict[str, Any], *, alone: bool = False) -> None:
@@ -91,9 +125,14 @@ class Folder:
         """
         try:
             with _on_one_process_too():
-                load(tensors, storage_reader=_Reader(self.path), no_dist=alone)
+                load(tensors, storage_reader=self._reader, no_dist=alone)
         except (CheckpointException, RuntimeError, OSError) as error:
-            raise ValueError(f"{self.path}: expected what its index tells, found {error}") from None
+            first = (
+                next(iter(error.failures.values()))[0]
+                if isinstance(error, CheckpointException)
+                else error
+            )
+            raise ValueError(f"{self.path}: expected what its index tells, found {first}") from None
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -104,6 +143,8 @@ def write(path: Path, tensors: dict[str, Tensor]) -> None:
     part = path.with_name(f".{path.name}.part")
 
     def clear() -> None:
+        if not path.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
         if path.exists():
             raise FileExistsError(errno.EEXIST, "expected no folder there yet", str(path))
         shutil.rmtree(part, ignore_errors=True)
