@@ -298,7 +298,10 @@ class TestCheckpoints:
             weights = checkpoint.read(out, names=None if layout == "litema" else names).weights
         for name in names:
             assert torch.equal(weights[name], found.weights[name].double())
-        assert "2 of them are no averages: first_stage.weight" in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert shown.startswith(f"LitEma at model_ema: {len(names)} averages, written into")
+        told = "with 2 that are none: first_stage.weight" in shown
+        assert told == (layout != "diffusers-ema")
 
     def test_convert(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         out = file.parent / "out"
@@ -309,7 +312,22 @@ class TestCheckpoints:
         assert found.weights.keys() == checkpoint.read(file).weights.keys()
         assert emajit(monkeypatch, "convert", *arguments) == 2
 
-    def test_names_from_a_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_decay_that_the_checkpoint_does_not_tell(
+        self, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        timm, out = file.parent / "timm", file.parent / "out.ckpt"
+        assert emajit(monkeypatch, "convert", str(file), "-o", str(timm), "--to", "timm") == 0
+        arguments = ["convert", str(timm), "-o", str(out), "--to", "litema"]
+        assert emajit(monkeypatch, *arguments) == 2
+        assert "expected a checkpoint that tells its decay" in capsys.readouterr().err
+        assert emajit(monkeypatch, *arguments, "--decay", "1.5") == 2
+        assert "--decay: expected a number in [0, 1], found 1.5" in capsys.readouterr().err
+        assert emajit(monkeypatch, *arguments, "--decay", "0.99") == 0
+        assert checkpoint.read(out).decay == 0.99
+
+    def test_names_from_a_file(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         torch.save(LitEma(nn.Linear(2, 2)).state_dict(), tmp_path / "ema.pt")
         (tmp_path / "names.txt").write_text("weight\nbias\n")
         monkeypatch.chdir(tmp_path)
@@ -317,6 +335,9 @@ class TestCheckpoints:
         assert emajit(monkeypatch, "inspect", "ema.pt", "--names", "names.txt") == 0
         assert emajit(monkeypatch, "extract", "ema.pt", "--names", "names.txt", "-o", "out") == 0
         assert load_file("out").keys() == {"weight", "bias"}
+        (tmp_path / "names.txt").write_bytes(b"\x80")
+        assert emajit(monkeypatch, "inspect", "ema.pt", "--names", "names.txt") == 2
+        assert "--names: expected a text file" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("content", "line"),
@@ -351,7 +372,7 @@ class TestCheckpoints:
         self, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         before = file.read_bytes()
-        outs = {str(file): "expected another file", str(file.parent): "Is a directory"}
+        outs = {str(file): "expected another file", str(file.parent): "found a folder"}
         outs |= {
             str(file.parent / "no" / "out"): "No such file",
             str(file / "out"): "Not a directory",

@@ -473,10 +473,20 @@ class TestRefused:
         with pytest.raises(ValueError, match="'w' is corrupt"):
             checkpoint.read(path)
 
+    def test_wrong_arguments(self) -> None:
+        for source in (None, net()):
+            wrong: Any = source
+            with pytest.raises(TypeError, match="source: expected a path, or a mapping"):
+                checkpoint.read(wrong)
+        for names in ("weight", 3):
+            wrong = names
+            with pytest.raises(TypeError, match="names: expected a list of names, or the model"):
+                checkpoint.read({}, names=wrong)
+
     def test_no_file(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError):
             checkpoint.read(tmp_path / "nowhere")
-        with pytest.raises(IsADirectoryError):
+        with pytest.raises(IsADirectoryError, match=r"or a folder of torch\.distributed"):
             checkpoint.read(tmp_path)
 
     @given(
@@ -734,18 +744,48 @@ class TestWritten:
             assert checkpoint.read(tmp_path / "out").decay == 0.9999
 
     def test_what_cannot_be_written(self, tmp_path: Path) -> None:
-        found = checkpoint.read({"shadow": {"w": torch.ones(1)}, "step": 1})
-        with pytest.raises(ValueError, match="litema: expected the trained weights beside the av"):
-            checkpoint.write(tmp_path / "out", found, layout="litema")
-        for names in (None, ["w", "v"]):
-            with pytest.raises(ValueError, match="diffusers-ema: expected names of averages"):
-                checkpoint.write(tmp_path / "out", found, layout="diffusers-ema", names=names)
+        shadow = {"w": torch.ones(1), "v": torch.ones(1)}
+        found = checkpoint.read({"shadow": shadow, "step": 1})
+        cases: list[tuple[dict[str, Any], str]] = [
+            ({"layout": "litema"}, "litema: expected the trained weights beside the av"),
+            ({"layout": "onnx"}, "layout: expected state_dict or litema or"),
+            ({"dtype": torch.int8}, "dtype: expected a floating-point dtype, found torch.int8"),
+        ]
+        for layout in ("diffusers-ema", "torch-ema"):
+            options: dict[str, Any] = {"layout": layout, "decay": 0.9}
+            cases += [
+                ({**options, "decay": None, "names": shadow}, f"{layout}: .* tells its decay"),
+                (
+                    options,
+                    f"{layout}: expected names of the averages in the order of .* found none",
+                ),
+                (
+                    {**options, "names": ["w", "v", "u"]},
+                    f"{layout}: .* with u, which is no average",
+                ),
+                ({**options, "names": ["w"]}, f"{layout}: .* of all averages, found .* without v"),
+            ]
+        for wrong, message in cases:
+            with pytest.raises(ValueError, match=message):
+                checkpoint.write(tmp_path / "out", found, **wrong)
         for layout in ("averaged-model", "ema-pytorch"):
             with pytest.raises(ValueError, match=f"{layout}: expected a checkpoint that tells its"):
                 checkpoint.write(tmp_path / "out", found._replace(step=None), layout=layout)
-        with pytest.raises(ValueError, match="layout: expected state_dict or litema or"):
-            checkpoint.write(tmp_path / "out", found, layout="onnx")
+        state: Any = found.weights
+        with pytest.raises(TypeError, match="averaged: expected what read has found, found dict"):
+            checkpoint.write(tmp_path / "out", state)
         assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".pth", ".bin"])
+    def test_in_the_container_that_the_name_says(self, tmp_path: Path, suffix: str) -> None:
+        _, found = self.found()
+        path = tmp_path / f"out{suffix}"
+        checkpoint.write(path, found, dtype=torch.float64)
+        state = torch.load(path, weights_only=True)
+        assert state.keys() == found.weights.keys()
+        checkpoint.write(path, found, layout="litema")
+        assert "model_ema.decay" in torch.load(path, weights_only=True)["state_dict"]
+        assert_average(checkpoint.read(path), found.weights)
 
     def test_the_trained_weights_and_the_rest(self) -> None:
         raw, averages = net().state_dict(), net().state_dict()

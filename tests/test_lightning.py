@@ -488,8 +488,21 @@ def test_processes_that_end_with_the_averages_are_told_of(tmp_path: Path) -> Non
 def test_wrong_options() -> None:
     with pytest.raises(ValueError, match="save: expected raw or averaged, found 'both'"):
         EMACallback(save="both")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="every: expected a number of steps"):
-        EMACallback(every=0)
+    options: list[tuple[dict[str, Any], str]] = [
+        ({"every": 0}, "every: expected a number of steps, >= 1, found 0"),
+        ({"every": 1.5}, "every: expected a number of steps, >= 1, found 1.5"),
+        ({"decay": 1.5}, r"decay: expected a number in \[0, 1\], found 1.5"),
+        ({"decay": float("nan")}, r"decay: expected a number in \[0, 1\], found nan"),
+        ({"dtype": "float32"}, "dtype: expected a floating-point dtype, found float32"),
+        ({"buffers": "nope"}, "buffers: expected ignore or copy or average, found 'nope'"),
+    ]
+    for option, message in options:
+        with pytest.raises(ValueError, match=message):
+            EMACallback(**option)
+    for decay in ("0.9", None, [0.9, 0.99]):
+        wrong: Any = decay
+        with pytest.raises(TypeError, match="decay: expected a number, a 0-d tensor or a schedule"):
+            EMACallback(wrong)
 
 
 def test_copied_and_pickled(tmp_path: Path) -> None:

@@ -9,13 +9,18 @@ from torch import Tensor, nn
 Policy = Literal["ignore", "copy", "average"]
 
 
+def check(policy: str) -> None:
+    """Raise ValueError for a policy that there is not."""
+    if policy not in ("ignore", "copy", "average"):
+        raise ValueError(f"buffers: expected ignore or copy or average, found {policy!r}")
+
+
 def held(model: nn.Module, policy: Policy) -> dict[str, Tensor]:
     """The buffers that a `state_dict` of `model` has, by name; none of them to "ignore".
 
     Raises ValueError for another policy.
     """
-    if policy not in ("ignore", "copy", "average"):
-        raise ValueError(f"buffers: expected ignore or copy or average, found {policy!r}")
+    check(policy)
     if policy == "ignore":
         return {}
     lasting = {

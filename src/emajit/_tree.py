@@ -59,6 +59,12 @@ class Pairs(NamedTuple):
         return [leaves[firsts[slot]] for slot in range(len(self.shadows))]
 
 
+def check_dtype(dtype: Any) -> None:
+    """Raise ValueError for what is neither None nor a real floating-point dtype."""
+    if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
+        raise ValueError(f"dtype: expected a floating-point dtype, found {dtype}")
+
+
 def copy(params: PyTree, dtype: torch.dtype | None) -> PyTree:
     """A detached copy of each leaf, floating-point ones in `dtype`; tied leaves stay tied."""
     check_leaves("params", params)

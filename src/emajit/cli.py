@@ -53,8 +53,11 @@ def demo(
 ) -> None:
     """Train a small diffusion model on digits and show what averaging its weights is worth."""
     with _one_line():
-        from emajit import demo as training  # noqa: PLC0415, seconds that --help need not take
+        import torch  # noqa: PLC0415, seconds that --help need not take
 
+        from emajit import demo as training  # noqa: PLC0415
+
+        torch.set_num_threads(1)  # for so small a model, others would wait more than they help
         device = device or training.default_device()
         training.run(training.Settings(steps, decay, seed, device, out, posthoc), Console())
 
@@ -104,10 +107,19 @@ class Layout(StrEnum):
     torch_ema = "torch-ema"
 
 
-Checkpoint = Annotated[Path, typer.Argument(metavar="FILE", help="Of safetensors or torch.save.")]
+Checkpoint = Annotated[
+    Path,
+    typer.Argument(
+        metavar="FILE",
+        help="Of safetensors or torch.save, or a folder of torch.distributed.checkpoint.",
+    ),
+]
 Names = Annotated[
     Path | None,
-    typer.Option(help="A file with the names of the parameters in order, for layouts by position."),
+    typer.Option(
+        help="A text file with the names of the parameters in order, one a line, for layouts by "
+        "position."
+    ),
 ]
 
 
@@ -120,7 +132,19 @@ def inspect(file: Checkpoint, names: Names = None) -> None:
         conversion.inspect(file, names, Console())
 
 
-Out = Annotated[Path, typer.Option("--out", "-o", help="The file to write.")]
+Out = Annotated[
+    Path,
+    typer.Option(
+        "--out",
+        "-o",
+        help="The file to write. state_dict and litema are written as safetensors, but as "
+        "torch.save if it ends in .ckpt, .pt, .pth or .bin.",
+    ),
+]
+Decay = Annotated[
+    float | None,
+    typer.Option(help="To go on with, where the layout holds one; default, the checkpoint's."),
+]
 Cast = Annotated[Dtype | None, typer.Option(help="Of the weights in it; default, their own.")]
 
 
@@ -132,10 +156,11 @@ def extract(
     layout: Annotated[
         Layout, typer.Option("--format", help="Of the file that is written.")
     ] = Layout.state_dict,
+    decay: Decay = None,
     dtype: Cast = None,
 ) -> None:
     """Write the averaged weights of a checkpoint into a file of their own."""
-    convert(file, out, layout, names, dtype)
+    convert(file, out, layout, names, decay, dtype)
 
 
 @app.command()
@@ -144,6 +169,7 @@ def convert(
     out: Out,
     layout: Annotated[Layout, typer.Option("--to", help="Of the file that is written.")],
     names: Names = None,
+    decay: Decay = None,
     dtype: Cast = None,
 ) -> None:
     """Write the averages of a checkpoint in another layout, to go on with them there."""
@@ -151,7 +177,7 @@ def convert(
         from emajit import conversion  # noqa: PLC0415, seconds that --help need not take
 
         cast = None if dtype is None else dtype.value
-        conversion.extract(file, names, out, layout.value, cast, Console())
+        conversion.extract(file, names, out, layout.value, decay, cast, Console())
 
 
 @contextmanager

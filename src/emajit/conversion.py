@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from emajit import checkpoint
-from emajit.checkpoint import Averaged
+from emajit.checkpoint import Averaged, formats
 
 
 def inspect(path: Path, names: Path | None, console: Console) -> None:
@@ -67,7 +69,13 @@ def _block(name: str) -> str:
 
 
 def extract(
-    path: Path, names: Path | None, out: Path, layout: str, dtype: str | None, console: Console
+    path: Path,
+    names: Path | None,
+    out: Path,
+    layout: str,
+    decay: float | None,
+    dtype: str | None,
+    console: Console,
 ) -> None:
     """Write the averages of a checkpoint into a file, in a layout of `checkpoint.write`.
 
@@ -75,29 +83,49 @@ def extract(
     """
     if out.exists() and path.exists() and out.samefile(path):
         raise ValueError(f"--out: expected another file than the checkpoint, found {out}")
+    if decay is not None and not 0 <= decay <= 1:
+        raise ValueError(f"--decay: expected a number in [0, 1], found {decay}")
     listed = _lines(names)
     found = checkpoint.read(path, names=listed)
-    parts = [found.weights, *([found.raw] if layout == "litema" else [])]
-    total = sum(tensor.nbytes for part in parts for tensor in part.values())
-    columns = TextColumn("writing"), BarColumn(), DownloadColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=total)
+    with _told(found, layout, console) as tell:
         checkpoint.write(
             out,
             found,
             layout=layout,
             names=listed,
+            decay=decay,
             dtype=None if dtype is None else getattr(torch, dtype),
-            tell=lambda size: progress.advance(task, size),
+            tell=tell,
         )
-        progress.update(task, completed=total)
-    console.print(
-        f"{found.layout}: {len(found.weights):,} tensors, written into {out}", highlight=False
-    )
-    if found.raw_only:
+    count = len(found.weights) - len(found.raw_only)
+    console.print(f"{found.layout}: {count:,} averages, written into {out}", highlight=False)
+    if found.raw_only and layout not in formats.BY_POSITION:
         shown = ", ".join(found.raw_only[:5]) + (", ..." if len(found.raw_only) > 5 else "")
-        console.print(f"{len(found.raw_only):,} of them are no averages: {shown}", highlight=False)
+        console.print(f"with {len(found.raw_only):,} that are none: {shown}", highlight=False)
+
+
+@contextmanager
+def _told(found: Averaged, layout: str, console: Console) -> Iterator[Callable[[int], None]]:
+    """A bar of the bytes that are written, from the first on."""
+    parts = [found.weights, *([found.raw] if layout == "litema" else [])]
+    total = sum(tensor.nbytes for part in parts for tensor in part.values())
+    columns = TextColumn("writing"), BarColumn(), DownloadColumn()
+    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = progress.add_task("", total=total)
+
+    def tell(size: int) -> None:
+        progress.start()
+        progress.advance(task, size)
+
+    try:
+        yield tell
+    finally:
+        if progress.live.is_started:
+            progress.stop()
 
 
 def _lines(names: Path | None) -> list[str] | None:
-    return None if names is None else names.read_text().split()
+    try:
+        return None if names is None else names.read_text().split()
+    except UnicodeDecodeError:
+        raise ValueError(f"--names: expected a text file, one name a line, found {names}") from None

@@ -59,9 +59,8 @@ def init(
             or the parameters are DTensors or on a device without CUDA; `pin_memory` without
             `device="cpu"`.
     """
-    if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
-        raise ValueError(f"dtype: expected a floating-point dtype, found {dtype}")
-    if device is not None and torch.device(device).type != "cpu":
+    _tree.check_dtype(dtype)
+    if device is not None and str(device) != "cpu":
         raise ValueError(
             f"device: expected cpu, or none for that of the parameters, found {device}"
         )
@@ -301,6 +300,11 @@ def _check_step(step: Step) -> None:
         raise TypeError(f"step: expected an int or a 0-d integer tensor, found {step!r}")
     elif step < 0:
         raise ValueError(f"step: expected the number of updates so far, >= 0, found {step}")
+
+
+def check_decay(decay: Any) -> None:
+    """Raise ValueError or TypeError for what is no decay, nor a schedule that begins with one."""
+    _weight(decay, 0)
 
 
 def check_backend(backend: str) -> None:

@@ -76,6 +76,7 @@ class LitEma(nn.Module):
             raise ValueError(f"Decay must be between 0 and 1, found {decay}")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a module, found {type(model).__qualname__}")
+        functional.check_backend(backend)
         _shards.reshard(model)
         params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not params:

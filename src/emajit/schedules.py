@@ -33,24 +33,30 @@ class _Schedule:
     """A schedule, and the call that made it."""
 
     def __init__(self, schedule: Schedule, name: str, args: Any, kwargs: Any) -> None:
-        self._schedule, self._call = schedule, (name, args, kwargs)
+        self._schedule, self._made = schedule, (name, args, kwargs)
 
     def __call__(self, step: Step) -> Decay:
         return self._schedule(step)
 
+    def _call(self) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
+        """The same however it was written. Not made with the schedule: that may be in a trace."""
+        name, args, kwargs = self._made
+        bound = inspect.signature(globals()[name]).bind(*args, **kwargs)
+        return name, bound.args, bound.kwargs
+
     def __repr__(self) -> str:
-        name, args, kwargs = self._call
+        name, args, kwargs = self._call()
         told = [*map(repr, args), *(f"{key}={value!r}" for key, value in kwargs.items())]
         return f"{name}({', '.join(told)})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Schedule) and self._call == other._call
+        return isinstance(other, _Schedule) and self._call() == other._call()
 
     def __hash__(self) -> int:
-        return hash(self._call[0])
+        return hash(self._made[0])
 
     def __reduce__(self) -> Any:
-        return _make, self._call
+        return _make, self._made
 
 
 def _make(name: str, args: Any, kwargs: Any) -> Schedule:
@@ -59,13 +65,9 @@ def _make(name: str, args: Any, kwargs: Any) -> Schedule:
 
 
 def _factory(function: Callable[P, Schedule]) -> Callable[P, Schedule]:
-    signature = inspect.signature(function)
-
     @functools.wraps(function)
     def made(*args: P.args, **kwargs: P.kwargs) -> Schedule:
-        schedule = function(*args, **kwargs)
-        call = signature.bind(*args, **kwargs)
-        return _Schedule(schedule, function.__name__, call.args, call.kwargs)
+        return _Schedule(function(*args, **kwargs), function.__name__, args, kwargs)
 
     return made
 
@@ -421,4 +423,4 @@ def _check_share(name: str, share: float) -> None:
 def _check_ramp(start: float, end: float, steps: int) -> None:
     _check_share("start", start)
     _check_share("end", end)
-    _check(steps >= 1, "steps", "an integer >= 1", steps)
+    _check(isinstance(steps, int) and steps >= 1, "steps", "an integer >= 1", steps)

@@ -6,6 +6,7 @@ its own names. A shadow of DTensors goes into a folder of `torch.distributed.che
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ __all__ = ["Averaged", "load", "load_sharded", "read", "save", "save_sharded", "
 
 Tree = TypeVar("Tree")
 _SHADOW = "shadow."
+_OF_TORCH = ".ckpt", ".pt", ".pth", ".bin"
 
 
 def save(
@@ -51,13 +53,14 @@ def save(
     Raises:
         ValueError: two leaves have the same name, a node of the tree has none for its children, a
             tensor is not dense (sparse, on meta), or is a DTensor, for which there is
-            `save_sharded`; safetensors lacks a dtype (complex32,
-            complex128), the step is negative, or a key of `metadata` is taken.
+            `save_sharded`; safetensors lacks a dtype (complex32, complex128), `dtype` is not
+            floating-point, the step is negative, or a key of `metadata` is taken.
         TypeError: a leaf is neither a tensor nor None, the step is no integer, or `metadata` is no
             dict of strings.
         OSError: the file cannot be written.
     """
     taken = count(step)
+    _tree.check_dtype(dtype)
     own = dict(metadata or {})
     for key, value in own.items():
         if not (isinstance(key, str) and isinstance(value, str)):
@@ -235,6 +238,9 @@ def read(
     listed = _listed(names)
     if isinstance(source, Mapping):
         return formats.recognise(source, listed)
+    if not isinstance(source, str | os.PathLike):
+        found = type(source).__qualname__
+        raise TypeError(f"source: expected a path, or a mapping as a file holds one, found {found}")
     path = Path(source)
     tree = _held(path)
     try:
@@ -244,6 +250,10 @@ def read(
 
 
 def _listed(names: Iterable[str] | torch.nn.Module | None) -> list[str] | None:
+    if isinstance(names, str) or not (
+        names is None or isinstance(names, Iterable | torch.nn.Module)
+    ):
+        raise TypeError(f"names: expected a list of names, or the model, found {names!r}")
     if isinstance(names, torch.nn.Module):
         return [name for name, _ in names.named_parameters()]
     return None if names is None else [*names]
@@ -255,13 +265,15 @@ def write(
     *,
     layout: str = "state_dict",
     names: Iterable[str] | torch.nn.Module | None = None,
+    decay: float | None = None,
     dtype: torch.dtype | None = None,
     tell: Callable[[int], object] = lambda _: None,
 ) -> None:
     """Write what `read` has found in a layout that others read; whole or not at all.
 
     Args:
-        path: the file; of safetensors for the first two layouts, else of `torch.save`.
+        path: the file. The first two layouts are written as safetensors, but into a `.ckpt`, `.pt`,
+            `.pth` or `.bin` with `torch.save`, as the others always are.
         averaged: from `read`.
         layout: "state_dict" is the averaged weights as a model loads them; "litema" a checkpoint of
             latent-diffusion, trained weights and averages below `model_ema.`; "averaged-model" the
@@ -269,25 +281,38 @@ def write(
             training script saves; "diffusers-ema" and "torch-ema" the states of diffusers'
             `EMAModel` and of torch_ema, by position.
         names: for the last two, the names of the model's parameters in order, or the model.
+        decay: to go on with, for the layouts that hold one; default that of `averaged`.
         dtype: of floating-point tensors; default their own.
         tell: is told how many bytes were written, piece by piece.
 
     Raises:
-        ValueError: another layout; "litema" without the trained weights, "averaged-model" and
-            "ema-pytorch" without a known step, a layout by position without names.
+        ValueError: another layout, or a dtype that is not floating-point; "litema" without the
+            trained weights, "averaged-model" and "ema-pytorch" without a known step, a layout that
+            holds a decay without a known one, a layout by position without the names of all
+            averages.
+        TypeError: `averaged` is not from `read`.
         OSError: the file cannot be written.
     """
-    if layout not in formats.OF_SAFETENSORS:
+    if not isinstance(averaged, Averaged):
+        raise TypeError(
+            f"averaged: expected what read has found, found {type(averaged).__qualname__}"
+        )
+    _tree.check_dtype(dtype)
+    path = Path(path)
+    if decay is not None:
+        averaged = averaged._replace(decay=decay)
+    as_safetensors = layout in formats.OF_SAFETENSORS and path.suffix not in _OF_TORCH
+    if not as_safetensors:
         weights, raw = (_cast(part, dtype) for part in (averaged.weights, averaged.raw))
         averaged = averaged._replace(weights=weights, raw=raw)
     state = formats.written(averaged, layout, _listed(names))
-    if layout in formats.OF_SAFETENSORS:
+    if as_safetensors:
         floats = [name for name in _floats(state) if name not in formats.CONTROLS]
         casts = {} if dtype is None else dict.fromkeys(floats, dtype)
         header = {"format": "pt"}
-        files.write_tensors(Path(path), state, lambda _: header, casts=casts, tell=tell)
+        files.write_tensors(path, state, lambda _: header, casts=casts, tell=tell)
     else:
-        files.write_torch(Path(path), state, tell)
+        files.write_torch(path, {"state_dict": state} if layout == "litema" else state, tell)
 
 
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -298,6 +323,9 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str,
 def _held(path: Path) -> Any:
     if (path / ".metadata").is_file():
         return _of_folder(path)
+    if path.is_dir():
+        expected = "expected a file, or a folder of torch.distributed.checkpoint, found another"
+        raise IsADirectoryError(errno.EISDIR, expected, str(path))
     if not files.is_safetensors(path):
         return files.load_torch(path)
     with files.opened(path) as file:

@@ -419,7 +419,7 @@ def _as_lit_ema(averaged: Averaged, _: Names) -> dict[str, Any]:
     keys = _names.flat_keys(names, lambda key: key in ("decay", "num_updates"))
     count = -1 if averaged.step is None else averaged.step
     controls = {
-        CONTROLS[0]: torch.tensor(_decay(averaged), dtype=torch.float32),
+        CONTROLS[0]: torch.tensor(_decay("litema", averaged), dtype=torch.float32),
         CONTROLS[1]: torch.tensor(count, dtype=torch.int32),
     }
     flat = {f"model_ema.{keys[name]}": averages[host + name] for name in names}
@@ -444,7 +444,7 @@ def _as_timm(averaged: Averaged, _: Names) -> dict[str, Any]:
 
 def _as_diffusers(averaged: Averaged, names: Names) -> dict[str, Any]:
     return {
-        "decay": _decay(averaged),
+        "decay": _decay("diffusers-ema", averaged),
         "min_decay": 0.0,
         "optimization_step": averaged.step or 0,
         "update_after_step": 0,
@@ -457,7 +457,7 @@ def _as_diffusers(averaged: Averaged, names: Names) -> dict[str, Any]:
 
 def _as_torch_ema(averaged: Averaged, names: Names) -> dict[str, Any]:
     return {
-        "decay": _decay(averaged),
+        "decay": _decay("torch-ema", averaged),
         "num_updates": averaged.step,
         "shadow_params": _in_order("torch-ema", averaged, names),
         "collected_params": None,
@@ -475,14 +475,16 @@ _WRITERS: dict[str, Callable[[Averaged, Names], dict[str, Any]]] = {
 }
 LAYOUTS = tuple(_WRITERS)
 OF_SAFETENSORS = "state_dict", "litema"
+BY_POSITION = "diffusers-ema", "torch-ema"
 
 
 def written(averaged: Averaged, layout: str, names: Names) -> dict[str, Any]:
     """What a file in one of the `LAYOUTS` holds.
 
     Raises ValueError for another layout, and where the layout needs what was not there: "litema"
-    the trained weights, "averaged-model" and "ema-pytorch" the step, without which they would start
-    from the model again, "diffusers-ema" and "torch-ema" names, whose order a file may have lost.
+    the trained weights and a decay, "averaged-model" and "ema-pytorch" the step, without which they
+    would start from the model again, "diffusers-ema" and "torch-ema" a decay, and names, whose
+    order a file may have lost.
     """
     if layout not in _WRITERS:
         raise ValueError(f"layout: expected {' or '.join(LAYOUTS)}, found {layout!r}")
@@ -493,8 +495,12 @@ def _averages(averaged: Averaged) -> dict[str, Tensor]:
     return {n: v for n, v in averaged.weights.items() if n not in averaged.raw_only}
 
 
-def _decay(averaged: Averaged) -> float:
-    return 0.9999 if averaged.decay is None else averaged.decay
+def _decay(layout: str, averaged: Averaged) -> float:
+    if averaged.decay is None:
+        raise ValueError(
+            f"{layout}: expected a checkpoint that tells its decay, or a decay to write, found none"
+        )
+    return averaged.decay
 
 
 def _step(layout: str, averaged: Averaged) -> int:
@@ -505,10 +511,17 @@ def _step(layout: str, averaged: Averaged) -> int:
 
 def _in_order(layout: str, averaged: Averaged, names: Names) -> list[Tensor]:
     averages = _averages(averaged)
-    unknown = ["none"] if names is None else [name for name in names if name not in averages]
-    if names is None or unknown:
+    if names is None:
         raise ValueError(
-            f"{layout}: expected names of averages in the order of the model's parameters, found "
-            f"{_tree.some(unknown)}"
+            f"{layout}: expected names of the averages in the order of the model's parameters, "
+            "found none"
+        )
+    unknown = [name for name in names if name not in averages]
+    left_out = [name for name in averages if name not in names]
+    if unknown or left_out:
+        told = [f"without {_tree.some(left_out)}"] * bool(left_out)
+        told += [f"with {_tree.some(unknown)}, which is no average"] * bool(unknown)
+        raise ValueError(
+            f"{layout}: expected names of all averages, found them {' and '.join(told)}"
         )
     return [averages[name] for name in names]

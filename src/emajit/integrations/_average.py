@@ -8,9 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emajit import _buffers, _names, _shards
+from emajit import _buffers, _names, _shards, _tree, functional
 from emajit.functional import Decay, Schedule
 from emajit.litema import LitEma
+
+
+def checked(
+    decay: Any, dtype: torch.dtype | None, buffers: _buffers.Policy, every: int
+) -> dict[str, Any]:
+    """The options of an `Average`; ValueError and TypeError name the one that is unusable."""
+    functional.check_decay(decay)
+    _tree.check_dtype(dtype)
+    _buffers.check(buffers)
+    if not isinstance(every, int) or every < 1:
+        raise ValueError(f"every: expected a number of steps, >= 1, found {every!r}")
+    return {"decay": decay, "dtype": dtype, "buffers": buffers}
 
 
 class Average(LitEma):
@@ -61,8 +73,8 @@ class Average(LitEma):
         missing, unknown = sorted(keys.keys() - shadow.keys()), sorted(shadow.keys() - keys.keys())
         if missing or unknown:
             raise ValueError(
-                f"averages: expected those of the model, found {missing} missing and {unknown} "
-                "unknown"
+                f"averages: expected those of the model and of the option buffers, found {missing} "
+                f"missing and {unknown} unknown"
             )
         flat = {
             keys[name]: _shards.split_as(self.get_buffer(keys[name]), value)

@@ -13,7 +13,7 @@ from torch import nn
 
 from emajit import _buffers, _names, _shards, schedules, scope
 from emajit.functional import Decay, Schedule
-from emajit.integrations._average import Average
+from emajit.integrations._average import Average, checked
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -52,9 +52,9 @@ class EMACallback(Callback):
             the averaged ones.
         save: which weights a checkpoint's `state_dict` has.
 
-    Raises ValueError for an unknown option, for a second `EMACallback` of the Trainer, and what
-    `LitEma` raises for the module: at the start of training, and where a parameter starts to
-    require grad later.
+    Raises ValueError and TypeError for an unusable option, ValueError for a second `EMACallback` of
+    the Trainer, and what `LitEma` raises for the module: at the start of training, and where a
+    parameter starts to require grad later.
     """
 
     def __init__(
@@ -68,9 +68,7 @@ class EMACallback(Callback):
     ) -> None:
         if save not in ("raw", "averaged"):
             raise ValueError(f"save: expected raw or averaged, found {save!r}")
-        if every < 1:
-            raise ValueError(f"every: expected a number of steps, >= 1, found {every}")
-        self._options: Any = {"decay": decay, "dtype": dtype, "buffers": buffers}
+        self._options = checked(decay, dtype, buffers, every)
         self._every, self._save = every, save
         self._average: Average | None = None
         # The parameters that the averages are of, and which version of each.

@@ -15,7 +15,7 @@ from torch import nn
 from emajit import _buffers, _shards, checkpoint, schedules
 from emajit.checkpoint import saved
 from emajit.functional import Decay, Schedule
-from emajit.integrations._average import Average
+from emajit.integrations._average import Average, checked
 
 try:
     from transformers import (
@@ -72,10 +72,13 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         every: average after each optimizer step whose number is a multiple of this; `decay` counts
             the averaged ones.
 
-    Raises ValueError, at the start of training, for parameters in shards (FSDP, DeepSpeed ZeRO 3),
-    for a resumed checkpoint whose averages are not found or do not fit, for a second `EMACallback`
-    of the Trainer, and for `enable_jit_checkpoint`, whose checkpoints no callback hears of; and
-    what `LitEma` raises for the model, there and where a parameter starts to require grad later.
+    From a checkpoint without averages they start from its weights, with a warning.
+
+    Raises ValueError and TypeError for an unusable option; and ValueError, at the start of
+    training, for parameters in shards (FSDP, DeepSpeed ZeRO 3), for a resumed checkpoint that is
+    not found or whose averages do not fit, for a second `EMACallback` of the Trainer, and for
+    `enable_jit_checkpoint`, whose checkpoints no callback hears of; and what `LitEma` raises for
+    the model, there and where a parameter starts to require grad later.
     """
 
     def __init__(
@@ -86,9 +89,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         buffers: _buffers.Policy = "ignore",
         every: int = 1,
     ) -> None:
-        if every < 1:
-            raise ValueError(f"every: expected a number of steps, >= 1, found {every}")
-        self._options: Any = {"decay": decay, "dtype": dtype, "buffers": buffers}
+        self._options = checked(decay, dtype, buffers, every)
         self._every = every
         self._average: Average | None = None
         self._is_training = False
@@ -150,8 +151,15 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._average = Average(model, **self._options)
         if state.global_step:
             told = args.resume_from_checkpoint
-            folders = [Path(str(told))] if told else []
-            self._load(model, [*folders, _folder(args, state)])
+            folders = [*([Path(str(told))] if told else []), _folder(args, state)]
+            found = [folder for folder in folders if folder.is_dir()]
+            if found and not any((folder / _FILE).is_file() for folder in found):
+                warnings.warn(
+                    f"{found[0]} has no averages of EMACallback; its weights stand for them",
+                    stacklevel=2,
+                )
+            else:
+                self._load(model, folders)
         self._is_training = True
         if args.eval_on_start:
             self._enter(model)
@@ -232,9 +240,9 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def _load(self, model: nn.Module, folders: list[Path]) -> None:
         """Go on from the averages that were saved beside the weights that the model has."""
         average = self._present()
-        for path in (folder / _FILE for folder in folders):
-            if path.is_file() and _saved_fingerprint(path) == _fingerprint(average, model):
-                shadow, step = checkpoint.load(path, like=average.named_averages())
+        for file in (folder / _FILE for folder in folders):
+            if file.is_file() and _saved_fingerprint(file) == _fingerprint(average, model):
+                shadow, step = checkpoint.load(file, like=average.named_averages())
                 average.restore_state({"shadow": shadow, "step": step})
                 return
         raise ValueError(
