@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import struct
 import warnings
@@ -17,6 +18,9 @@ from emajit import _buffers, _host, _memory, _names, _shards, _tree, functional,
 
 _log = logging.getLogger(__name__)
 _RANGES = {"decay": (0, 1), "num_updates": (-1, 2**31 - 1)}
+
+
+_warmup = functools.lru_cache(schedules.warmup)
 
 
 def _float32(number: float) -> float:
@@ -141,17 +145,14 @@ class LitEma(nn.Module):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, float | Tensor]:
         """The next update: the averages, their parameters, the step and the decay."""
         averages, params = self._pairs(model)
-        copies = self._take_copied(averages)
-        _check_shapes(copies, params)
-        params = {name: params[name] for name in averages} if copies else params
-        step = self.num_updates
-        on_host = self._on_host()
-        return averages, params, step, self._decay_on_host() if on_host else self._decay_on_device()
+        if self._copied:
+            _check_shapes(self._take_copied(averages), params)
+            params = {name: params[name] for name in averages}
+        decay = self._decay_on_host() if self._on_host() else self._decay_on_device()
+        return averages, params, self.num_updates, decay
 
     def _take_copied(self, averages: dict[str, Tensor]) -> dict[str, Tensor]:
         """Take out, and return, those that are copies of buffers."""
-        if not self._copied:
-            return {}
         names = [name for name in averages if self._keys[name] in self._copied]
         return {name: averages.pop(name) for name in names}
 
@@ -173,7 +174,7 @@ class LitEma(nn.Module):
         elif int(updates) >= 0:
             updates.add_(1)
         self._untouched.clear()
-        self._is_updated = True
+        vars(self)["_is_updated"] = True  # past the checks of Module.__setattr__, a microsecond
 
     def _on_host(self) -> bool:
         return self.num_updates.is_cpu and not torch.compiler.is_compiling()
@@ -189,7 +190,7 @@ class LitEma(nn.Module):
             decay = self._written_decay
         elif decay == _float32(round(decay, 7)):
             decay = round(decay, 7)
-        return decay if step < 0 else float(schedules.warmup(decay)(step))
+        return decay if step < 0 else float(_warmup(decay)(step))
 
     def _decay_on_device(self) -> Tensor:
         """In tensors that are never read back."""
