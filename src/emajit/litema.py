@@ -23,6 +23,13 @@ _RANGES = {"decay": (0, 1), "num_updates": (-1, 2**31 - 1)}
 _warmup = functools.lru_cache(schedules.warmup)
 
 
+@functools.lru_cache
+def _decimal(held: float, written: float) -> float:
+    """The number that a float32 was made of: the one written, or one of 7 decimals, or itself."""
+    decimals = (number for number in (written, round(held, 7)) if _float32(number) == held)
+    return next(decimals, held)
+
+
 def _float32(number: float) -> float:
     return float(struct.unpack("f", struct.pack("f", number))[0])
 
@@ -99,6 +106,7 @@ class LitEma(nn.Module):
         self._untouched: set[str] = set()
         # Keys of buffers that are copied.
         self._copied: set[str] = set()
+        self._takes_buffers = self._is_sharded = False
         self._orphans: set[str] = set()
         # Of the model seen last: the names of its parameters, and the key of each one's average.
         self._known: list[str] = []
@@ -113,6 +121,7 @@ class LitEma(nn.Module):
         if buffers == "copy":
             self._copied.update(self.m_name2s_name[name] for name in kept)
         self._takes_buffers = bool(kept)
+        self._is_sharded = _shards.are_in(params.values())
         self._untouched.update(self.m_name2s_name.values())
 
     def named_modules(
@@ -185,11 +194,7 @@ class LitEma(nn.Module):
 
     def _decay_on_host(self) -> float:
         """In Python numbers, which take a tenth of the time of a dozen 0-d tensor operators."""
-        step, decay = int(self.num_updates), float(self.decay)
-        if decay == _float32(self._written_decay):
-            decay = self._written_decay
-        elif decay == _float32(round(decay, 7)):
-            decay = round(decay, 7)
+        step, decay = int(self.num_updates), _decimal(float(self.decay), self._written_decay)
         return decay if step < 0 else float(_warmup(decay)(step))
 
     def _decay_on_device(self) -> Tensor:
@@ -271,13 +276,7 @@ class LitEma(nn.Module):
 
     def _pairs(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The averages and the parameters of `model` that they are of, under its names."""
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a module, found {type(model).__qualname__}")
-        _shards.reshard(model)
-        params: dict[str, Tensor] = dict(model.named_parameters())
-        if self._takes_buffers:
-            params |= dict(model.named_buffers())
-        scope.check_outside(params.values())
+        params = self._tensors(model)
         if list(params) != self._known:
             self._keys, self._known = self._match(list(params)), list(params)
         buffers: dict[str, Any] = self._buffers
@@ -296,6 +295,18 @@ class LitEma(nn.Module):
                     averages[name].copy_(params[name].detach())
             self._orphans.clear()
         return averages, params
+
+    def _tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """The parameters of a model outside of a scope, and its buffers if some are averaged."""
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a module, found {type(model).__qualname__}")
+        if self._is_sharded:
+            _shards.reshard(model)
+        tensors: dict[str, Tensor] = dict(model.named_parameters())
+        if self._takes_buffers:
+            tensors |= dict(model.named_buffers())
+        scope.check_outside(tensors.values())
+        return tensors
 
     def _match(self, names: list[str]) -> dict[str, str]:
         """The key of the average for each parameter of a model that has one."""
