@@ -186,6 +186,10 @@ class TestLitEma:
             assert other.load_state_dict(load_file(tmp_path / "out")) == ([], [])
             for name, value in host.state_dict().items():
                 assert torch.equal(other.state_dict()[name], value), name
+            names = [f"model.{name}" for name in averages]
+            checkpoint.write(tmp_path / "out", found, layout="torch-ema", names=names)
+            again = checkpoint.read(tmp_path / "out", names=names)
+            assert_average(again, {f"model.{name}": value for name, value in averages.items()})
 
     def test_half_precision_files_are_distrusted(self) -> None:
         state = {key: value.half() for key, value in Host().state_dict().items()}
@@ -415,6 +419,36 @@ class TestPickledBeside:
         renamed = content.getvalue().replace(b"argparse\nNamespace", b"omegacon\nDictConfi")
         (tmp_path / "file").write_bytes(renamed)
         assert checkpoint.read(tmp_path / "file").layout == "timm"
+
+    def test_a_value_among_them_is_refused(self, tmp_path: Path) -> None:
+        path = tmp_path / "file"
+        averages: dict[str, Any] = {**net().state_dict(), "missing": np.float32(1)}
+        torch.save({"state_dict_ema": averages}, path)
+        with pytest.raises(
+            ValueError, match="'missing': expected a tensor, found a pickled scalar"
+        ):
+            checkpoint.read(path)
+        averages["layer._extra_state"] = averages.pop("missing")  # as TransformerEngine has it
+        torch.save({"state_dict_ema": averages}, path)
+        assert checkpoint.read(path).layout == "timm"
+        ema = {"shadow_params": [torch.ones(1)], "optimization_step": np.int64(3), "decay": 0.9}
+        torch.save(ema, path)
+        with pytest.raises(ValueError, match="EMAModel: step: expected a number, found scalar"):
+            checkpoint.read(path, names=["w"])
+        state = {"named_parameters_dict": net().state_dict()}
+        ema = {"ema_weights_active": np.False_, "ema_model": state}
+        torch.save({"state": {"model": net().state_dict(), "algorithms": {"EMA": ema}}}, path)
+        with pytest.raises(ValueError, match="expected a value, found a pickled scalar"):
+            checkpoint.read(path)
+
+    def test_a_mapping_in_itself(self, tmp_path: Path) -> None:
+        held: dict[str, Any] = {"state_dict_ema": net().state_dict()}
+        held["itself"] = held
+        torch.save(held, tmp_path / "file")
+        with pytest.raises(
+            ValueError, match=r"expected averages in a layout .* found one in itself"
+        ):
+            checkpoint.read(tmp_path / "file")
 
     def test_what_is_no_plain_container_after_all(self, tmp_path: Path) -> None:
         path = tmp_path / "file"

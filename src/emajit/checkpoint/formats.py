@@ -45,7 +45,12 @@ class Averaged(NamedTuple):
 
 def recognise(tree: Any, names: Names) -> Averaged:
     """The one average that is in `tree`; ValueError for none, for two, and for a broken one."""
-    leaves = pytree.tree_leaves(tree)
+    try:
+        leaves = pytree.tree_leaves(tree)
+    except RecursionError:
+        raise ValueError(
+            "expected averages in a layout that is known, found one in itself"
+        ) from None
     objects = {
         f"{type(leaf).__module__}.{type(leaf).__name__}"
         for leaf in leaves
@@ -410,8 +415,7 @@ def _as_lit_ema(averaged: Averaged, _: Names) -> dict[str, Any]:
 
     The averages are those of the module `model`, if all of them are in it, else of the host.
     """
-    first = {_memory.identity(v): n for n, v in reversed(_averages(averaged).items())}
-    averages = {n: v for n, v in _averages(averaged).items() if first[_memory.identity(v)] == n}
+    averages = _averages(averaged)
     if not averaged.raw.keys() >= averages.keys():
         raise ValueError("litema: expected the trained weights beside the averages, found none")
     host = "model." if all(name.startswith("model.") for name in averages) else ""
@@ -492,7 +496,12 @@ def written(averaged: Averaged, layout: str, names: Names) -> dict[str, Any]:
 
 
 def _averages(averaged: Averaged) -> dict[str, Tensor]:
-    return {n: v for n, v in averaged.weights.items() if n not in averaged.raw_only}
+    """The averages, of what is tied under its first name."""
+    first: dict[Any, str] = {}
+    for name, value in averaged.weights.items():
+        if name not in averaged.raw_only:
+            first.setdefault(_memory.identity(value), name)
+    return {name: averaged.weights[name] for name in first.values()}
 
 
 def _decay(layout: str, averaged: Averaged) -> float:

@@ -86,9 +86,7 @@ def _check_chunks(key: str, entry: TensorStorageMetadata) -> None:
         fits = len(box) == len(size) and all(
             0 <= begin < begin + n <= whole for (begin, n), whole in zip(box, size, strict=True)
         )
-        active = (
-            [other for other in active if other[0][0] + other[0][1] > box[0][0]] if box else active
-        )
+        active = [other for other in active if not box or sum(other[0]) > box[0][0]]
         if not fits or any(_overlap(box, other) for other in active):
             raise ValueError(f"a chunk of {key!r} at {box} in {size}, beside {active}")
         held += math.prod(n for _, n in box)
@@ -127,12 +125,11 @@ class Folder:
             with _on_one_process_too():
                 load(tensors, storage_reader=self._reader, no_dist=alone)
         except (CheckpointException, RuntimeError, OSError) as error:
-            first = (
-                next(iter(error.failures.values()))[0]
-                if isinstance(error, CheckpointException)
-                else error
-            )
-            raise ValueError(f"{self.path}: expected what its index tells, found {first}") from None
+            failures = getattr(error, "failures", {})  # by rank, each with its traceback
+            reason = next(iter(failures.values()), [error])[0]
+            raise ValueError(
+                f"{self.path}: expected what its index tells, found {reason}"
+            ) from None
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> None:
