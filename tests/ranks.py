@@ -22,7 +22,7 @@ from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
@@ -296,6 +296,16 @@ def lit_ema_stores_copies_and_restores(_: Path) -> None:
         with ema.ema_scope(model):
             assert torch.equal(model(x), averaged)
         assert torch.equal(model(x), raw)
+
+
+@check(2)
+def the_older_fsdp_is_refused(_: Path) -> None:
+    model = FullyShardedDataParallel(model_of(), device_id=torch.device("cpu"))
+    for use in (lambda: emajit.LitEma(model), lambda: emajit.ema_scope(model, {}).__enter__()):
+        with pytest.raises(
+            ValueError, match="expected fully_shard, found FullyShardedDataParallel"
+        ):
+            use()
 
 
 @check(2)

@@ -19,6 +19,7 @@ pytest.importorskip("lightning", reason="lightning is not installed")
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import FSDPStrategy
 
 from emajit.integrations.lightning import EMACallback
 
@@ -483,6 +484,13 @@ def test_processes_that_end_with_the_averages_are_told_of(tmp_path: Path) -> Non
     trainer.strategy._configure_launcher()
     with pytest.warns(UserWarning, match="the averages end with the processes"):
         callback.setup(trainer, model_of(), "fit")
+
+
+def test_the_older_fsdp_is_refused(tmp_path: Path) -> None:
+    trainer: Any = trainer_of(tmp_path)
+    trainer._accelerator_connector.strategy = FSDPStrategy()
+    with pytest.raises(ValueError, match="expected ModelParallelStrategy to shard, found FSDPStr"):
+        EMACallback().setup(trainer, model_of(), "fit")
 
 
 def test_wrong_options() -> None:

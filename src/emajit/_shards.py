@@ -59,12 +59,18 @@ def misplaced(found: Any, expected: Any) -> str:
 
 
 def reshard(model: Any) -> None:
-    """Make the parameters of FSDP2 shards again, where a forward has left them whole."""
+    """Make the parameters of FSDP2 shards again, where a forward has left them whole.
+
+    Raises ValueError for the older FSDP, which gathers its parameters from memory of its own.
+    """
     module = sys.modules.get("torch.distributed.fsdp")
     if module is not None:
         for part in model.modules():
             if isinstance(part, module.FSDPModule):
                 part.reshard()
+            elif isinstance(part, module.FullyShardedDataParallel):
+                found = type(part).__name__
+                raise ValueError(f"model: expected fully_shard, found {found}")  # noqa: TRY004
 
 
 def described(leaf: Any) -> str:

@@ -53,7 +53,7 @@ class _Schedule:
         return isinstance(other, _Schedule) and self._call() == other._call()
 
     def __hash__(self) -> int:
-        return hash(self._made[0])
+        return hash(_Schedule)  # torch 2.11 traces with instances that nothing has initialised
 
     def __reduce__(self) -> Any:
         return _make, self._made

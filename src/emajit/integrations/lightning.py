@@ -18,6 +18,7 @@ from emajit.integrations._average import Average, checked
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.strategies import FSDPStrategy
     from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
     from lightning.pytorch.trainer.states import TrainerFn
 except ModuleNotFoundError as error:
@@ -53,7 +54,8 @@ class EMACallback(Callback):
         save: which weights a checkpoint's `state_dict` has.
 
     Raises ValueError and TypeError for an unusable option, ValueError for a second `EMACallback` of
-    the Trainer, and what `LitEma` raises for the module: at the start of training, and where a
+    the Trainer and for its strategy "fsdp" ("model_parallel", which shards by `fully_shard`, is
+    fine), and what `LitEma` raises for the module: at the start of training, and where a
     parameter starts to require grad later.
     """
 
@@ -118,6 +120,10 @@ class EMACallback(Callback):
         if sum(isinstance(callback, EMACallback) for callback in callbacks) > 1:
             raise ValueError(
                 "expected one EMACallback, found another; a checkpoint has room for one"
+            )
+        if isinstance(trainer.strategy, FSDPStrategy):
+            raise ValueError(  # noqa: TRY004, it is an option
+                "strategy: expected ModelParallelStrategy to shard, found FSDPStrategy"
             )
         if stage != "fit":
             return
