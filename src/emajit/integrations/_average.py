@@ -36,8 +36,8 @@ class Average(LitEma):
         dtype: torch.dtype | None,
         buffers: _buffers.Policy,
     ) -> None:
+        vars(self)["_schedule"] = decay  # before LitEma chooses keys that nothing has
         super().__init__(model, dtype=dtype, buffers=buffers)
-        self._schedule = decay
 
     def _decay_on_host(self) -> Any:
         return self._schedule(int(self.num_updates)) if callable(self._schedule) else self._schedule
