@@ -143,10 +143,13 @@ class LitEma(nn.Module):
         has a trainable one that is not averaged, or a shape differs.
         """
         averages, params, step, decay = self._due(model)
-        for name, average in averages.items():
-            if params[name].device != average.device:
-                params[name] = params[name].to(average.device)
-        functional.update_(averages, params, step, decay=decay, backend=self.backend)
+        try:
+            functional.update_(averages, params, step, decay=decay, backend=self.backend)
+        except ValueError:  # to ask each tensor for its device before takes as long as to update it
+            there = {name: p.to(averages[name].device) for name, p in params.items()}
+            if all(there[name] is p for name, p in params.items()):
+                raise
+            functional.update_(averages, there, step, decay=decay, backend=self.backend)
         self._done(model)
 
     def _due(
