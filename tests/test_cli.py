@@ -303,7 +303,9 @@ class TestCheckpoints:
         told = "with 2 that are none: first_stage.weight" in shown
         assert told == (layout != "diffusers-ema")
 
-    def test_convert(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_convert(
+        self, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         out = file.parent / "out"
         arguments = [str(file), "-o", str(out)]
         assert emajit(monkeypatch, "convert", *arguments, "--to", "averaged-model") == 0
@@ -311,6 +313,9 @@ class TestCheckpoints:
         assert found.layout == "AveragedModel"
         assert found.weights.keys() == checkpoint.read(file).weights.keys()
         assert emajit(monkeypatch, "convert", *arguments) == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1
+        assert "Missing option '--to'" in told
 
     def test_a_decay_that_the_checkpoint_does_not_tell(
         self, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

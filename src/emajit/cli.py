@@ -212,9 +212,9 @@ def main() -> int:
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
-        line = f"emajit: {error.format_message()}"
-        if not error.format_message():  # called without a command, it has shown the help
-            return int(getattr(error, "exit_code", 2))
-        Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
+        line = " ".join(error.format_message().split())
+        if line:  # else it was called without a command, and has shown the help
+            console = Console(stderr=True)
+            console.print(f"emajit: {line}", markup=False, highlight=False, soft_wrap=True)
         return int(getattr(error, "exit_code", 2))
     return result if isinstance(result, int) else 0
