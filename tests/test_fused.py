@@ -513,3 +513,25 @@ def test_buffers_of_a_lit_ema(buffers: Any) -> None:
         emas.append(ema)
     for key, value in emas[0].state_dict().items():
         assert_close(emas[1].state_dict()[key], value)
+
+
+@pytest.mark.parametrize("buffers", ["copy", "average"])
+def test_a_skipped_step_leaves_the_buffers_of_a_lit_ema(buffers: Any) -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ema = LitEma(model, 0.75, buffers=buffers)
+    fused: Any = FusedOptimizer(optimizer, ema, model, backend="aot_eager")
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for step in range(4):  # one after the other, compiled, and each once skipped
+        before = {key: value.clone() for key, value in ema.state_dict().items()}
+        optimizer.zero_grad()
+        loss = model(torch.randn(8, 2)).square().sum()
+        skipped = step in (1, 3)
+        scaler.scale(loss * float("inf") if skipped else loss).backward()
+        scaler.step(fused)
+        scaler.update()
+        after = ema.state_dict()
+        assert torch.equal(before["1running_mean"], after["1running_mean"]) == skipped
+        assert torch.equal(before["num_updates"], after["num_updates"]) == skipped
+        if buffers == "copy" and not skipped:
+            assert torch.equal(after["1running_mean"], model.get_buffer("1.running_mean"))
