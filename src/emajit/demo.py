@@ -87,7 +87,7 @@ def default_device() -> str:
 @contextmanager
 def processes() -> Iterator[tuple[int, int]]:
     """The number of this process, and of how many that torchrun has started."""
-    if not dist.is_torchelastic_launched():
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
         yield 0, 1
         return
     dist.init_process_group()
