@@ -100,7 +100,9 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
     if not _hooks:
         _hooks.append(torch.compiler.disable(hold_training))  # type: ignore[no-untyped-call]
         register_optimizer_step_pre_hook(_hooks[0])
-    return _streams.setdefault(device, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+    if device not in _streams:
+        _streams.setdefault(device, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+    return _streams[device]
 
 
 def is_hook(hook: Any) -> bool:

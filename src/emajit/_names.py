@@ -32,6 +32,15 @@ def canonical_of(names: Collection[str]) -> dict[str, str]:
     return {name: canonical(name) if count[canonical(name)] == 1 else name for name in names}
 
 
+def below(prefix: str, held: Mapping[str, T]) -> dict[str, T]:
+    """What has a name that begins with `prefix`, under the rest of it.
+
+    >>> below("ema.", {"ema.w": 1, "w": 2})
+    {'w': 1}
+    """
+    return {key.removeprefix(prefix): v for key, v in held.items() if key.startswith(prefix)}
+
+
 def match(names: Collection[str], others: Collection[str]) -> dict[str, str]:
     """For each of `others`, the one of `names` that means the same parameter.
 

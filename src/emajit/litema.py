@@ -158,22 +158,25 @@ class LitEma(nn.Module):
         """The next update: the averages, their parameters, the step and the decay."""
         averages, params = self._pairs(model)
         if self._copied:
-            _check_shapes(self._take_copied(averages), params)
-            params = {name: params[name] for name in averages}
+            copies = self._copies()
+            _check_shapes(copies, params)
+            averages, params = (
+                {name: tensor for name, tensor in tensors.items() if name not in copies}
+                for tensors in (averages, params)
+            )
         decay = self._decay_on_host() if self._on_host() else self._decay_on_device()
         return averages, params, self.num_updates, decay
 
-    def _take_copied(self, averages: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Take out, and return, those that are copies of buffers."""
-        names = [name for name in averages if self._keys[name] in self._copied]
-        return {name: averages.pop(name) for name in names}
+    def _copies(self) -> dict[str, Tensor]:
+        """The copies of buffers, under the names of the model seen last."""
+        names = [name for name, key in self._keys.items() if key in self._copied]
+        return {name: self.get_buffer(self._keys[name]) for name in names}
 
     def _done(self, model: nn.Module, unless: Tensor | None = None) -> None:
         """Copy buffers and count an update; a flag on the device may say that it was left out."""
         if self._copied:
-            averages, tensors = self._pairs(model)
-            copies = self._take_copied(averages)
-            values = [tensors[name] for name in copies]
+            copies, buffers = self._copies(), dict(model.named_buffers())
+            values = [buffers[name] for name in copies]
             if unless is not None:
                 pairs = zip(copies.values(), values, strict=True)
                 values = [torch.where(unless, old, new) for old, new in pairs]
@@ -279,7 +282,7 @@ class LitEma(nn.Module):
 
     def _pairs(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The averages and the parameters of `model` that they are of, under its names."""
-        params = self._tensors(model)
+        params = self._tensors_of(model)
         if list(params) != self._known:
             self._keys, self._known = self._match(list(params)), list(params)
         buffers: dict[str, Any] = self._buffers
@@ -299,7 +302,7 @@ class LitEma(nn.Module):
             self._orphans.clear()
         return averages, params
 
-    def _tensors(self, model: nn.Module) -> dict[str, Tensor]:
+    def _tensors_of(self, model: nn.Module) -> dict[str, Tensor]:
         """The parameters of a model outside of a scope, and its buffers if some are averaged."""
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a module, found {type(model).__qualname__}")
@@ -424,9 +427,8 @@ def _misfit(key: str, value: object, buffer: Any) -> str:
         return f"expected shape {tuple(buffer.shape)}, found {found}"
     if value.is_meta and not buffer.is_meta:
         return "expected numbers, found a tensor on the meta device"
-    if key in _RANGES and not (
-        value.is_complex() or value.is_meta
-    ):  # converters cast them along with the rest
+    if key in _RANGES and not (value.is_complex() or value.is_meta):
+        # of any dtype: converters cast them along with the rest
         (low, high), number = _RANGES[key], value.item()
         fits = low <= number <= high and (key == "decay" or number % 1 == 0)
         return "" if fits else f"expected a number in [{low}, {high}], found {number}"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from emajit import _host, _memory, _shards, _tree
+from emajit import _host, _memory, _names, _shards, _tree
 from emajit.checkpoint import files, formats
 from emajit.checkpoint.formats import Averaged
 from emajit.checkpoint.saved import KEY, Record, Saved, count, opened
@@ -191,7 +191,7 @@ def load_sharded(path: str | os.PathLike[str], like: Tree) -> tuple[Tree, int]:
     path = Path(path)
     wanted = _named("like", like)
     folder = sharded.Folder(path)
-    _check_names(path, {*_below(_SHADOW, folder.forms)}, wanted)
+    _check_names(path, {*_names.below(_SHADOW, folder.forms)}, wanted)
     for name, leaf in wanted.items():
         _check_form(path, name, folder.forms[_SHADOW + name], leaf)
     if folder.forms.get("step") != ((), torch.int64):
@@ -345,13 +345,12 @@ def _of_folder(path: Path) -> dict[str, Any]:
     }
     folder.read_into(held, alone=True)
     if (path / "meta.pt").is_file():  # Lightning's, which keeps there what is not sharded
-        return {**files.load_torch(path / "meta.pt"), "state_dict": _below("state_dict.", held)}
-    shadow = _below(_SHADOW, held)
+        return {
+            **files.load_torch(path / "meta.pt"),
+            "state_dict": _names.below("state_dict.", held),
+        }
+    shadow = _names.below(_SHADOW, held)
     return {"shadow": shadow, "step": held["step"]} if shadow and "step" in held else held
-
-
-def _below(prefix: str, held: dict[str, Any]) -> dict[str, Any]:
-    return {key.removeprefix(prefix): v for key, v in held.items() if key.startswith(prefix)}
 
 
 def _check_names(path: Path, held: set[str], wanted: dict[str, Tensor]) -> None:

@@ -54,10 +54,10 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     file keeps its permissions.
     """
     path = Path(os.path.realpath(path))
-    if path.exists() and not (path.is_file() or path.is_dir()):  # a rename would replace a device
-        raise OSError(errno.EINVAL, "expected a regular file to write", str(path))
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "expected a file to write, found a folder", str(path))
+    if path.exists() and not path.is_file():  # a rename would replace a device
+        raise OSError(errno.EINVAL, "expected a regular file to write", str(path))
     if not path.parent.exists():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")

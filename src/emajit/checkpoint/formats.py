@@ -51,15 +51,11 @@ def recognise(tree: Any, names: Names) -> Averaged:
         raise ValueError(
             "expected averages in a layout that is known, found one in itself"
         ) from None
-    objects = {
-        f"{type(leaf).__module__}.{type(leaf).__name__}"
-        for leaf in leaves
-        if isinstance(leaf, Opaque)
-    }
-    pickled = f", beside what is not unpickled: {_tree.some(sorted(objects))}" if objects else ""
     if not isinstance(tree, Mapping):
         found_type = type(tree).__qualname__
-        raise ValueError(f"expected a mapping of names, found {found_type}{pickled}")  # noqa: TRY004, as below
+        raise ValueError(  # noqa: TRY004, as below
+            f"expected a mapping of names, found {found_type}{_pickled(leaves)}"
+        )
     try:
         found = [averaged for reader in _READERS if (averaged := reader(tree, names)) is not None]
     except (AttributeError, IndexError, KeyError, TypeError) as error:
@@ -67,7 +63,8 @@ def recognise(tree: Any, names: Names) -> Averaged:
     if not found:
         keys = _tree.some([str(key) for key in tree])
         raise ValueError(
-            f"expected averages in a layout that is known, found none among {keys}{pickled}"
+            "expected averages in a layout that is known, found none among "
+            f"{keys}{_pickled(leaves)}"
         )
     if len(found) > 1:
         layouts = " and ".join([averaged.layout for averaged in found])
@@ -77,6 +74,13 @@ def recognise(tree: Any, names: Names) -> Averaged:
     held = {id(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
     _check_beside(tree, used)
     return found[0]._replace(others=len(held - used))
+
+
+def _pickled(leaves: Sequence[Any]) -> str:
+    """The classes of pickled objects, in words for an error; nothing if there is none."""
+    kinds = {type(leaf) for leaf in leaves if isinstance(leaf, Opaque)}
+    names = sorted(f"{kind.__module__}.{kind.__name__}" for kind in kinds)
+    return f", beside what is not unpickled: {_tree.some(names)}" if names else ""
 
 
 def _check_values(found: Averaged) -> None:
@@ -95,8 +99,11 @@ def _check_beside(tree: Any, used: set[int]) -> None:
     """Raise ValueError where a pickled object stands among tensors that are used."""
     if not isinstance(tree, Mapping):
         return
-    opaque = [key for key, value in tree.items() if isinstance(value, Opaque)]
-    opaque = [key for key in opaque if not str(key).endswith("_extra_state")]
+    opaque = [
+        key
+        for key, value in tree.items()
+        if isinstance(value, Opaque) and not str(key).endswith("_extra_state")
+    ]
     if opaque and any(id(value) in used for value in tree.values()):
         found = type(tree[opaque[0]]).__name__
         raise ValueError(f"{opaque[0]!r}: expected a tensor, found a pickled {found}")
@@ -118,7 +125,7 @@ def _lit_ema(tree: Mapping[str, Any], names: Names) -> Averaged | None:
     if len(prefixes) > 1:
         raise ValueError(f"expected one LitEma, found several: {prefixes}")
     prefix = prefixes[0]
-    flat = {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
+    flat = _names.below(prefix, state)
     decay, updates = flat.pop("decay"), flat.pop("num_updates")
     trusted = min(decay.dtype.itemsize, updates.dtype.itemsize) >= 4  # in 16 bits, 0.9999 is 1
     count = int(updates) if trusted else -1
@@ -362,7 +369,7 @@ def _state(tree: Any) -> dict[str, Tensor]:
 
 
 def _below(prefix: str, state: State) -> dict[str, Tensor]:
-    found = {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
+    found = _names.below(prefix, state)
     if not found:
         raise ValueError(f"expected averages below {prefix!r}, found none")
     return found

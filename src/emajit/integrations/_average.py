@@ -40,10 +40,13 @@ class Average(LitEma):
         super().__init__(model, dtype=dtype, buffers=buffers)
 
     def _decay_on_host(self) -> Any:
-        return self._schedule(int(self.num_updates)) if callable(self._schedule) else self._schedule
+        return self._decay_at(self.step)
 
     def _decay_on_device(self) -> Any:
-        return self._schedule(self.num_updates) if callable(self._schedule) else self._schedule
+        return self._decay_at(self.num_updates)
+
+    def _decay_at(self, step: int | Tensor) -> Any:
+        return self._schedule(step) if callable(self._schedule) else self._schedule
 
     @property
     def step(self) -> int:
