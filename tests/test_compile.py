@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 from torch.testing import assert_close
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import emajit
@@ -62,6 +63,88 @@ def test_new_tensors_of_one_structure_share_a_graph(counting: tuple[str, Countin
     for _ in range(20):
         shadow, params = trees([3, 4])
         shadow = emajit.update(shadow, params, 0, decay=0.9, backend=name)
+    assert counter.graphs == 1
+
+
+def relaid(params: dict[str, Tensor]) -> None:
+    params["0"].data = params["0"].data.mT.contiguous().mT
+
+
+def widened(params: dict[str, Tensor]) -> None:
+    params["0"].data = params["0"].data.double()
+
+
+def frozen(params: dict[str, Tensor]) -> None:
+    params["0"].requires_grad_(False)
+
+
+def replaced_by_one(params: dict[str, Tensor]) -> None:
+    params["1"] = params["0"]
+
+
+def forgotten(_: dict[str, Tensor]) -> None:
+    torch.compiler.reset()
+
+
+def of_inference(params: dict[str, Tensor]) -> None:
+    with torch.inference_mode():
+        params["0"] = params["0"].clone()
+
+
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)]
+)
+@pytest.mark.parametrize(
+    "change", [relaid, widened, frozen, replaced_by_one, forgotten, of_inference]
+)
+def test_what_changes_between_two_calls(
+    compiler: str, change: Callable[[dict[str, Tensor]], None]
+) -> None:
+    """A graph has no guards of dynamo's: what it was made for is told by its key."""
+    params: dict[str, Tensor] = {
+        name: nn.Parameter(torch.randn(3, 4).bfloat16()) for name in ("0", "1")
+    }
+    shadow = emajit.init(params, dtype=torch.float32)
+    emajit.update_(shadow, params, 0, decay=0.5, backend=compiler)
+    change(params)
+    for _ in range(2):
+        expected = emajit.update(shadow, params, 1, decay=0.5, backend="eager")
+        pure = emajit.update(shadow, params, 1, decay=0.5, backend=compiler)
+        emajit.update_(shadow, params, 1, decay=0.5, backend=compiler)
+        assert_close(shadow, expected)
+        assert_close(pure, expected)
+
+
+@pytest.mark.inductor
+@pytest.mark.filterwarnings("ignore:.*_stable_hash_for_caching:UserWarning")
+def test_a_subclass_is_not_taken_for_a_plain_tensor() -> None:
+    a, b = {"w": torch.zeros(4)}, {"w": torch.ones(4).bfloat16()}
+    emajit.update(a, b, 0, decay=0.5, backend="inductor")
+    two: Any = TwoTensor
+    shadow, params = ({"w": two(leaf["w"], leaf["w"] + 1)} for leaf in (a, b))
+    found = emajit.update(shadow, params, 0, decay=0.5, backend="inductor")
+    assert_close([found["w"].a, found["w"].b], [torch.full((4,), 0.5), torch.full((4,), 1.5)])
+
+
+def test_two_averages_of_one_parameter_or_of_two() -> None:
+    a, b = torch.ones(3), torch.full((3,), 2.0)
+    for params in ([a, a], [a, b], [b, a], [a, a]):
+        shadow = [torch.zeros(3), torch.zeros(3)]
+        emajit.update_(shadow, params, 0, decay=0.5, backend="aot_eager")
+        assert_close(shadow, [0.5 * p for p in params])
+        both = [{"w": torch.zeros(3)}, {"w": torch.zeros(3)}]
+        emajit.update_(both, {"w": params[0]}, 0, decay=[0.5, 0.75], backend="aot_eager")
+        assert_close(both, [{"w": 0.5 * params[0]}, {"w": 0.25 * params[0]}])
+
+
+def test_equal_decays_of_one_call_differ_at_the_next(counting: tuple[str, Counting]) -> None:
+    name, counter = counting
+    both = [{"w": torch.zeros(2)}, {"w": torch.zeros(2)}]
+    for decays in ([0.5, 0.5], [0.0, 1.0]):
+        before = [{"w": s["w"].clone()} for s in both]
+        emajit.update_(both, {"w": torch.ones(2)}, 0, decay=decays, backend=name)
+        for s, old, decay in zip(both, before, decays, strict=True):
+            assert_close(s["w"], decay * old["w"] + (1 - decay))
     assert counter.graphs == 1
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from torch import Tensor
 from emajit import _kernels, _tree
 from emajit._kernels import Weight
 from emajit._rounding import Keys, Noise
-from emajit._tree import Dtypes
+from emajit._tree import Form
 
 Kernel = Any  # of (shadows, params, weights, skip, keys): a plain function, or one compiled
 
@@ -22,10 +22,15 @@ Kernel = Any  # of (shadows, params, weights, skip, keys): a plain function, or 
 # nonfinite="skip", a weight that lives on a CUDA device.
 # Milliseconds of update_ on the 161 tensors of ResNet-50, eager / compiled, interleaved medians, on
 # 2 cores of an AMD EPYC, torch 2.13, 2026-11-22:
-#   float32 5.1 / 6.3, float32 of bfloat16 7.5 / 6.7, bfloat16 21 / 4.0, "skip" 34 / 6.2
+#   float32 3.1 / 3.3, float32 of bfloat16 10 / 3.6, bfloat16 16 / 3.7 (with noise 65 / 10.5),
+#   "skip" 36 / 4.1
 # Below this many elements a step takes some ms at the most, and does not earn back in 10,000 steps
-# the seconds to minutes of a compilation, which grow with the number of leaves.
+# the seconds to minutes of a compilation, which grow with the number of leaves; with noise, below a
+# quarter of it.
 _WORTH_COMPILING = 2**20
+
+# With the noise of more leaves in a function, gcc inlines no longer: 9.3 ms become 13.9.
+_NOISY_LEAVES = 32
 
 
 def is_traced() -> bool:
@@ -45,14 +50,14 @@ def in_dispatch_mode() -> bool:
 
 
 class Work(NamedTuple):
-    """What is to be averaged: lists of one length, and how; `dtypes` as in `_tree.Pairs`."""
+    """What is to be averaged: lists of one length, and how; `form` as in `_tree.Pairs`."""
 
     shadows: list[Tensor]
     params: list[Tensor]
     weights: list[Weight]
     skip: bool
     noise: Noise | Keys | None
-    dtypes: Dtypes | None = None
+    form: Form | None = None
 
     def part(self, leaves: Sequence[int]) -> Work:
         if len(leaves) == len(self.shadows):
@@ -79,8 +84,8 @@ def average(work: Work, backend: str) -> list[Tensor]:
         return _kernels.average(*work[:4], work.keys())
     new: dict[int, Tensor] = {}
     kernels = _kernels.average, _kernels.average, _kernels.foreach_average
-    for leaves, results in _run(kernels, work, backend):
-        new |= zip(leaves, results, strict=True)
+    for leaves, run in _plan(kernels, work, backend):
+        new |= zip(leaves, run(work.part(leaves)), strict=True)
     return [_laid_out_as(s, new[i]) for i, s in enumerate(work.shadows)]
 
 
@@ -90,7 +95,8 @@ def average_(work: Work, backend: str) -> None:
         _kernels.average_(*work[:4], work.keys())
     else:
         kernels = _kernels.average_, _kernels.eager_average_, _kernels.foreach_average_
-        _run(kernels, work, backend)
+        for leaves, run in _plan(kernels, work, backend):
+            run(work.part(leaves))
 
 
 def _laid_out_as(shadow: Tensor, average: Tensor) -> Tensor:
@@ -104,44 +110,77 @@ def _laid_out_as(shadow: Tensor, average: Tensor) -> Tensor:
     return average if average.stride() == laid_out.stride() else laid_out.copy_(average)
 
 
-def _run(
-    kernels: tuple[Kernel, Kernel, Kernel], work: Work, backend: str
-) -> list[tuple[Iterable[int], Any]]:
-    """Call a kernel for each group of leaves; their indices and what it returned."""
-    kernel, eager, foreach = kernels
+Way = tuple[Sequence[int], Callable[[Work], Any]]  # some leaves, and what averages those
+
+
+def _plan(kernels: tuple[Kernel, Kernel, Kernel], work: Work, backend: str) -> list[Way]:
+    """How the leaves are averaged: made once for each form of them, and for the options."""
     if in_dispatch_mode():
         backend = "eager"
-    done: list[tuple[Iterable[int], Any]] = []
+    dtypes = work.form.dtypes if work.form else _tree.dtypes(work.shadows, work.params)
+    if backend in ("auto", "eager") and _kernels.lerps(dtypes, work.weights, work.skip):
+        return [(range(len(work.shadows)), _foreach_way(kernels[2]))]
+    if work.form is None:
+        return _new_plan(kernels, work, backend)
+    regions = work.noise and tuple(work.noise.regions)
+    key = kernels, backend, work.skip, _same(work.weights), regions, torch.get_num_threads()
+    if key not in work.form.plans:
+        work.form.plans[key] = _new_plan(kernels, work, backend)
+    return work.form.plans[key]  # type: ignore[no-any-return]
+
+
+def _new_plan(kernels: tuple[Kernel, Kernel, Kernel], work: Work, backend: str) -> list[Way]:
+    kernel, eager, foreach = kernels
+    plan: list[Way] = []
     for way, leaves in _ways(work, backend).items():
         part = work.part(leaves)
         if way == "foreach":
-            result = foreach(*part[:3])
-        elif way == "eager" or (backend == "auto" and not _pays(part.shadows)):
-            result = eager(*part[:4], part.keys())
+            plan.append((leaves, _foreach_way(foreach)))
+        elif way == "eager" or (backend == "auto" and not _pays(part)):
+            plan.append((leaves, lambda part: eager(*part[:4], part.keys())))
         else:
-            result = _run_compiled(kernel, part, backend, eager)
-        done.append((leaves, result))
-    return done
+            plan += [
+                (some, _compiled_way(kernel, work.part(some), backend, eager))
+                for some in _in_graphs(leaves, part)
+            ]
+    return plan
 
 
-def _run_compiled(kernel: Kernel, work: Work, backend: str, eager: Kernel) -> Any:
-    # Detached, a leaf is the same to dynamo's guards whether it is a frozen parameter or a tensor;
-    # a parameter of several averages stays one tensor, which is read once.
-    detached = {id(leaf): leaf.detach() for leaf in (*work.shadows, *work.params)}
-    s, p = ([detached[id(leaf)] for leaf in leaves] for leaves in (work.shadows, work.params))
-    key = kernel, layout(work), work.device, work.skip
+def _in_graphs(leaves: Sequence[int], work: Work) -> list[Sequence[int]]:
+    size = _NOISY_LEAVES if work.noise and work.device.type == "cpu" else len(leaves)
+    return [leaves[i : i + size] for i in range(0, len(leaves), size)]
+
+
+def _foreach_way(foreach: Kernel) -> Callable[[Work], Any]:
+    return lambda part: foreach(*part[:3])
+
+
+def _compiled_way(kernel: Kernel, work: Work, backend: str, eager: Kernel) -> Callable[[Work], Any]:
+    key = layout(work), work.skip, torch.get_num_threads()
     run = _compiled(kernel, key, backend, eager)
-    return run(s, p, scalars(work), work.skip, work.keys())
+    return lambda part: run(*part[:2], scalars(part), part.skip, part.keys())
 
 
 def layout(work: Work) -> Hashable:
     """What a graph depends on, beside the options."""
-    places = {i: place for place, i in enumerate(dict.fromkeys(map(id, work.weights)))}
-    leaves = zip(work.shadows, work.params, work.weights, strict=True)
+    same = _same([*work.weights, *work.shadows, *work.params])
     regions = work.noise and tuple(work.noise.regions)
-    return regions, tuple(
-        [(s.shape, s.stride(), s.dtype, p.stride(), p.dtype, places[id(w)]) for s, p, w in leaves]
-    )
+    pairs = zip(work.shadows, work.params, strict=True)
+    return (same, regions, *[(s.shape, *_kind(s), *_kind(p)) for s, p in pairs])
+
+
+def _kind(leaf: Tensor) -> tuple[Hashable, ...]:
+    subclass = type(leaf) not in (Tensor, torch.nn.Parameter) and type(leaf)
+    return leaf.stride(), leaf.dtype, subclass
+
+
+def _same(objects: Sequence[Any]) -> Hashable:
+    """Which of the weights and tensors are one, and which device each is on, if any."""
+    different = {id(x): x for x in objects}
+    places = {
+        i: (place, getattr(x, "device", None)) for place, (i, x) in enumerate(different.items())
+    }
+    return tuple([places[id(x)] for x in objects])
 
 
 def scalars(work: Work) -> list[Tensor]:
@@ -160,18 +199,13 @@ def _scalar(weight: Weight, device: torch.device) -> Tensor:
     return torch.full((), weight, dtype=torch.float64, device=device)
 
 
-def _ways(work: Work, backend: str) -> dict[Hashable, Sequence[int]]:
+def _ways(work: Work, backend: str) -> dict[Hashable, list[int]]:
     """The leaves for `foreach`, the ones for an eager kernel, and for each device the rest."""
-    shadows, params, weights, skip, _, dtypes = work
     foreach = backend in ("auto", "eager")
-    if dtypes is None:
-        dtypes = _tree.dtypes(shadows, params)
-    if foreach and _kernels.lerps(dtypes, weights, skip):
-        return {"foreach": range(len(shadows))}
     ways: dict[Hashable, list[int]] = {}
-    for i, (s, p, w) in enumerate(zip(shadows, params, weights, strict=True)):
+    for i, (s, p, w) in enumerate(zip(*work[:3], strict=True)):
         way: Hashable
-        if foreach and _kernels.lerps({(s.dtype, p.dtype)}, [w], skip):
+        if foreach and _kernels.lerps({(s.dtype, p.dtype)}, [w], work.skip):
             way = "foreach"
         elif backend == "eager" or not (_is_plain(s) and _is_plain(p)):
             way = "eager"
@@ -187,15 +221,21 @@ def _is_plain(leaf: Tensor) -> bool:
     return leaf.is_floating_point() and not leaf.is_neg()
 
 
-def _pays(shadows: list[Tensor]) -> bool:
-    elements = sum(s.numel() for s in shadows)
-    return elements >= _WORTH_COMPILING and can_compile(shadows[0].device.type)
+def _pays(work: Work) -> bool:
+    elements = sum(s.numel() for s in work.shadows)
+    least = _WORTH_COMPILING // 4 if work.noise else _WORTH_COMPILING
+    return elements >= least and can_compile(work.device.type)
 
 
 @lru_cache(maxsize=256)
 def _compiled(kernel: Kernel, _key: Hashable, backend: str, eager: Kernel) -> Kernel:
     """`kernel`, compiled for the leaves and options that `_key` tells."""
-    return _IfItCompiles(kernel, eager) if backend == "auto" else compiled(kernel, backend)
+    return _IfItCompiles(kernel, eager) if backend == "auto" else _unguarded(kernel, backend)
+
+
+def _unguarded(kernel: Kernel, backend: str) -> Kernel:
+    # Dynamo's guards would look again at what the key has told, for 0.6 us a tensor.
+    return compiled(kernel, backend, guard_filter_fn=torch.compiler.skip_all_guards_unsafe)
 
 
 class _IfItCompiles:
@@ -207,7 +247,7 @@ class _IfItCompiles:
 
     def __call__(self, *arguments: Any) -> Any:
         try:
-            self.run = self.run or compiled(self.kernel, "inductor")
+            self.run = self.run or _unguarded(self.kernel, "inductor")
             return self.run(*arguments)
         except (torch._dynamo.exc.TorchDynamoException, OSError) as error:  # OSError: of its cache
             if self.run is self.eager:
@@ -218,7 +258,7 @@ class _IfItCompiles:
             return self.run(*arguments)
 
 
-def compiled(function: Any, backend: str, **options: bool) -> Any:
+def compiled(function: Any, backend: str, *, guard_filter_fn: Any = None, **options: Any) -> Any:
     """`function`, compiled with a cache of its own, and with further options of Inductor.
 
     Dynamo keeps its cache with the code object and gives up after 8 entries, which several models
@@ -231,8 +271,13 @@ def compiled(function: Any, backend: str, **options: bool) -> Any:
         function.__defaults__,
         function.__closure__,
     )
-    # The size asserts repeat what the guards have checked, 0.5 us a tensor.
-    all_options: Any = {"size_asserts": False, **options} if backend == "inductor" else None
+    all_options: dict[str, Any] = {"guard_filter_fn": guard_filter_fn}
+    if backend == "inductor":
+        # The size asserts repeat what the guards have checked, 0.5 us a tensor.
+        all_options |= {"size_asserts": False, **options}
+        # Of AVX-512 Inductor loads 16 bits as half a register, masked: 2.9 ms in place of 1.7.
+        if torch.backends.cpu.get_cpu_capability() == "AVX512":
+            all_options["cpp.simdlen"] = 256
     return torch.compile(fresh, fullgraph=True, dynamic=False, backend=backend, options=all_options)
 
 
@@ -242,7 +287,7 @@ def can_compile(device: str) -> bool:
     one = [torch.zeros(1, device=device)]
     try:
         work = Work(one, one, [1.0], False, None)
-        _run_compiled(_kernels.average, work, "inductor", _kernels.average)
+        _compiled_way(_kernels.average, work, "inductor", _kernels.average)(work)
     except Exception as error:  # noqa: BLE001, what fails without a compiler differs by platform
         message = f"emajit runs without a compiler on {device}, since torch.compile failed: {error}"
         warnings.warn(message, RuntimeWarning, stacklevel=2)

@@ -23,14 +23,14 @@ class Pairs(NamedTuple):
     """The leaves of a shadow and of its params, tied leaves once; of DTensors, their shards here.
 
     `slots` has, for each leaf of the shadow's tree, its index in the two lists; None for None.
-    `dtypes` are those that the pairs have, where they are known.
+    `form` is what the pairs have in common with those of earlier calls, where that is known.
     """
 
     shadow: PyTree
     shadows: list[Tensor]
     params: list[Tensor]
     slots: Sequence[int | None]
-    dtypes: Dtypes | None = None
+    form: Form | None = None
 
     def rebuild(self, leaves: Sequence[Tensor]) -> PyTree:
         """The shadow's tree with `leaves` in place of `shadows`."""
@@ -108,11 +108,12 @@ def _copy_dtype(leaf: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return dtype if leaf.is_floating_point() else leaf.dtype
 
 
-def align(shadow: PyTree, params: PyTree, *, writable: bool = False) -> Pairs:
+def align(shadow: PyTree, params: PyTree, *, writable: bool = False, repeats: int = 1) -> Pairs:
     """Pair each leaf of `shadow` with the leaf of `params` at the same path.
 
     Dicts are matched by key, whatever their order. Leaves of `shadow` that are one tensor, or the
-    same view of the same memory, are tied: they make one pair.
+    same view of the same memory, are tied: they make one pair. `params` may be told to consist of
+    so many times the same.
 
     Raises:
         ValueError: the structure, a shape, a device, the kind of number or how a DTensor is placed
@@ -125,14 +126,14 @@ def align(shadow: PyTree, params: PyTree, *, writable: bool = False) -> Pairs:
         flat = None
     if flat is not None and _shards.are_in(chain(*flat)):
         flat = _local(*flat)
-    leaves = flat[0] + flat[1] if flat is not None else []
+    leaves = flat[0] + flat[1][: len(flat[1]) // max(1, repeats)] if flat is not None else []
     addresses = _addresses(leaves) if writable and flat is not None else None
-    seen = _checked.get(addresses) if addresses is not None else None
-    if flat is not None and seen is not None and seen.fits(leaves):
-        if len(seen.first) == len(flat[0]):
-            return Pairs(shadow, *flat, seen.slots, seen.dtypes)
-        shadows, partners = ([tree[i] for i in seen.first] for tree in flat)
-        return Pairs(shadow, shadows, partners, seen.slots, seen.dtypes)
+    form = _checked.get((repeats, addresses)) if addresses is not None else None
+    if flat is not None and form is not None and form.fits(leaves):
+        if len(form.first) == len(flat[0]):
+            return Pairs(shadow, *flat, form.slots, form)
+        shadows, partners = ([tree[i] for i in form.first] for tree in flat)
+        return Pairs(shadow, shadows, partners, form.slots, form)
     if flat is not None and _fit(*flat):
         pairs = Pairs(shadow, *flat, range(len(flat[0])))
     else:
@@ -140,7 +141,11 @@ def align(shadow: PyTree, params: PyTree, *, writable: bool = False) -> Pairs:
     if writable:
         _check_writable(pairs)
         if addresses is not None:
-            _remember(addresses, leaves, pairs)
+            form = _form(leaves, pairs)
+            if len(_checked) >= 64:
+                _checked.clear()
+            _checked[repeats, addresses] = form
+            return pairs._replace(form=form)
     return pairs
 
 
@@ -149,7 +154,8 @@ def align_several(shadows: list[PyTree], params: PyTree, *, writable: bool = Fal
 
     Raises, beside that, ValueError if two of them share a tensor or are not tied alike.
     """
-    pairs = align(shadows, [params] * len(shadows), writable=writable)
+    several = len(shadows)
+    pairs = align(shadows, [params] * several, writable=writable, repeats=several)
     if not shadows or isinstance(pairs.slots, range):
         return pairs
     leaves = len(pairs.slots) // len(shadows)
@@ -188,10 +194,11 @@ def deinterleave(tensors: list[Tensor], parts: int) -> list[Tensor]:
     return [tensor for k in range(parts) for tensor in tensors[k::parts]]
 
 
-class _Seen(NamedTuple):
-    """What `update_` has checked once need not be checked again for the same memory.
+class Form(NamedTuple):
+    """What `update_` has found once need not be found again for the same memory.
 
     The guards know addresses' shapes, strides and dtypes, and no tensor: nothing is kept alive.
+    `plans` is for what others derive of it.
     """
 
     guards: Any
@@ -200,6 +207,7 @@ class _Seen(NamedTuple):
     slots: Sequence[int | None]
     first: list[int]
     dtypes: Dtypes
+    plans: dict[Hashable, Any]
 
     def fits(self, leaves: list[Tensor]) -> bool:
         """Whether the leaves at these addresses are still of the same form, and as often there."""
@@ -211,17 +219,17 @@ class _Seen(NamedTuple):
         return bool(self.guards.check(*leaves))
 
 
-_checked: dict[tuple[int, ...], _Seen] = {}
+_checked: dict[tuple[int, tuple[int, ...]], Form] = {}
 
 
 def _addresses(leaves: list[Any]) -> tuple[int, ...] | None:
     try:
-        return tuple([leaf.data_ptr() for leaf in leaves])
-    except (AttributeError, RuntimeError):  # None, or a leaf without memory of its own
+        return tuple(map(Tensor.data_ptr, leaves))
+    except (TypeError, RuntimeError):  # None, or a leaf without memory of its own
         return None
 
 
-def _remember(addresses: tuple[int, ...], leaves: list[Tensor], pairs: Pairs) -> None:
+def _form(leaves: list[Tensor], pairs: Pairs) -> Form:
     first: list[int] = []
     for i, slot in enumerate(pairs.slots):
         if slot == len(first):
@@ -234,9 +242,7 @@ def _remember(addresses: tuple[int, ...], leaves: list[Tensor], pairs: Pairs) ->
     guards = torch._C._dynamo.guards.TensorGuards(
         *[leaves[i] for i in singles], dynamic_dims_sizes=None, dynamic_dims_strides=None
     )
-    if len(_checked) >= 64:
-        _checked.clear()
-    _checked[addresses] = _Seen(guards, singles, twins, pairs.slots, first, dtypes(*pairs[1:3]))
+    return Form(guards, singles, twins, pairs.slots, first, dtypes(*pairs[1:3]), {})
 
 
 def dtypes(shadows: list[Tensor], params: list[Tensor]) -> Dtypes:

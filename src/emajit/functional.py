@@ -201,14 +201,13 @@ def prepare(
     if rounding == "stochastic":
         paths, regions = (_tree.interleave(t, several) for t in _places(pairs))
         noise = Noise(paths, regions, step)
-    dtypes = pairs.dtypes
     if not _compile.is_traced():
-        dtypes = dtypes or _tree.dtypes(shadows, partners)
+        dtypes = pairs.form.dtypes if pairs.form else _tree.dtypes(shadows, partners)
         if noise is None and not dtypes <= _NEVER_STALL:
             _warn_of_stalls(shadows, partners, repeated)
         scope.check_outside(partners)
     skip = nonfinite == "skip"
-    return pairs, _compile.Work(shadows, partners, repeated, skip, noise, dtypes)
+    return pairs, _compile.Work(shadows, partners, repeated, skip, noise, pairs.form)
 
 
 _NEVER_STALL = {
