@@ -305,6 +305,8 @@ class FusedOptimizer:
 
 
 def _compiled(optimizer: torch.optim.Optimizer, skip: bool, backend: str) -> Any:
+    from emajit._hoist import Hoist  # noqa: PLC0415, imports Inductor
+
     bare_step = inspect.unwrap(type(optimizer).step)  # below the wrappers that break a graph
 
     def run(
@@ -328,9 +330,12 @@ def _compiled(optimizer: torch.optim.Optimizer, skip: bool, backend: str) -> Any
                 new = tensor.view(1) if tensor.ndim == 0 else tensor
                 new.copy_(torch.where(skipped.to(new.device), old.view_as(new), new))
 
-    # A weight in 16 bits is averaged as it was rounded, not as it was before.
     return _compile.compiled(
-        run, "inductor" if backend == "auto" else backend, emulate_precision_casts=True
+        run,
+        "inductor" if backend == "auto" else backend,
+        # A weight in 16 bits is averaged as it was rounded, not as it was before.
+        emulate_precision_casts=True,
+        post_grad_custom_post_pass=Hoist(),
     )
 
 
