@@ -30,6 +30,11 @@ def _decimal(held: float, written: float) -> float:
     return next(decimals, held)
 
 
+def _is_on_host(tensor: Tensor) -> bool:
+    """Whether it may be read: nothing waits for it, and it is no part of a trace."""
+    return tensor.is_cpu and not torch.compiler.is_compiling()
+
+
 def _float32(number: float) -> float:
     return float(struct.unpack("f", struct.pack("f", number))[0])
 
@@ -154,7 +159,7 @@ class LitEma(nn.Module):
 
     def _due(
         self, model: nn.Module
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, float | Tensor]:
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], int | Tensor, float | Tensor]:
         """The next update: the averages, their parameters, the step and the decay."""
         averages, params = self._pairs(model)
         if self._copied:
@@ -164,8 +169,10 @@ class LitEma(nn.Module):
                 {name: tensor for name, tensor in tensors.items() if name not in copies}
                 for tensors in (averages, params)
             )
-        decay = self._decay_on_host() if self._on_host() else self._decay_on_device()
-        return averages, params, self.num_updates, decay
+        updates = self._control("num_updates")
+        if not _is_on_host(updates):
+            return averages, params, updates, self._decay_on_device()
+        return averages, params, max(0, int(updates)), self._decay_on_host()
 
     def _copies(self) -> dict[str, Tensor]:
         """The copies of buffers, under the names of the model seen last."""
@@ -181,18 +188,19 @@ class LitEma(nn.Module):
                 pairs = zip(copies.values(), values, strict=True)
                 values = [torch.where(unless, old, new) for old, new in pairs]
             _copy([*copies.values()], values)
-        updates = self.num_updates
+        updates = self._control("num_updates")
         if unless is not None:
             updates.add_((updates >= 0) & ~unless)
-        elif not self._on_host():
+        elif not _is_on_host(updates):
             updates.add_(updates >= 0)
         elif int(updates) >= 0:
             updates.add_(1)
         self._untouched.clear()
         vars(self)["_is_updated"] = True  # past the checks of Module.__setattr__, a microsecond
 
-    def _on_host(self) -> bool:
-        return self.num_updates.is_cpu and not torch.compiler.is_compiling()
+    def _control(self, name: str) -> Tensor:
+        buffers: dict[str, Any] = self._buffers
+        return buffers[name]  # type: ignore[no-any-return]  # past Module.__getattr__, half a us
 
     # The decay that was given counts as it was written, while the float32 buffer still holds it.
     # Another one, from a checkpoint, is taken for the number of 7 decimals that has this float32,
@@ -200,7 +208,8 @@ class LitEma(nn.Module):
 
     def _decay_on_host(self) -> float:
         """In Python numbers, which take a tenth of the time of a dozen 0-d tensor operators."""
-        step, decay = int(self.num_updates), _decimal(float(self.decay), self._written_decay)
+        step, held = int(self._control("num_updates")), float(self._control("decay"))
+        decay = _decimal(held, self._written_decay)
         return decay if step < 0 else float(_warmup(decay)(step))
 
     def _decay_on_device(self) -> Tensor:
