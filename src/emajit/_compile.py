@@ -18,6 +18,18 @@ from emajit._tree import Form
 
 Kernel = Any  # of (shadows, params, weights, skip, keys): a plain function, or one compiled
 
+
+class Kernels(NamedTuple):
+    """One form of the update: to compile, to run leaf by leaf, and for what `foreach` can do."""
+
+    compiled: Kernel
+    eager: Kernel
+    foreach: Kernel
+
+
+_PURE = Kernels(_kernels.average, _kernels.average, _kernels.foreach_average)
+_IN_PLACE = Kernels(_kernels.average_, _kernels.eager_average_, _kernels.foreach_average_)
+
 # "auto" compiles only what `foreach` cannot do in one pass: mixed or low precision,
 # nonfinite="skip", a weight that lives on a CUDA device.
 # Milliseconds of update_ on the 161 tensors of ResNet-50, eager / compiled, interleaved medians, on
@@ -83,8 +95,7 @@ def average(work: Work, backend: str) -> list[Tensor]:
     if is_traced():
         return _kernels.average(*work[:4], work.keys())
     new: dict[int, Tensor] = {}
-    kernels = _kernels.average, _kernels.average, _kernels.foreach_average
-    for leaves, run in _plan(kernels, work, backend):
+    for leaves, run in _plan(_PURE, work, backend):
         new |= zip(leaves, run(work.part(leaves)), strict=True)
     return [_laid_out_as(s, new[i]) for i, s in enumerate(work.shadows)]
 
@@ -94,8 +105,7 @@ def average_(work: Work, backend: str) -> None:
     if is_traced():
         _kernels.average_(*work[:4], work.keys())
     else:
-        kernels = _kernels.average_, _kernels.eager_average_, _kernels.foreach_average_
-        for leaves, run in _plan(kernels, work, backend):
+        for leaves, run in _plan(_IN_PLACE, work, backend):
             run(work.part(leaves))
 
 
@@ -113,13 +123,13 @@ def _laid_out_as(shadow: Tensor, average: Tensor) -> Tensor:
 Way = tuple[Sequence[int], Callable[[Work], Any]]  # some leaves, and what averages those
 
 
-def _plan(kernels: tuple[Kernel, Kernel, Kernel], work: Work, backend: str) -> list[Way]:
+def _plan(kernels: Kernels, work: Work, backend: str) -> list[Way]:
     """How the leaves are averaged: made once for each form of them, and for the options."""
     if in_dispatch_mode():
         backend = "eager"
     dtypes = work.form.dtypes if work.form else _tree.dtypes(work.shadows, work.params)
     if backend in ("auto", "eager") and _kernels.lerps(dtypes, work.weights, work.skip):
-        return [(range(len(work.shadows)), _foreach_way(kernels[2]))]
+        return [(range(len(work.shadows)), _foreach_way(kernels))]
     if work.form is None:
         return _new_plan(kernels, work, backend)
     regions = work.noise and tuple(work.noise.regions)
@@ -129,18 +139,17 @@ def _plan(kernels: tuple[Kernel, Kernel, Kernel], work: Work, backend: str) -> l
     return work.form.plans[key]  # type: ignore[no-any-return]
 
 
-def _new_plan(kernels: tuple[Kernel, Kernel, Kernel], work: Work, backend: str) -> list[Way]:
-    kernel, eager, foreach = kernels
+def _new_plan(kernels: Kernels, work: Work, backend: str) -> list[Way]:
     plan: list[Way] = []
     for way, leaves in _ways(work, backend).items():
         part = work.part(leaves)
         if way == "foreach":
-            plan.append((leaves, _foreach_way(foreach)))
+            plan.append((leaves, _foreach_way(kernels)))
         elif way == "eager" or (backend == "auto" and not _pays(part)):
-            plan.append((leaves, lambda part: eager(*part[:4], part.keys())))
+            plan.append((leaves, lambda part: kernels.eager(*part[:4], part.keys())))
         else:
             plan += [
-                (some, _compiled_way(kernel, work.part(some), backend, eager))
+                (some, _compiled_way(kernels, work.part(some), backend))
                 for some in _in_graphs(leaves, part)
             ]
     return plan
@@ -151,18 +160,18 @@ def _in_graphs(leaves: Sequence[int], work: Work) -> list[Sequence[int]]:
     return [leaves[i : i + size] for i in range(0, len(leaves), size)]
 
 
-def _foreach_way(foreach: Kernel) -> Callable[[Work], Any]:
-    return lambda part: foreach(*part[:3])
+def _foreach_way(kernels: Kernels) -> Callable[[Work], Any]:
+    return lambda part: kernels.foreach(*part[:3])
 
 
-def _compiled_way(kernel: Kernel, work: Work, backend: str, eager: Kernel) -> Callable[[Work], Any]:
+def _compiled_way(kernels: Kernels, work: Work, backend: str) -> Callable[[Work], Any]:
     key = layout(work), work.skip, torch.get_num_threads()
-    run = _compiled(kernel, key, backend, eager)
+    run = _compiled(kernels, key, backend)
     return lambda part: run(*part[:2], scalars(part), part.skip, part.keys())
 
 
 def layout(work: Work) -> Hashable:
-    """What a graph depends on, beside the options."""
+    """What a graph depends on, beside the options; whether a parameter is trained is no part."""
     same = _same([*work.weights, *work.shadows, *work.params])
     regions = work.noise and tuple(work.noise.regions)
     pairs = zip(work.shadows, work.params, strict=True)
@@ -228,9 +237,9 @@ def _pays(work: Work) -> bool:
 
 
 @lru_cache(maxsize=256)
-def _compiled(kernel: Kernel, _key: Hashable, backend: str, eager: Kernel) -> Kernel:
-    """`kernel`, compiled for the leaves and options that `_key` tells."""
-    return _IfItCompiles(kernel, eager) if backend == "auto" else _unguarded(kernel, backend)
+def _compiled(kernels: Kernels, _key: Hashable, backend: str) -> Kernel:
+    """The kernel, compiled for the leaves and options that `_key` tells."""
+    return _IfItCompiles(kernels) if backend == "auto" else _unguarded(kernels.compiled, backend)
 
 
 def _unguarded(kernel: Kernel, backend: str) -> Kernel:
@@ -241,20 +250,20 @@ def _unguarded(kernel: Kernel, backend: str) -> Kernel:
 class _IfItCompiles:
     """A compiled kernel; an eager one from when that fails to compile, before it writes."""
 
-    def __init__(self, kernel: Kernel, eager: Kernel) -> None:
-        self.kernel, self.eager = kernel, eager
+    def __init__(self, kernels: Kernels) -> None:
+        self.kernels = kernels
         self.run: Kernel = None
 
     def __call__(self, *arguments: Any) -> Any:
         try:
-            self.run = self.run or _unguarded(self.kernel, "inductor")
+            self.run = self.run or _unguarded(self.kernels.compiled, "inductor")
             return self.run(*arguments)
         except (torch._dynamo.exc.TorchDynamoException, OSError) as error:  # OSError: of its cache
-            if self.run is self.eager:
+            if self.run is self.kernels.eager:
                 raise
             message = f"emajit runs an update without a compiler: {error}"
             warnings.warn(message, RuntimeWarning, stacklevel=2)
-            self.run = self.eager
+            self.run = self.kernels.eager
             return self.run(*arguments)
 
 
@@ -287,7 +296,7 @@ def can_compile(device: str) -> bool:
     one = [torch.zeros(1, device=device)]
     try:
         work = Work(one, one, [1.0], False, None)
-        _compiled_way(_kernels.average, work, "inductor", _kernels.average)(work)
+        _compiled_way(_PURE, work, "inductor")(work)
     except Exception as error:  # noqa: BLE001, what fails without a compiler differs by platform
         message = f"emajit runs without a compiler on {device}, since torch.compile failed: {error}"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
