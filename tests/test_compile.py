@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 from torch.testing import assert_close
-from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import emajit
@@ -115,15 +114,46 @@ def test_what_changes_between_two_calls(
         assert_close(pure, expected)
 
 
-@pytest.mark.inductor
-@pytest.mark.filterwarnings("ignore:.*_stable_hash_for_caching:UserWarning")
-def test_a_subclass_is_not_taken_for_a_plain_tensor() -> None:
-    a, b = {"w": torch.zeros(4)}, {"w": torch.ones(4).bfloat16()}
-    emajit.update(a, b, 0, decay=0.5, backend="inductor")
-    two: Any = TwoTensor
-    shadow, params = ({"w": two(leaf["w"], leaf["w"] + 1)} for leaf in (a, b))
-    found = emajit.update(shadow, params, 0, decay=0.5, backend="inductor")
-    assert_close([found["w"].a, found["w"].b], [torch.full((4,), 0.5), torch.full((4,), 1.5)])
+class Scaled(Tensor):
+    """A number beside the elements, as quantized weights have one."""
+
+    held: Tensor
+    scale: float
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, _: Any, args: Any, kwargs: Any = None
+    ) -> Any:
+        plain = [x.held * x.scale if isinstance(x, Scaled) else x for x in args]
+        return func(*plain, **(kwargs or {}))
+
+
+def scaled(held: Tensor, scale: float) -> Scaled:
+    wrapper: Any = Tensor._make_wrapper_subclass
+    new: Scaled = wrapper(Scaled, held.shape, dtype=held.dtype)
+    new.held, new.scale = held, scale
+    return new
+
+
+def test_a_subclass_may_hold_what_no_graph_knows() -> None:
+    for scale in (1.0, 3.0):
+        params = [scaled(torch.ones(2), scale)]
+        found = emajit.update([torch.zeros(2)], params, 0, decay=0.5, backend="aot_eager")
+        assert found[0].tolist() == [0.5 * scale] * 2
+
+
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)]
+)
+def test_views_in_stripes_of_one_buffer(compiler: str) -> None:
+    for first in (0, 4, 2):
+        buffer = torch.zeros(24)
+        shadow = [buffer[first : first + 16 : 2], buffer[first + 1 : first + 17 : 2]]
+        params = [torch.full((8,), 2.0), torch.full((8,), 4.0)]
+        emajit.update_(shadow, params, 0, decay=0.5, backend=compiler)
+        expected = torch.zeros(24)
+        expected[first : first + 16] = torch.tensor([1.0, 2.0]).repeat(8)
+        assert_close(buffer, expected)
 
 
 def test_two_averages_of_one_parameter_or_of_two() -> None:

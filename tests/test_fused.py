@@ -429,6 +429,25 @@ def test_complex_weights_run_one_after_the_other() -> None:
     assert_close(shadow["w"], torch.full((3,), 1 - 3j, dtype=torch.complex64))
 
 
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_a_single_number_in_float64(name: str) -> None:
+    ours, theirs = (
+        [nn.Parameter(torch.ones(()).double()), nn.Parameter(torch.ones(3).double())]
+        for _ in range(2)
+    )
+    optimizer, expected = (getattr(torch.optim, name)(params, lr=0.1) for params in (ours, theirs))
+    shadow, other = emajit.init(ours), emajit.init(theirs)
+    fused = FusedOptimizer(optimizer, shadow, ours, decay=0.5, backend="aot_eager")
+    for step in range(4):
+        for p in (*ours, *theirs):
+            p.grad = torch.full_like(p, 1.0 + step)
+        fused.step(step)
+        expected.step()
+        emajit.update_(other, theirs, step, decay=0.5)
+    assert_close(shadow, other)
+    assert_close(ours, theirs)
+
+
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_compile, "can_compile", lambda _device: False)
     twins = Twins(OPTIMIZERS["AdamW"], "auto")

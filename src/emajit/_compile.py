@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
 from types import FunctionType
@@ -175,12 +176,8 @@ def layout(work: Work) -> Hashable:
     same = _same([*work.weights, *work.shadows, *work.params])
     regions = work.noise and tuple(work.noise.regions)
     pairs = zip(work.shadows, work.params, strict=True)
-    return (same, regions, *[(s.shape, *_kind(s), *_kind(p)) for s, p in pairs])
-
-
-def _kind(leaf: Tensor) -> tuple[Hashable, ...]:
-    subclass = type(leaf) not in (Tensor, torch.nn.Parameter) and type(leaf)
-    return leaf.stride(), leaf.dtype, subclass
+    forms = [(s.shape, s.stride(), s.dtype, p.stride(), p.dtype) for s, p in pairs]
+    return same, regions, tuple(forms)
 
 
 def _same(objects: Sequence[Any]) -> Hashable:
@@ -211,12 +208,14 @@ def _scalar(weight: Weight, device: torch.device) -> Tensor:
 def _ways(work: Work, backend: str) -> dict[Hashable, list[int]]:
     """The leaves for `foreach`, the ones for an eager kernel, and for each device the rest."""
     foreach = backend in ("auto", "eager")
+    leaves = [*work.shadows, *work.params]
+    unfit = {id(leaf) for leaf in leaves if not _is_plain(leaf)} | views_in_stripes(leaves)
     ways: dict[Hashable, list[int]] = {}
     for i, (s, p, w) in enumerate(zip(*work[:3], strict=True)):
         way: Hashable
         if foreach and _kernels.lerps({(s.dtype, p.dtype)}, [w], work.skip):
             way = "foreach"
-        elif backend == "eager" or not (_is_plain(s) and _is_plain(p)):
+        elif backend == "eager" or id(s) in unfit or id(p) in unfit:
             way = "eager"
         else:
             way = s.device
@@ -227,7 +226,23 @@ def _ways(work: Work, backend: str) -> dict[Hashable, list[int]]:
 
 def _is_plain(leaf: Tensor) -> bool:
     # Inductor has no code for complex numbers and overlooks a negation bit; integers are copied.
-    return leaf.is_floating_point() and not leaf.is_neg()
+    # A graph is made for what a subclass holds beside its numbers, which nothing tells here.
+    is_tensor = type(leaf) in (Tensor, torch.nn.Parameter)
+    return is_tensor and leaf.is_floating_point() and not leaf.is_neg()
+
+
+def views_in_stripes(leaves: Sequence[Tensor]) -> set[int]:
+    """The ids of leaves that are not contiguous and share their storage with another leaf.
+
+    AOTAutograd takes them for one input, with the offsets that they have when it traces, and would
+    write there ever after; so it does with its guards, and from its cache on disk (2.11 to 2.13).
+    """
+    striped = [leaf for leaf in leaves if not leaf.is_contiguous()]
+    if not striped:
+        return set()
+    different = {id(leaf): leaf.untyped_storage()._cdata for leaf in leaves}
+    often = Counter(different.values())
+    return {id(leaf) for leaf in striped if often[different[id(leaf)]] > 1}
 
 
 def _pays(work: Work) -> bool:

@@ -86,7 +86,7 @@ def average_(
 ) -> None:
     """Blend every leaf in place; the form to compile and to trace."""
     for s, p, w, key in zip(shadows, params, weights, _each(keys, shadows), strict=True):
-        # Inductor loses a write to a 0-d float64 input on the CPU (2.11 to 2.13), not to a view.
+        # torch.compile loses a write to a 0-d float64 input (2.11 to 2.13), not to a view of it.
         target = s.view(1) if s.ndim == 0 else s
         target.copy_(blend(s, p, w, skip, key))
 

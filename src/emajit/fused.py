@@ -37,9 +37,9 @@ class FusedOptimizer:
     The first step runs the two one after the other, since it creates the optimizer's state; the
     second one compiles, seconds to minutes. Part of the graph are the other options of the
     parameter groups, and which gradients are None. One after the other, as long as it is so, run
-    complex weights, DTensors, an optimizer with step hooks, and, with a warning, options that
-    differ at nearly every step (`OneCycleLR` with its momentum) and what `torch.compile` refuses
-    (sparse gradients).
+    complex weights, 0-d ones in float64, DTensors, an optimizer with step hooks, and, with a
+    warning, options that differ at nearly every step (`OneCycleLR` with its momentum) and what
+    `torch.compile` refuses (sparse gradients).
 
     It is itself what `torch.amp.GradScaler` takes: `scaler.step(fused)`, `scaler.unscale_(fused)`.
     Gradients are unscaled within the graph, and where one is infinite or NaN, nothing changes,
@@ -197,13 +197,17 @@ class FusedOptimizer:
             _compile.in_dispatch_mode()
             or _shards.are_in(self._weights())
             or any(leaf.is_complex() or leaf.is_neg() for leaf in leaves)
+            or _compile.views_in_stripes(leaves)
             or any(not _host.is_hook(hook) for hook in _hooks(optimizer))
             or (step is not None and not hasattr(step, "_wrapped_by_lr_sched"))
             or (self._backend == "auto" and not _compile.can_compile(work.device.type))
         ):
             return None
         if self._graphs.get(key) is None and key in self._graphs:
-            self._graphs[key] = _compiled(optimizer, work.skip, self._backend)
+            # torch.compile loses a write to a 0-d float64 tensor (2.11 to 2.13).
+            lost = any(t.ndim == 0 and t.dtype == torch.float64 for t in self._written())
+            graph = None if lost else _compiled(optimizer, work.skip, self._backend)
+            self._graphs[key] = graph or False
         return self._graphs.get(key)
 
     def _run(
