@@ -90,7 +90,7 @@ def test_nothing_grows(make: Callable[[], Callable[[int], object]]) -> None:
     graphs = _compile._compiled.cache_info().currsize
     for n in range(WARM, STEPS):
         step(n)
-    assert alive() - objects < 100
+    assert alive() - objects < 1000  # 18,000 steps; other threads, such as Inductor's, make some
     assert resident() - memory < 4 * 2**20  # 18,000 leaks of 1000 numbers would be 72 MB
     assert _compile._compiled.cache_info().currsize == graphs
 
