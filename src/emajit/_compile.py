@@ -15,6 +15,7 @@ from torch import Tensor
 from emajit import _kernels, _tree
 from emajit._kernels import Weight
 from emajit._rounding import Keys, Noise
+from emajit._shards import Region
 from emajit._tree import Form
 
 Kernel = Any  # of (shadows, params, weights, skip, keys): a plain function, or one compiled
@@ -87,6 +88,10 @@ class Work(NamedTuple):
     def device(self) -> torch.device:
         return self.shadows[0].device if self.shadows else torch.device("cpu")
 
+    @property
+    def regions(self) -> tuple[Region | None, ...] | None:
+        return tuple(self.noise.regions) if self.noise else None
+
     def keys(self) -> Keys | None:
         return self.noise.keys(self.device) if self.noise and self.shadows else None
 
@@ -133,8 +138,8 @@ def _plan(kernels: Kernels, work: Work, backend: str) -> list[Way]:
         return [(range(len(work.shadows)), _foreach_way(kernels))]
     if work.form is None:
         return _new_plan(kernels, work, backend)
-    regions = work.noise and tuple(work.noise.regions)
-    key = kernels, backend, work.skip, _same(work.weights), regions, torch.get_num_threads()
+    options = backend, work.skip, torch.get_num_threads()
+    key = kernels, options, _same(work.weights), work.regions
     if key not in work.form.plans:
         work.form.plans[key] = _new_plan(kernels, work, backend)
     return work.form.plans[key]  # type: ignore[no-any-return]
@@ -174,10 +179,9 @@ def _compiled_way(kernels: Kernels, work: Work, backend: str) -> Callable[[Work]
 def layout(work: Work) -> Hashable:
     """What a graph depends on, beside the options; whether a parameter is trained is no part."""
     same = _same([*work.weights, *work.shadows, *work.params])
-    regions = work.noise and tuple(work.noise.regions)
     pairs = zip(work.shadows, work.params, strict=True)
     forms = [(s.shape, s.stride(), s.dtype, p.stride(), p.dtype) for s, p in pairs]
-    return same, regions, tuple(forms)
+    return same, work.regions, tuple(forms)
 
 
 def _same(objects: Sequence[Any]) -> Hashable:
@@ -208,20 +212,25 @@ def _scalar(weight: Weight, device: torch.device) -> Tensor:
 def _ways(work: Work, backend: str) -> dict[Hashable, list[int]]:
     """The leaves for `foreach`, the ones for an eager kernel, and for each device the rest."""
     foreach = backend in ("auto", "eager")
-    leaves = [*work.shadows, *work.params]
-    unfit = {id(leaf) for leaf in leaves if not _is_plain(leaf)} | views_in_stripes(leaves)
+    compilable = _compilable(work) if backend != "eager" else set()
     ways: dict[Hashable, list[int]] = {}
     for i, (s, p, w) in enumerate(zip(*work[:3], strict=True)):
         way: Hashable
         if foreach and _kernels.lerps({(s.dtype, p.dtype)}, [w], work.skip):
             way = "foreach"
-        elif backend == "eager" or id(s) in unfit or id(p) in unfit:
-            way = "eager"
-        else:
+        elif {id(s), id(p)} <= compilable:
             way = s.device
+        else:
+            way = "eager"
         ways.setdefault(way, []).append(i)
     # What is compiled comes first: it may fail before it writes, the others do not.
     return dict(sorted(ways.items(), key=lambda item: item[0] in ("foreach", "eager")))
+
+
+def _compilable(work: Work) -> set[int]:
+    """The ids of the leaves that a graph may have."""
+    plain = [leaf for leaf in (*work.shadows, *work.params) if _is_plain(leaf)]
+    return {id(leaf) for leaf in plain} - views_in_stripes(plain)
 
 
 def _is_plain(leaf: Tensor) -> bool:

@@ -206,8 +206,7 @@ class FusedOptimizer:
         if self._graphs.get(key) is None and key in self._graphs:
             # torch.compile loses a write to a 0-d float64 tensor (2.11 to 2.13).
             lost = any(t.ndim == 0 and t.dtype == torch.float64 for t in self._written())
-            graph = None if lost else _compiled(optimizer, work.skip, self._backend)
-            self._graphs[key] = graph or False
+            self._graphs[key] = not lost and _compiled(optimizer, work.skip, self._backend)
         return self._graphs.get(key)
 
     def _run(
