@@ -1,12 +1,14 @@
-"""A `torch.compile` backend that counts."""
+"""What counts: a `torch.compile` backend its graphs, a mode the operators that run."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Counting:
@@ -18,3 +20,18 @@ class Counting:
     def __call__(self, module: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
         self.graphs += 1
         return module.forward
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that run inside, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del types
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))

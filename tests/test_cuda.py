@@ -44,6 +44,26 @@ def test_update_does_not_synchronise(
     assert_close(shadow["b"], torch.full_like(shadow["b"], 1 - (2 / 11) ** 4))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_launch_serves_several_leaves(dtype: torch.dtype) -> None:
+    shadow = {str(i): torch.zeros(32 + i, device="cuda") for i in range(200)}
+    params = {name: torch.ones_like(s, dtype=dtype) for name, s in shadow.items()}
+    step = torch.tensor(0, device="cuda")
+
+    def update() -> None:
+        emajit.update_(shadow, params, step, decay=0.5, backend="inductor")
+
+    update()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        update()
+        torch.cuda.synchronize()
+    events: Any = profile.events()
+    kernels = [event for event in events if event.device_type.name == "CUDA"]
+    assert 0 < len(kernels) < 60
+    assert all(bool((s == 0.75).all()) for s in shadow.values())
+
+
 def test_litema_does_not_synchronise(request: pytest.FixtureRequest) -> None:
     model = nn.Linear(2, 2).cuda()
     ema = LitEma(model).cuda()
@@ -139,6 +159,24 @@ def test_optimizer_and_average_in_one_graph(capturable: bool) -> None:
         averages[0](models[0])
         fused.step()
     assert_close(averages[1].state_dict(), averages[0].state_dict(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer_type", [torch.optim.AdamW, torch.optim.NAdam])
+def test_the_first_step_of_a_graph_can_be_one_that_is_skipped(optimizer_type: Any) -> None:
+    model = nn.Linear(8, 8).cuda()
+    optimizer = optimizer_type(model.parameters())
+    ema = LitEma(model, 0.9).cuda()
+    fused: Any = FusedOptimizer(optimizer, ema, model)
+    scaler = torch.amp.GradScaler("cuda", init_scale=4.0)
+    for gradient in (1.0, float("inf")):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, gradient)
+        scaler.scale(torch.zeros((), device="cuda"))
+        before = [t.clone() for t in (*model.parameters(), *ema.buffers())]
+        scaler.step(fused)
+        scaler.update()
+    assert_close([*model.parameters(), *ema.buffers()], before, rtol=0, atol=0)
+    assert {int(state["step"]) for state in optimizer.state.values()} == {1}
 
 
 class TestOffload:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from emajit import _kernels
 from tests import reference, strategies
+from tests.counting import Operators
 
 DTYPES = (*strategies.FLOATS, torch.complex64, torch.complex128)
 
@@ -49,6 +50,16 @@ def test_in_place_equals_pure(dtype: torch.dtype, shape: tuple[int, ...]) -> Non
     expected = _kernels.average(shadows, params, [0.3] * len(params), skip=False)
     _kernels.average_(shadows, params, [0.3] * len(params), skip=False)
     assert torch.equal(shadows[0], expected[0])
+
+
+def test_a_tensor_weight_is_cast_once_for_all_leaves_of_a_dtype() -> None:
+    """Each cast is a launch on a GPU."""
+    shadows = [torch.zeros(3) for _ in range(5)] + [torch.zeros(3, dtype=torch.float64)]
+    params, weight = [torch.ones_like(s) for s in shadows], torch.tensor(0.25, dtype=torch.float64)
+    with Operators() as operators:
+        _kernels.eager_average_(shadows, params, [weight] * 6, skip=False)
+    assert operators.counts["aten._to_copy.default"] == 1
+    assert all(bool((s == 0.25).all()) for s in shadows)
 
 
 def test_lerps_only_what_needs_no_temporary() -> None:

@@ -306,8 +306,10 @@ def compiled(function: Any, backend: str, *, guard_filter_fn: Any = None, **opti
     )
     all_options: dict[str, Any] = {"guard_filter_fn": guard_filter_fn}
     if backend == "inductor":
-        # The size asserts repeat what the guards have checked, 0.5 us a tensor.
-        all_options |= {"size_asserts": False, **options}
+        # The size asserts repeat what the guards have checked, 0.5 us a tensor. On a GPU each leaf
+        # would be a launch of its own: combined, the 686 of a U-Net are 97, those of AdamW with an
+        # average on the 161 of ResNet-50 are 49 in place of 322 (counted in Inductor's code).
+        all_options |= {"size_asserts": False, "combo_kernels": True, **options}
         # Of AVX-512 Inductor loads 16 bits as half a register, masked: 2.9 ms in place of 1.7.
         if torch.backends.cpu.get_cpu_capability() == "AVX512":
             all_options["cpp.simdlen"] = 256

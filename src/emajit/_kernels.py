@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def blend(
         return param.to(shadow.dtype, copy=True)
     precision = _precision(shadow, param)
     s, p = shadow.to(precision), param.to(precision)
-    average = torch.lerp(s, p, _at(weight, s))
+    average = torch.lerp(s, p, _at(weight, s.device, s.dtype))
     if skip:
         average = torch.where(torch.isfinite(p), average, s)
     if key is not None and shadow.dtype in _rounding.SUPPORTED:
@@ -45,8 +46,8 @@ def blend(
     return average.to(shadow.dtype)
 
 
-def _at(weight: Weight, leaf: Tensor) -> Weight:
-    return weight.to(leaf.device, leaf.dtype) if isinstance(weight, Tensor) else weight
+def _at(weight: Weight, device: torch.device, dtype: torch.dtype) -> Weight:
+    return weight.to(device, dtype) if isinstance(weight, Tensor) else weight
 
 
 def _precision(shadow: Tensor, param: Tensor) -> torch.dtype:
@@ -99,9 +100,10 @@ def eager_average_(
     keys: Keys | None = None,
 ) -> None:
     """`average_` with half the temporaries for a shadow that needs no rounding."""
+    at = cache(_at)
     for s, p, w, key in zip(shadows, params, weights, _each(keys, shadows), strict=True):
         if p.is_floating_point() and s.dtype == _precision(s, p) and not skip:
-            s.lerp_(p.to(s.dtype), _at(w, s))
+            s.lerp_(p.to(s.dtype), at(w, s.device, s.dtype))
         else:
             s.copy_(blend(s, p, w, skip, key))
 

@@ -204,6 +204,11 @@ class FusedOptimizer:
         ):
             return None
         if self._graphs.get(key) is None and key in self._graphs:
+            # Dynamo takes an optimizer on a GPU for capturable. It would move `step` as it traces,
+            # too late for what a skipped step puts back, and leave NAdam's `mu_product`.
+            for p, state in optimizer.state.items():
+                numbers = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.ndim == 0}
+                state.update({k: v.to(p.device) for k, v in numbers.items()})
             # torch.compile loses a write to a 0-d float64 tensor (2.11 to 2.13).
             lost = any(t.ndim == 0 and t.dtype == torch.float64 for t in self._written())
             self._graphs[key] = not lost and _compiled(optimizer, work.skip, self._backend)
