@@ -156,6 +156,29 @@ def test_views_in_stripes_of_one_buffer(compiler: str) -> None:
         assert_close(buffer, expected)
 
 
+def test_the_weights_of_a_compiled_optimizer(counting: tuple[str, Counting]) -> None:
+    """torch.compile marks them static, and makes a constant of what is so marked."""
+    name, counter = counting
+    for value in (1.0, 5.0, 9.0):
+        weight = nn.Parameter(torch.full((3,), value))
+        weight.grad = torch.zeros(3)
+        torch.compile(torch.optim.SGD([weight]).step, backend="eager")()
+        shadow = {"w": torch.zeros(3)}
+        emajit.update_(shadow, {"w": weight}, 0, decay=0.0, backend=name)
+        assert shadow["w"].tolist() == [value] * 3
+        weight.data = torch.zeros(3)
+        emajit.update_(shadow, {"w": weight}, 1, decay=0.5, backend=name)
+        assert shadow["w"].tolist() == [value / 2] * 3
+    assert counter.graphs == 1
+    torch.compiler.reset()
+    weights = [nn.Parameter(torch.full((3,), value)) for value in (1.0, 5.0)]
+    for weight in weights:
+        torch._dynamo.mark_static_address(weight)
+        shadow = {"w": torch.zeros(3)}
+        emajit.update_(shadow, {"w": weight}, 0, decay=0.0, backend=name)
+        assert torch.equal(shadow["w"], weight)
+
+
 def test_two_averages_of_one_parameter_or_of_two() -> None:
     a, b = torch.ones(3), torch.full((3,), 2.0)
     for params in ([a, a], [a, b], [b, a], [a, a]):

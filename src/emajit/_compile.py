@@ -263,12 +263,31 @@ def _pays(work: Work) -> bool:
 @lru_cache(maxsize=256)
 def _compiled(kernels: Kernels, _key: Hashable, backend: str) -> Kernel:
     """The kernel, compiled for the leaves and options that `_key` tells."""
-    return _IfItCompiles(kernels) if backend == "auto" else _unguarded(kernels.compiled, backend)
+    return _IfItCompiles(kernels) if backend == "auto" else _Unguarded(kernels.compiled, backend)
 
 
-def _unguarded(kernel: Kernel, backend: str) -> Kernel:
-    # Dynamo's guards would look again at what the key has told, for 0.6 us a tensor.
-    return compiled(kernel, backend, guard_filter_fn=torch.compiler.skip_all_guards_unsafe)
+class _Unguarded:
+    """A compiled kernel without dynamo's guards, which look again at what its key has told.
+
+    They would take 0.6 us a tensor. One of them is needed, that of a tensor marked static, such as
+    the weights of a compiled optimizer: it would be a constant of the graph, and a `Parameter`
+    would go unchecked for its alignment. So the graph is traced with other tensors of the same
+    memory.
+    """
+
+    def __init__(self, kernel: Kernel, backend: str) -> None:
+        kernel = fresh(kernel)
+        self.code = kernel.__code__
+        no_guards = torch.compiler.skip_all_guards_unsafe
+        self.run = compiled(kernel, backend, guard_filter_fn=no_guards)
+
+    def __call__(self, shadows: list[Tensor], params: list[Tensor], *others: Any) -> Any:
+        if not torch._C._dynamo.eval_frame._debug_get_cache_entry_list(
+            self.code
+        ):  # not traced yet, or reset since
+            plain = {id(leaf): leaf.detach() for leaf in (*shadows, *params)}
+            shadows, params = ([plain[id(leaf)] for leaf in leaves] for leaves in (shadows, params))
+        return self.run(shadows, params, *others)
 
 
 class _IfItCompiles:
@@ -280,7 +299,7 @@ class _IfItCompiles:
 
     def __call__(self, *arguments: Any) -> Any:
         try:
-            self.run = self.run or _unguarded(self.kernels.compiled, "inductor")
+            self.run = self.run or _Unguarded(self.kernels.compiled, "inductor")
             return self.run(*arguments)
         except (torch._dynamo.exc.TorchDynamoException, OSError) as error:  # OSError: of its cache
             if self.run is self.kernels.eager:
@@ -291,19 +310,23 @@ class _IfItCompiles:
             return self.run(*arguments)
 
 
-def compiled(function: Any, backend: str, *, guard_filter_fn: Any = None, **options: Any) -> Any:
-    """`function`, compiled with a cache of its own, and with further options of Inductor.
+def fresh(function: Any) -> Any:
+    """`function` with a code object of its own.
 
-    Dynamo keeps its cache with the code object and gives up after 8 entries, which several models
-    would exhaust together.
+    Dynamo keeps its cache with the code and gives up after 8 entries, which several models would
+    exhaust together.
     """
-    fresh = FunctionType(
+    return FunctionType(
         function.__code__.replace(),
         function.__globals__,
         function.__name__,
         function.__defaults__,
         function.__closure__,
     )
+
+
+def compiled(function: Any, backend: str, *, guard_filter_fn: Any = None, **options: Any) -> Any:
+    """`function`, compiled, and with further options of Inductor."""
     all_options: dict[str, Any] = {"guard_filter_fn": guard_filter_fn}
     if backend == "inductor":
         # The size asserts repeat what the guards have checked, 0.5 us a tensor. On a GPU each leaf
@@ -313,7 +336,9 @@ def compiled(function: Any, backend: str, *, guard_filter_fn: Any = None, **opti
         # Of AVX-512 Inductor loads 16 bits as half a register, masked: 2.9 ms in place of 1.7.
         if torch.backends.cpu.get_cpu_capability() == "AVX512":
             all_options["cpp.simdlen"] = 256
-    return torch.compile(fresh, fullgraph=True, dynamic=False, backend=backend, options=all_options)
+    return torch.compile(
+        function, fullgraph=True, dynamic=False, backend=backend, options=all_options
+    )
 
 
 @lru_cache(maxsize=8)

@@ -339,7 +339,7 @@ def _compiled(optimizer: torch.optim.Optimizer, skip: bool, backend: str) -> Any
                 new.copy_(torch.where(skipped.to(new.device), old.view_as(new), new))
 
     return _compile.compiled(
-        run,
+        _compile.fresh(run),
         "inductor" if backend == "auto" else backend,
         # A weight in 16 bits is averaged as it was rounded, not as it was before.
         emulate_precision_casts=True,
