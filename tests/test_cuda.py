@@ -26,6 +26,26 @@ def no_synchronisation() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
+def test_schedules_do_not_synchronise(request: pytest.FixtureRequest) -> None:
+    step = torch.tensor(3, device="cuda")
+    every = [
+        schedules.warmup(0.9),
+        schedules.inverse_gamma(),
+        schedules.power_function(0.1),
+        schedules.half_life(1000, 10),
+        schedules.debiased(0.9),
+        schedules.uniform(),
+        schedules.cosine(0.9, 1.0, 10),
+        schedules.linear(0.9, 1.0, 10),
+        schedules.delay(schedules.constant(0.9), 2),
+        schedules.every(schedules.warmup(0.9), 4),
+    ]
+    request.getfixturevalue("no_synchronisation")
+    found = [schedule(step) for schedule in every]
+    torch.cuda.set_sync_debug_mode("default")
+    assert_close([float(x) for x in found], [float(schedule(3)) for schedule in every])
+
+
 @pytest.mark.parametrize("backend", ["auto", "eager", "inductor"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_update_does_not_synchronise(
@@ -131,6 +151,17 @@ def test_a_captured_update_follows_the_step(backend: str, rounding: Rounding) ->
     assert_close(captured, expected, rtol=1e-6, atol=0.0)
 
 
+def test_no_capture_of_a_litema_that_counts_on_the_host() -> None:
+    model = nn.Linear(2, 2).cuda()
+    ema = LitEma(model)
+    ema(model)
+    graph = torch.cuda.CUDAGraph()
+    captured = pytest.raises(RuntimeError, match="num_updates: expected it on the device")
+    with captured, torch.cuda.graph(graph):
+        ema(model)
+    assert ema.num_updates.item() == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_noise_is_that_of_the_host(dtype: torch.dtype) -> None:
     shadow = {"w": torch.ones(1000, dtype=dtype)}
@@ -161,11 +192,16 @@ def test_optimizer_and_average_in_one_graph(capturable: bool) -> None:
     assert_close(averages[1].state_dict(), averages[0].state_dict(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("controls", ["cpu", "cuda"])
 @pytest.mark.parametrize("optimizer_type", [torch.optim.AdamW, torch.optim.NAdam])
-def test_the_first_step_of_a_graph_can_be_one_that_is_skipped(optimizer_type: Any) -> None:
+def test_the_first_step_of_a_graph_can_be_one_that_is_skipped(
+    optimizer_type: Any, controls: str
+) -> None:
     model = nn.Linear(8, 8).cuda()
     optimizer = optimizer_type(model.parameters())
-    ema = LitEma(model, 0.9).cuda()
+    ema = LitEma(model, 0.9)  # its averages are on the device, what counts is not
+    if controls == "cuda":
+        ema.cuda()
     fused: Any = FusedOptimizer(optimizer, ema, model)
     scaler = torch.amp.GradScaler("cuda", init_scale=4.0)
     for gradient in (1.0, float("inf")):
@@ -175,7 +211,9 @@ def test_the_first_step_of_a_graph_can_be_one_that_is_skipped(optimizer_type: An
         before = [t.clone() for t in (*model.parameters(), *ema.buffers())]
         scaler.step(fused)
         scaler.update()
-    assert_close([*model.parameters(), *ema.buffers()], before, rtol=0, atol=0)
+    after = [*model.parameters(), *ema.buffers()]
+    assert_close(after, before, rtol=0, atol=0, check_device=False)
+    assert ema.num_updates.item() == 1
     assert {int(state["step"]) for state in optimizer.state.values()} == {1}
 
 

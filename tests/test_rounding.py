@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import emajit
 from emajit import _rounding
@@ -219,6 +220,19 @@ def test_examples_of_a_vmap_share_the_noise(dtype: torch.dtype) -> None:
     found = torch.func.vmap(lambda s, p: update(s, 3, p))(batched, params)
     expected = update(tree(dtype))
     assert_same_bits(found, {n: torch.stack([s, s]) for n, s in expected.items()})
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+def test_a_call_on_fake_tensors_leaves_nothing_behind() -> None:
+    def updated() -> Tensor:
+        shadow = {"seen by nobody else": torch.zeros(3, dtype=torch.bfloat16)}
+        params = {"seen by nobody else": torch.full((3,), 0.3)}
+        emajit.update_(shadow, params, 0, decay=0.9, rounding="stochastic", backend="eager")
+        return shadow["seen by nobody else"]
+
+    with FakeTensorMode():
+        updated()
+    assert updated().gt(0).all()
 
 
 def test_in_place_and_tied() -> None:

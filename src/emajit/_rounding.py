@@ -93,7 +93,9 @@ class Noise(NamedTuple):
         step = step.to(device, torch.int64)
         first = _hash((step ^ 0x3C6EF372).to(torch.int32))
         second = _hash(first ^ (step >> 32).to(torch.int32))
-        words = _words.__wrapped__ if torch.compiler.is_compiling() else _words
+        # In a trace or in a mode, such as that of fake tensors, they are not what others want.
+        one_time = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        words = _words.__wrapped__ if one_time else _words
         return Keys(words(tuple(self.paths), device) ^ torch.stack([first, second]), self.regions)
 
 

@@ -35,6 +35,14 @@ def _is_on_host(tensor: Tensor) -> bool:
     return tensor.is_cpu and not torch.compiler.is_compiling()
 
 
+def _check_not_captured() -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "num_updates: expected it on the device of a CUDA graph, which would repeat a step of "
+            "the warm-up for ever, found it on cpu; move the LitEma there before"
+        )
+
+
 def _float32(number: float) -> float:
     return float(struct.unpack("f", struct.pack("f", number))[0])
 
@@ -172,7 +180,10 @@ class LitEma(nn.Module):
         updates = self._control("num_updates")
         if not _is_on_host(updates):
             return averages, params, updates, self._decay_on_device()
-        return averages, params, max(0, int(updates)), self._decay_on_host()
+        step = int(updates)
+        if step >= 0 and averages and next(iter(averages.values())).is_cuda:
+            _check_not_captured()
+        return averages, params, max(0, step), self._decay_on_host()
 
     def _copies(self) -> dict[str, Tensor]:
         """The copies of buffers, under the names of the model seen last."""
@@ -188,6 +199,10 @@ class LitEma(nn.Module):
                 pairs = zip(copies.values(), values, strict=True)
                 values = [torch.where(unless, old, new) for old, new in pairs]
             _copy([*copies.values()], values)
+        if unless is not None:  # only the device knows, so that is where the updates are counted
+            self.decay, self.num_updates = (
+                control.to(unless.device) for control in (self.decay, self.num_updates)
+            )
         updates = self._control("num_updates")
         if unless is not None:
             updates.add_((updates >= 0) & ~unless)

@@ -351,7 +351,10 @@ def delay(schedule: Schedule, start: int) -> Schedule:
         if isinstance(step, Tensor):
             step = step.to(torch.int64)
             decay = schedule((step - start).clamp(min=0))
-            return torch.where(step < start, 0.0, torch.as_tensor(decay, dtype=torch.float64))
+            if not isinstance(decay, Tensor):
+                # `as_tensor` would copy it from the host.
+                decay = torch.full((), decay, dtype=torch.float64, device=step.device)
+            return torch.where(step < start, 0.0, decay.to(torch.float64))
         return 0.0 if step < start else schedule(step - start)
 
     return delayed
