@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 import emajit
 from emajit import _rounding
 from emajit._rounding import Noise
+from tests.counting import Counting
 
 HALVES = (torch.bfloat16, torch.float16)
 DRAWS = 2**17
@@ -20,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def key(path: str = "['w']", step: int | Tensor = 0) -> Tensor:
-    return Noise([path], [None], step).keys(CPU).words[0]
+    return Noise([path], [None], step, {}).keys(CPU).words[0]
 
 
 def noise(path: str = "['w']", step: int | Tensor = 0) -> Tensor:
@@ -220,6 +221,22 @@ def test_examples_of_a_vmap_share_the_noise(dtype: torch.dtype) -> None:
     found = torch.func.vmap(lambda s, p: update(s, 3, p))(batched, params)
     expected = update(tree(dtype))
     assert_same_bits(found, {n: torch.stack([s, s]) for n, s in expected.items()})
+
+
+@pytest.mark.parametrize(("leaves", "graphs"), [(20, 1), (40, 2), (100, 2)])
+def test_leaves_of_all_sizes_in_several_graphs(
+    leaves: int, graphs: int, counting: tuple[str, Counting]
+) -> None:
+    """Those that are alike share a graph; each has its own average and its own noise."""
+    name, counter = counting
+    sizes = [(8, 3, 5)[i % 3] for i in range(leaves)]
+    shadow = {str(i): torch.randn(n).bfloat16() for i, n in enumerate(sizes)}
+    params = {str(i): torch.randn(n) for i, n in enumerate(sizes)}
+    expected = update(shadow, 3, params)
+    assert_same_bits(update(shadow, 3, params, backend=name), expected)
+    emajit.update_(shadow, params, 3, decay=0.5, rounding="stochastic", backend=name)
+    assert_same_bits(shadow, expected)
+    assert counter.graphs == 2 * graphs
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer")

@@ -6,6 +6,8 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
+from itertools import chain
+from operator import itemgetter
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -74,7 +76,8 @@ class Work(NamedTuple):
     form: Form | None = None
 
     def part(self, leaves: Sequence[int]) -> Work:
-        if len(leaves) == len(self.shadows):
+        """Some of the leaves, in this order; a `range` is all of them."""
+        if isinstance(leaves, range) or leaves == [*range(len(self.shadows))]:
             return self
         return Work(
             [self.shadows[i] for i in leaves],
@@ -155,15 +158,44 @@ def _new_plan(kernels: Kernels, work: Work, backend: str) -> list[Way]:
             plan.append((leaves, lambda part: kernels.eager(*part[:4], part.keys())))
         else:
             plan += [
-                (some, _compiled_way(kernels, work.part(some), backend))
-                for some in _in_graphs(leaves, part)
+                (group, _compiled_way(kernels, work.part(group), backend))
+                for group in _in_graphs(leaves, part)
             ]
     return plan
 
 
 def _in_graphs(leaves: Sequence[int], work: Work) -> list[Sequence[int]]:
-    size = _NOISY_LEAVES if work.noise and work.device.type == "cpu" else len(leaves)
-    return [leaves[i : i + size] for i in range(0, len(leaves), size)]
+    """All leaves in one graph; with noise in groups, of which many are alike and share a graph.
+
+    The blocks of a network repeat. Of a form of leaf that is there `n` times, each of `k` groups
+    gets `n // k`, and what remains is divided in the same way. Small leaves come first, before the
+    threads start: behind large ones, they too would keep gcc from inlining.
+    """
+    if work.noise is None or work.device.type != "cpu":
+        return [leaves]
+    forms: dict[tuple[Any, ...], list[int]] = {}
+    rows = zip(leaves, *work[:3], work.noise.regions, strict=True)
+    for leaf, s, p, w, region in rows:
+        form = s.numel(), s.shape, s.stride(), s.dtype, p.stride(), p.dtype, id(w), region
+        forms.setdefault(form, []).append(leaf)
+    columns = [forms[form] for form in sorted(forms, key=itemgetter(0))]
+    groups: list[Sequence[int]] = []
+    while columns:
+        times = _times(columns)
+        for j in range(times):
+            shares = [c[len(c) // times * j : len(c) // times * (j + 1)] for c in columns]
+            group = [*chain.from_iterable(shares)]
+            groups += [group[i : i + _NOISY_LEAVES] for i in range(0, len(group), _NOISY_LEAVES)]
+        rests = [c[len(c) // times * times :] for c in columns]
+        columns = [rest for rest in rests if rest]
+    return groups
+
+
+def _times(columns: list[list[int]]) -> int:
+    """How many groups can be alike and have at least 24 leaves."""
+    most = sum(map(len, columns)) // 24
+    enough = (k for k in range(most, 1, -1) if sum(len(c) // k for c in columns) >= 24)
+    return next(enough, 1)
 
 
 def _foreach_way(kernels: Kernels) -> Callable[[Work], Any]:

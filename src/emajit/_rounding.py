@@ -75,28 +75,35 @@ class Keys(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """What tells the noise of one call from that of any other."""
+    """What tells the noise of one call from that of any other; its parts share `mixed`."""
 
     paths: list[str]
     regions: list[Region | None]
     step: int | Tensor
+    mixed: dict[torch.device, Tensor]
 
     def part(self, leaves: Sequence[int]) -> Noise:
         paths, regions = [self.paths[i] for i in leaves], [self.regions[i] for i in leaves]
-        return Noise(paths, regions, self.step)
+        return Noise(paths, regions, self.step, self.mixed)
 
     def keys(self, device: torch.device) -> Keys:
         """Those of the leaves. A graph that was compiled or captured serves every step."""
-        step = self.step
-        if not isinstance(step, Tensor):
-            step = torch.full((), step, dtype=torch.int64, device=device)
-        step = step.to(device, torch.int64)
-        first = _hash((step ^ 0x3C6EF372).to(torch.int32))
-        second = _hash(first ^ (step >> 32).to(torch.int32))
+        if device not in self.mixed:
+            self.mixed[device] = _mixed(self.step, device)
         # In a trace or in a mode, such as that of fake tensors, they are not what others want.
         one_time = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
         words = _words.__wrapped__ if one_time else _words
-        return Keys(words(tuple(self.paths), device) ^ torch.stack([first, second]), self.regions)
+        return Keys(words(tuple(self.paths), device) ^ self.mixed[device], self.regions)
+
+
+def _mixed(step: int | Tensor, device: torch.device) -> Tensor:
+    """Two words, of which each bit depends on all of the step."""
+    if not isinstance(step, Tensor):
+        step = torch.full((), step, dtype=torch.int64, device=device)
+    step = step.to(device, torch.int64)
+    first = _hash((step ^ 0x3C6EF372).to(torch.int32))
+    second = _hash(first ^ (step >> 32).to(torch.int32))
+    return torch.stack([first, second])
 
 
 @lru_cache(maxsize=64)

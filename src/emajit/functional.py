@@ -149,8 +149,9 @@ def update_(
 
     The results are those of `update`. Everything is checked before the first leaf is written. One
     operator then writes all leaves of one kind: float32 and float64 with parameters of the same
-    dtype, or what is compiled. Between two kinds, and in eager mode between two leaves of any
-    other dtype, Ctrl-C or a lack of memory can leave some averaged and some not.
+    dtype, or what is compiled (32 leaves of it, where stochastic rounding is on the CPU). Between
+    two operators, and in eager mode between two leaves of any other dtype, Ctrl-C or a lack of
+    memory can leave some averaged and some not.
 
     Raises:
         ValueError: as `update`; also where a leaf of the shadow overlaps the memory of another
@@ -200,7 +201,7 @@ def prepare(
     noise = None
     if rounding == "stochastic":
         paths, regions = (_tree.interleave(t, several) for t in _places(pairs))
-        noise = Noise(paths, regions, step)
+        noise = Noise(paths, regions, step, {})
     if not _compile.is_traced():
         dtypes = pairs.form.dtypes if pairs.form else _tree.dtypes(shadows, partners)
         if noise is None and not dtypes <= _NEVER_STALL:
