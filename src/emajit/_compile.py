@@ -176,7 +176,7 @@ def _in_graphs(leaves: Sequence[int], work: Work) -> list[Sequence[int]]:
     forms: dict[tuple[Any, ...], list[int]] = {}
     rows = zip(leaves, *work[:3], work.noise.regions, strict=True)
     for leaf, s, p, w, region in rows:
-        form = s.numel(), s.shape, s.stride(), s.dtype, p.stride(), p.dtype, id(w), region
+        form = s.numel(), _form(s, p), id(w), region
         forms.setdefault(form, []).append(leaf)
     columns = [forms[form] for form in sorted(forms, key=itemgetter(0))]
     groups: list[Sequence[int]] = []
@@ -212,8 +212,11 @@ def layout(work: Work) -> Hashable:
     """What a graph depends on, beside the options; whether a parameter is trained is no part."""
     same = _same([*work.weights, *work.shadows, *work.params])
     pairs = zip(work.shadows, work.params, strict=True)
-    forms = [(s.shape, s.stride(), s.dtype, p.stride(), p.dtype) for s, p in pairs]
-    return same, work.regions, tuple(forms)
+    return same, work.regions, tuple([_form(s, p) for s, p in pairs])
+
+
+def _form(shadow: Tensor, param: Tensor) -> tuple[Hashable, ...]:
+    return shadow.shape, shadow.stride(), shadow.dtype, param.stride(), param.dtype
 
 
 def _same(objects: Sequence[Any]) -> Hashable:
@@ -314,9 +317,8 @@ class _Unguarded:
         self.run = compiled(kernel, backend, guard_filter_fn=no_guards)
 
     def __call__(self, shadows: list[Tensor], params: list[Tensor], *others: Any) -> Any:
-        if not torch._C._dynamo.eval_frame._debug_get_cache_entry_list(
-            self.code
-        ):  # not traced yet, or reset since
+        graphs = torch._C._dynamo.eval_frame._debug_get_cache_entry_list(self.code)
+        if not graphs:  # not traced yet, or reset since
             plain = {id(leaf): leaf.detach() for leaf in (*shadows, *params)}
             shadows, params = ([plain[id(leaf)] for leaf in leaves] for leaves in (shadows, params))
         return self.run(shadows, params, *others)

@@ -199,13 +199,12 @@ class LitEma(nn.Module):
                 pairs = zip(copies.values(), values, strict=True)
                 values = [torch.where(unless, old, new) for old, new in pairs]
             _copy([*copies.values()], values)
+        updates = self._control("num_updates")
         if unless is not None:  # only the device knows, so that is where the updates are counted
             self.decay, self.num_updates = (
                 control.to(unless.device) for control in (self.decay, self.num_updates)
             )
-        updates = self._control("num_updates")
-        if unless is not None:
-            updates.add_((updates >= 0) & ~unless)
+            self.num_updates.add_((self.num_updates >= 0) & ~unless)
         elif not _is_on_host(updates):
             updates.add_(updates >= 0)
         elif int(updates) >= 0:
