@@ -592,6 +592,31 @@ class TestWrappers:
         assert LitEma(model).load_state_dict(original.state_dict()) == ([], [])
         assert LitEma(wrapped).load_state_dict(LitEma(model).state_dict()) == ([], [])
 
+    def test_tied_weights_and_shared_layers(self) -> None:
+        first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+        second.weight = first.weight
+        model = nn.Sequential(first, second, first)
+        ema = LitEma(model, decay=0.0, use_num_upates=False)
+        assert [*ema.m_name2s_name] == ["0.weight", "0.bias", "1.bias"]
+        perturb(model)
+        ema(model)
+        assert_close(list(ema.buffers())[2:], list(model.parameters()))
+
+    def test_a_module_with_names_of_its_own(self) -> None:
+        class Wrapper(nn.Module):
+            def __init__(self, inner: nn.Module) -> None:
+                super().__init__()
+                self.inner = inner
+
+            def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+                return self.inner.named_parameters(*args, **kwargs)
+
+        inner = small()
+        ema = LitEma(inner, decay=0.0, use_num_upates=False)
+        perturb(inner)
+        ema(Wrapper(inner))
+        assert_close(list(ema.buffers())[2:], list(inner.parameters()))
+
 
 class TestCheckpoints:
     def test_resume_is_exact(self) -> None:
