@@ -326,7 +326,7 @@ class TestCheckpoints:
         assert emajit(monkeypatch, *arguments) == 2
         assert "expected a checkpoint that tells its decay" in capsys.readouterr().err
         assert emajit(monkeypatch, *arguments, "--decay", "1.5") == 2
-        assert "--decay: expected a number in [0, 1], found 1.5" in capsys.readouterr().err
+        assert "decay: expected a number in [0, 1], found 1.5" in capsys.readouterr().err
         assert emajit(monkeypatch, *arguments, "--decay", "0.99") == 0
         assert checkpoint.read(out).decay == 0.99
 

@@ -7,6 +7,7 @@ import collections
 import contextlib
 import copy
 import io
+import math
 import pickle
 import tempfile
 import warnings
@@ -207,9 +208,31 @@ class TestLitEma:
         del state["model.diffusion_model.0.bias"]
         with pytest.raises(ValueError, match="'diffusion_model0bias': expected one parameter"):
             checkpoint.read(state)
+        colliding = {
+            "model_ema.abc": torch.ones(1),
+            **dict.fromkeys(formats.CONTROLS, torch.ones(())),
+        }
+        for names in (["a.bc", "ab.c"], ["a.bc", "ab.c", "teacher.a.bc"]):
+            raw = {f"model.{name}": torch.zeros(1) for name in names}
+            with pytest.raises(ValueError, match="'abc': expected one parameter of that name"):
+                checkpoint.read({**colliding, **raw})
         state["model.diffusion_model.0.bias"] = torch.ones(99)
         with pytest.raises(ValueError, match=r"0.bias': expected an average of shape \(99,\)"):
             checkpoint.read(state)
+
+    def test_without_averages(self) -> None:
+        state = {"model_ema.decay": torch.tensor(0.9), "model_ema.num_updates": torch.tensor(3)}
+        with pytest.raises(
+            ValueError, match=r"expected averages beside model_ema\.decay, found none"
+        ):
+            checkpoint.read(state)
+
+    @pytest.mark.parametrize("decay", [0.9999, 2 ** (-1 / 12345), 2 ** (-1 / 1234567)])
+    def test_the_decay_is_that_of_the_file(self, decay: float) -> None:
+        host = Host()
+        host.model_ema.decay.fill_(decay)
+        found = checkpoint.read(host.state_dict()).decay
+        assert found == (0.9999 if decay == 0.9999 else host.model_ema.decay.item())
 
 
 class TestPeers:
@@ -516,6 +539,17 @@ class TestRefused:
             wrong = names
             with pytest.raises(TypeError, match="names: expected a list of names, or the model"):
                 checkpoint.read({}, names=wrong)
+        shadow = {"a.b": torch.ones(1), "a": {"b": torch.zeros(1)}}
+        with pytest.raises(ValueError, match=r"emajit: .* found twice \['a.b'\]"):
+            checkpoint.read({"shadow": shadow, "step": 0})
+        listed = {"shadow_params": [torch.ones(2)] * 3, "num_updates": 1}
+        with pytest.raises(ValueError, match=r"torch_ema: .* found twice \['a'\]"):
+            checkpoint.read(listed, names=["a", "a", "b"])
+        with pytest.raises(ValueError, match=r"'0.weight': expected an average of shape \(3, 5\)"):
+            checkpoint.read(
+                {"shadow_params": [torch.ones(2), torch.ones(3)], "num_updates": 1},
+                names=nn.Sequential(nn.Linear(5, 3)),
+            )
 
     def test_no_file(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError):
@@ -802,13 +836,90 @@ class TestWritten:
         for wrong, message in cases:
             with pytest.raises(ValueError, match=message):
                 checkpoint.write(tmp_path / "out", found, **wrong)
-        for layout in ("averaged-model", "ema-pytorch"):
-            with pytest.raises(ValueError, match=f"{layout}: expected a checkpoint that tells its"):
-                checkpoint.write(tmp_path / "out", found._replace(step=None), layout=layout)
+        unknown = found._replace(step=None, decay=0.9)
+        for layout in ("averaged-model", "ema-pytorch", "diffusers-ema"):
+            with pytest.raises(
+                ValueError, match=f"{layout}: .* tells its step, or a step to write"
+            ):
+                checkpoint.write(tmp_path / "out", unknown, layout=layout, names=shadow)
+        for wrong, message in (
+            ({"decay": 1.5}, "decay: expected a number in .0, 1., found 1.5"),
+            ({"step": -1}, "step: expected the number of updates so far, >= 0, found -1"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                checkpoint.write(tmp_path / "out", found, **wrong)
+        for layout in formats.LAYOUTS:
+            if layout not in formats.OF_SAFETENSORS:
+                with pytest.raises(
+                    ValueError, match=rf"expected a name with .ckpt or .* for {layout}"
+                ):
+                    checkpoint.write(tmp_path / "out.safetensors", found, layout=layout)
+        large = found._replace(weights={"w": torch.tensor([1e5, math.inf])})
+        for name in ("out.safetensors", "out.pt"):
+            with pytest.raises(
+                ValueError, match="'w': expected numbers up to 65504, found a larger"
+            ):
+                checkpoint.write(tmp_path / name, large, dtype=torch.float16)
         state: Any = found.weights
         with pytest.raises(TypeError, match="averaged: expected what read has found, found dict"):
             checkpoint.write(tmp_path / "out", state)
         assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+    def test_what_is_raised_while_it_is_written(
+        self, tmp_path: Path, error: type[BaseException]
+    ) -> None:
+        def tell(_: int) -> None:
+            raise error
+
+        _, found = self.found()
+        for name in ("out.safetensors", "out.pt"):
+            with pytest.raises(error):
+                checkpoint.write(tmp_path / name, found, tell=tell)
+        assert not list(tmp_path.iterdir())
+
+    def test_with_a_step_and_a_decay_of_your_own(self, tmp_path: Path) -> None:
+        found = checkpoint.Averaged({"w": torch.ones(1)}, "timm")
+        options: dict[str, Any] = {"names": ["w"], "decay": 0.9, "step": 7}
+        checkpoint.write(tmp_path / "out", found, layout="diffusers-ema", **options)
+        again = checkpoint.read(tmp_path / "out", names=["w"])
+        assert (again.step, again.decay) == (7, 0.9)
+
+    @pytest.mark.parametrize("layout", formats.BY_POSITION)
+    def test_the_parameters_of_a_model(self, tmp_path: Path, layout: str) -> None:
+        """Of a state with buffers, as timm has it; and of one where a parameter is frozen."""
+        model = net()
+        averages = {name: value + 1 for name, value in model.state_dict().items()}
+        all_of_it = checkpoint.read({"state_dict_ema": averages, "state_dict": model.state_dict()})
+        ema = {name: v for name, v in averages.items() if name in parameters(model)}
+        del ema["0.weight"]
+        frozen = checkpoint.read({"ema_state": ema, "model": model.state_dict()})
+        for found in (all_of_it, frozen):
+            options: dict[str, Any] = {"names": model, "decay": 0.9, "step": 1}
+            checkpoint.write(tmp_path / "out", found, layout=layout, **options)
+            again = checkpoint.read(tmp_path / "out", names=model)
+            assert_average(again, {name: found.weights[name] for name in parameters(model)})
+        with pytest.raises(ValueError, match=f"{layout}: .* with 0.weight, which is no average"):
+            names = [*parameters(model)]
+            checkpoint.write(
+                tmp_path / "out", frozen, layout=layout, names=names, decay=0.9, step=1
+            )
+
+    @pytest.mark.parametrize("layout", ["litema", "torch-ema"])
+    def test_a_cast_keeps_ties(self, tmp_path: Path, layout: str) -> None:
+        first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+        second.weight = first.weight
+        model = nn.Module()
+        model.model = nn.Sequential(first, second)
+        model.model_ema = LitEma(model.model)
+        path = tmp_path / "out.ckpt"
+        options: dict[str, Any] = {"layout": layout, "names": model, "dtype": torch.float16}
+        checkpoint.write(path, checkpoint.read(model.state_dict()), **options)
+        written = torch.load(path, weights_only=True)
+        if layout == "litema":
+            assert written["state_dict"].keys() == model.state_dict().keys()
+        else:
+            assert len(written["shadow_params"]) == 3
 
     @pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".pth", ".bin"])
     def test_in_the_container_that_the_name_says(self, tmp_path: Path, suffix: str) -> None:

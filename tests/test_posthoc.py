@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from itertools import pairwise
 from pathlib import Path
@@ -362,6 +363,24 @@ class TestTrouble:
         train(folder, 4, steps=32)
         with pytest.warns(UserWarning, match="snapshots: .*040.* is older than .*032.*: of anoth"):
             posthoc.reconstruct(posthoc.snapshots(folder), 0.07)
+
+    def test_of_two_runs_with_a_length_in_common(self, tmp_path: Path) -> None:
+        """The later run replaces the files of that length, so that they are newer than all."""
+        for seconds, lengths in ((0, (0.05, 0.1)), (100, (0.05, 0.15))):
+            for step in (8, 16, 24):
+                paths = posthoc.save(tmp_path, [{"w": torch.ones(1)}] * 2, step, sigma_rel=lengths)
+                for path in paths:
+                    os.utime(path, (0, seconds + step))
+        with pytest.warns(UserWarning, match="snapshots: .*016.* is older than .*008.*: of anoth"):
+            posthoc.reconstruct(posthoc.snapshots(tmp_path), 0.08)
+
+    @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+    def test_in_eight_bits(self, tmp_path: Path, dtype: torch.dtype) -> None:
+        for step in (8, 16):
+            posthoc.save(tmp_path, {"w": torch.ones(3)}, step, sigma_rel=0.1, dtype=dtype)
+        with pytest.warns(UserWarning, match="from the rounding of the files"):
+            found = posthoc.reconstruct(posthoc.snapshots(tmp_path), 0.1)
+        assert_close(found["w"], torch.ones(3))
 
     def test_a_result_that_overflows(self, tmp_path: Path) -> None:
         for step in (1, 2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -17,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.testing import assert_close
 
 import emajit
@@ -107,6 +109,25 @@ class TestFolder:
         checkpoint.save_sharded(tmp_path / "b", {"a": tied, "b": tied + 1}, 0)
         with pytest.raises(ValueError, match="expected 'b' tied as in like"):
             checkpoint.load_sharded(tmp_path / "b", {"a": tied, "b": tied})
+
+    def test_what_is_not_a_number(self, tmp_path: Path) -> None:
+        odd = torch.tensor([1.0, float("nan"), float("inf")])
+        for name, shadow in (("a", {"w": odd}), ("b", {"w": odd, "v": odd})):
+            checkpoint.save_sharded(tmp_path / name, shadow, 0)
+            loaded, _ = checkpoint.load_sharded(tmp_path / name, shadow)
+            assert_close(loaded, shadow, rtol=0, atol=0, equal_nan=True)
+
+    def test_a_disk_that_is_full(
+        self, tmp_path: Path, shadow: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(FileSystemWriter, "write_data", full)
+        with pytest.raises(OSError, match=r"No space left on device.*ema") as raised:
+            checkpoint.save_sharded(tmp_path / "ema", shadow, 7)
+        assert raised.value.errno == errno.ENOSPC
+        assert not (tmp_path / "ema").exists()
 
     def test_is_never_overwritten(self, folder: Path, shadow: dict[str, Tensor]) -> None:
         with pytest.raises(FileExistsError):

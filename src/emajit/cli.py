@@ -145,6 +145,9 @@ Decay = Annotated[
     float | None,
     typer.Option(help="To go on with, where the layout holds one; default, the checkpoint's."),
 ]
+Step = Annotated[
+    int | None, typer.Option(help="The updates that it has taken; default, as the checkpoint's.")
+]
 Cast = Annotated[Dtype | None, typer.Option(help="Of the weights in it; default, their own.")]
 
 
@@ -157,10 +160,11 @@ def extract(
         Layout, typer.Option("--format", help="Of the file that is written.")
     ] = Layout.state_dict,
     decay: Decay = None,
+    step: Step = None,
     dtype: Cast = None,
 ) -> None:
     """Write the averaged weights of a checkpoint into a file of their own."""
-    convert(file, out, layout, names, decay, dtype)
+    convert(file, out, layout, names, decay, step, dtype)
 
 
 @app.command()
@@ -170,6 +174,7 @@ def convert(
     layout: Annotated[Layout, typer.Option("--to", help="Of the file that is written.")],
     names: Names = None,
     decay: Decay = None,
+    step: Step = None,
     dtype: Cast = None,
 ) -> None:
     """Write the averages of a checkpoint in another layout, to go on with them there."""
@@ -177,7 +182,7 @@ def convert(
         from emajit import conversion  # noqa: PLC0415, seconds that --help need not take
 
         cast = None if dtype is None else dtype.value
-        conversion.extract(file, names, out, layout.value, decay, cast, Console())
+        conversion.extract(file, names, out, layout.value, decay, step, cast, Console())
 
 
 @contextmanager

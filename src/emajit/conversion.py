@@ -74,6 +74,7 @@ def extract(
     out: Path,
     layout: str,
     decay: float | None,
+    step: int | None,
     dtype: str | None,
     console: Console,
 ) -> None:
@@ -83,8 +84,6 @@ def extract(
     """
     if out.exists() and path.exists() and out.samefile(path):
         raise ValueError(f"--out: expected another file than the checkpoint, found {out}")
-    if decay is not None and not 0 <= decay <= 1:
-        raise ValueError(f"--decay: expected a number in [0, 1], found {decay}")
     listed = _lines(names)
     found = checkpoint.read(path, names=listed)
     with _told(found, layout, console) as tell:
@@ -94,6 +93,7 @@ def extract(
             layout=layout,
             names=listed,
             decay=decay,
+            step=step,
             dtype=None if dtype is None else getattr(torch, dtype),
             tell=tell,
         )

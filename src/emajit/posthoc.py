@@ -16,7 +16,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from itertools import pairwise
+from itertools import groupby, pairwise
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from emajit import _tree, checkpoint
+from emajit.checkpoint import files
 from emajit.checkpoint.saved import Saved, count, opened
 from emajit.schedules import gamma_to_sigma_rel, sigma_rel_to_gamma
 
@@ -130,10 +131,8 @@ def _listed(sigma_rel: float | Sequence[float]) -> tuple[list[float], bool]:
 def _check_range(shadow: Any, dtype: torch.dtype | None) -> None:
     """Raise ValueError where a finite number would be infinite in `dtype`."""
     for path, _, leaf in _tree.named_leaves("shadow", shadow):
-        if dtype is not None and leaf.is_floating_point() and leaf.dtype.itemsize > dtype.itemsize:
-            largest = torch.finfo(dtype).max
-            if bool(((leaf.abs() > largest) & leaf.isfinite()).any()):
-                raise ValueError(f"{path}: expected numbers up to {largest:g}, found a larger one")
+        if dtype is not None and leaf.is_floating_point():
+            files.cast(path, leaf.detach(), dtype)
 
 
 def snapshots(folder: str | os.PathLike[str]) -> list[Snapshot]:
@@ -328,11 +327,15 @@ def _warn_of_gaps(chosen: Sequence[Snapshot]) -> None:
 
 def _warn_of_two_runs(chosen: Sequence[Snapshot]) -> None:
     """A run writes its snapshots one after the other; files that were there before are older."""
-    for one, other in pairwise(chosen):
-        if other.step > one.step and other.path.stat().st_mtime < one.path.stat().st_mtime:
-            message = f"snapshots: {other.path} is older than {one.path}: of another run?"
+    newest = -math.inf, Path()
+    for _, group in groupby(chosen, key=lambda snapshot: snapshot.step):
+        dated = [(snapshot.path.stat().st_mtime, snapshot.path) for snapshot in group]
+        oldest = min(dated)
+        if oldest[0] < newest[0]:
+            message = f"snapshots: {oldest[1]} is older than {newest[1]}: of another run?"
             warnings.warn(message, UserWarning, stacklevel=4)
             return
+        newest = max(newest, *dated)
 
 
 def _warn_of_errors(
@@ -365,48 +368,48 @@ def stream(
 ) -> Iterator[tuple[list[str], list[Tensor]]]:
     """The names of each leaf, several if it is tied, and its sum for each solution."""
     with ExitStack() as stack:
-        files = [stack.enter_context(opened(snapshot.path)) for snapshot in chosen]
-        last = files[-1]
-        for file in files[:-1]:
+        held = [stack.enter_context(opened(snapshot.path)) for snapshot in chosen]
+        last = held[-1]
+        for file in held[:-1]:
             _check_alike(file, last)
         groups: dict[str, list[str]] = {}
-        for name in sorted(last.names()):
+        for name in last.names():
             groups.setdefault(last.record.tied.get(name, name), []).append(name)
         for name, names in groups.items():
-            yield names, _sums(name, files, solutions, dtype)
+            yield names, _sums(name, held, solutions, dtype)
 
 
 def _sums(
-    name: str, files: Sequence[Saved], solutions: Sequence[Solution], dtype: torch.dtype
+    name: str, held: Sequence[Saved], solutions: Sequence[Solution], dtype: torch.dtype
 ) -> list[Tensor]:
-    newest = files[-1].read(name)
+    newest = _read(held[-1], name)
     if not (newest.is_floating_point() or newest.is_complex()):
         return [newest.clone() for _ in solutions]
     wide = torch.complex128 if newest.is_complex() else torch.float64
     sums = [torch.zeros(newest.shape, dtype=wide) for _ in solutions]
-    for i, file in enumerate(files):
-        leaf = file.read(name)
+    for i, file in enumerate(held):
+        leaf = _read(file, name)
         for total, solution in zip(sums, solutions, strict=True):
             total.add_(leaf, alpha=float(solution.coefficients[i]))
     narrow = dtype.to_complex() if newest.is_complex() else dtype
-    return [_narrowed(name, total, newest, narrow) for total in sums]
+    return [files.cast(repr(name), _with_mask(total, newest), narrow) for total in sums]
 
 
-def _narrowed(name: str, total: Tensor, newest: Tensor, dtype: torch.dtype) -> Tensor:
-    """A sum in its dtype; what is not finite in the last snapshot, such as a mask, is as there."""
+def _read(file: Saved, name: str) -> Tensor:
+    leaf = file.read(name)
+    has_arithmetic = leaf.dtype.itemsize > 1 or not leaf.is_floating_point()
+    return leaf if has_arithmetic else leaf.to(torch.float32)
+
+
+def _with_mask(total: Tensor, newest: Tensor) -> Tensor:
+    """A sum; what is not finite in the last snapshot, such as a mask, is as there."""
     finite = newest.isfinite()
-    if not bool(finite.all()):
-        total = torch.where(finite, total, newest.to(total.dtype))
-    cast = total.to(dtype)
-    if bool((total.isfinite() & ~cast.isfinite()).any()):
-        largest = torch.finfo(dtype).max
-        raise ValueError(f"{name!r}: expected numbers up to {largest:g}, found a larger one")
-    return cast
+    return total if bool(finite.all()) else torch.where(finite, total, newest.to(total.dtype))
 
 
 def _check_alike(file: Saved, other: Saved) -> None:
     """Raise ValueError where two snapshots are of different models."""
-    differ = sorted(file.names() ^ other.names())
+    differ = sorted({*file.names()} ^ {*other.names()})
     if differ:
         found = f"another at {_tree.some(differ)}"
         raise ValueError(f"{file.path}: expected the leaves of {other.path}, found {found}")

@@ -118,7 +118,7 @@ def load(path: str | os.PathLike[str], like: Tree) -> tuple[Tree, int]:
     path = Path(path)
     wanted = _named("like", like)
     with opened(path) as saved:
-        _check_names(path, saved.names(), wanted)
+        _check_names(path, {*saved.names()}, wanted)
         for name, leaf in wanted.items():
             if not files.is_dense(leaf):
                 found = f"{type(leaf).__name__} in {leaf.layout} on {leaf.device}"
@@ -205,9 +205,13 @@ def load_sharded(path: str | os.PathLike[str], like: Tree) -> tuple[Tree, int]:
     first: dict[Hashable, Tensor] = {}
     for (name, leaf), own in zip(wanted.items(), loaded.values(), strict=True):
         leaves.append(first.setdefault(_memory.identity(leaf), _host.like(leaf, own)))
-        if not torch.equal(*_shards.local([leaves[-1], own])):
+        if not torch.equal(*map(_bits, _shards.local([leaves[-1], own]))):
             raise ValueError(f"{path}: expected {name!r} tied as in like, found another value")
     return _rebuilt(like, leaves), int(step)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 def read(
@@ -235,18 +239,30 @@ def read(
             parameter; the file is broken, or holds pickled objects.
         OSError: the file cannot be read.
     """
-    listed = _listed(names)
     if isinstance(source, Mapping):
-        return formats.recognise(source, listed)
+        return _recognised(source, names)
     if not isinstance(source, str | os.PathLike):
         found = type(source).__qualname__
         raise TypeError(f"source: expected a path, or a mapping as a file holds one, found {found}")
     path = Path(source)
     tree = _held(path)
     try:
-        return formats.recognise(tree, listed)
+        return _recognised(tree, names)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _recognised(tree: Any, names: Iterable[str] | torch.nn.Module | None) -> Averaged:
+    found = formats.recognise(tree, _listed(names))
+    if isinstance(names, torch.nn.Module):
+        for name, p in names.named_parameters():
+            average = found.weights.get(name)
+            if average is not None and average.shape != p.shape:
+                expected, shape = tuple(p.shape), tuple(average.shape)
+                raise ValueError(
+                    f"{name!r}: expected an average of shape {expected}, found {shape}"
+                )
+    return found
 
 
 def _listed(names: Iterable[str] | torch.nn.Module | None) -> list[str] | None:
@@ -266,6 +282,7 @@ def write(
     layout: str = "state_dict",
     names: Iterable[str] | torch.nn.Module | None = None,
     decay: float | None = None,
+    step: int | None = None,
     dtype: torch.dtype | None = None,
     tell: Callable[[int], object] = lambda _: None,
 ) -> None:
@@ -273,23 +290,28 @@ def write(
 
     Args:
         path: the file. The first two layouts are written as safetensors, but into a `.ckpt`, `.pt`,
-            `.pth` or `.bin` with `torch.save`, as the others always are.
+            `.pth` or `.bin` with `torch.save`, as the others always are, not into a `.safetensors`.
         averaged: from `read`.
         layout: "state_dict" is the averaged weights as a model loads them; "litema" a checkpoint of
             latent-diffusion, trained weights and averages below `model_ema.`; "averaged-model" the
             state of torch's `AveragedModel`, "ema-pytorch" that of its `EMA`; "timm" what its
             training script saves; "diffusers-ema" and "torch-ema" the states of diffusers'
-            `EMAModel` and of torch_ema, by position.
-        names: for the last two, the names of the model's parameters in order, or the model.
+            `EMAModel` and of torch_ema, by position. What a layout has beyond that, such as the
+            `power` of diffusers' warm-up, gets its default. ema-pytorch's `EMA` starts from the
+            model again up to its `update_after_step`.
+        names: for the last two, the names of the model's parameters in order, or the model, whose
+            buffers are then left out. A parameter that is not averaged is as it was trained.
         decay: to go on with, for the layouts that hold one; default that of `averaged`.
+        step: how many updates the averages have taken, likewise.
         dtype: of floating-point tensors; default their own.
         tell: is told how many bytes were written, piece by piece.
 
     Raises:
-        ValueError: another layout, or a dtype that is not floating-point; "litema" without the
-            trained weights, "averaged-model" and "ema-pytorch" without a known step, a layout that
-            holds a decay without a known one, a layout by position without the names of all
-            averages.
+        ValueError: another layout, or a dtype that is not floating-point or has no number for one
+            that is finite; a decay outside [0, 1] or a negative step; "litema" without the trained
+            weights, "averaged-model", "ema-pytorch" and "diffusers-ema" without a known step, a
+            layout that holds a decay without a known one, a layout by position without the names of
+            all averages; a `.safetensors` for a layout that is of `torch.save`.
         TypeError: `averaged` is not from `read`.
         OSError: the file cannot be written.
     """
@@ -300,8 +322,16 @@ def write(
     _tree.check_dtype(dtype)
     path = Path(path)
     if decay is not None:
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay: expected a number in [0, 1], found {decay}")
         averaged = averaged._replace(decay=decay)
+    if step is not None:
+        averaged = averaged._replace(step=count(step))
+    if isinstance(names, torch.nn.Module) and layout in formats.BY_POSITION:
+        averaged = _parameters(averaged, names)
     as_safetensors = layout in formats.OF_SAFETENSORS and path.suffix not in _OF_TORCH
+    if path.suffix == ".safetensors" and not as_safetensors and layout in formats.LAYOUTS:
+        raise ValueError(f"{path}: expected a name with {' or '.join(_OF_TORCH)} for {layout}")
     if not as_safetensors:
         weights, raw = (_cast(part, dtype) for part in (averaged.weights, averaged.raw))
         averaged = averaged._replace(weights=weights, raw=raw)
@@ -310,14 +340,29 @@ def write(
         floats = [name for name in _floats(state) if name not in formats.CONTROLS]
         casts = {} if dtype is None else dict.fromkeys(floats, dtype)
         header = {"format": "pt"}
-        files.write_tensors(path, state, lambda _: header, casts=casts, tell=tell)
+        files.write_tensors(path, state, lambda *_: header, casts=casts, tell=tell)
     else:
         files.write_torch(path, {"state_dict": state} if layout == "litema" else state, tell)
 
 
+def _parameters(averaged: Averaged, model: torch.nn.Module) -> Averaged:
+    """Without the buffers of `model`; its frozen parameters count as averages of themselves."""
+    params, buffers = (dict(model.named_parameters()), dict(model.named_buffers()))
+    return averaged._replace(
+        weights={name: v for name, v in averaged.weights.items() if name not in buffers},
+        raw_only=tuple(name for name in averaged.raw_only if name not in params),
+    )
+
+
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    floats = {*_floats(tensors)}
-    return {name: v.to(dtype) if name in floats else v for name, v in tensors.items()}
+    """What is tied stays tied."""
+    if dtype is None:
+        return dict(tensors)
+    cast: dict[Hashable, Tensor] = {}
+    for name in _floats(tensors):
+        if (identity := _memory.identity(tensors[name])) not in cast:
+            cast[identity] = files.cast(repr(name), tensors[name], dtype)
+    return {name: cast.get(_memory.identity(v), v) for name, v in tensors.items()}
 
 
 def _held(path: Path) -> Any:

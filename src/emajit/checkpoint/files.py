@@ -88,7 +88,7 @@ def _sync(folder: Path) -> None:
 def write_tensors(
     path: Path,
     tensors: Mapping[str, Tensor],
-    metadata: Callable[[Mapping[str, str]], Mapping[str, str]],
+    metadata: Callable[[Mapping[str, str], Mapping[str, Form]], Mapping[str, str]],
     seed: int = 0,
     *,
     casts: Mapping[str, torch.dtype] = MappingProxyType({}),
@@ -96,12 +96,13 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file, one tensor at a time in host memory.
 
-    `metadata` is made of the `checksum` of each tensor. Those in `casts` are cast as they are
-    written, and `tell` is told the bytes of each that is. safetensors' own writer leaves the file
-    unreadable to others, does not wait for the disk, and wants all tensors at once.
+    `metadata` is made of the `checksum` and the form of each tensor. Those in `casts` are cast as
+    they are written, and `tell` is told the bytes of each that is. safetensors' own writer leaves
+    the file unreadable to others, does not wait for the disk, and wants all tensors at once.
 
     Raises ValueError for a name that is no text, a tensor without memory of its own or of a dtype
-    that the format does not have, and a header beyond 100 MB, which nothing would read.
+    that the format does not have, a finite number that its cast has as infinite, and a header
+    beyond 100 MB, which nothing would read.
     """
     for name, tensor in tensors.items():
         if not is_dense(tensor):
@@ -118,17 +119,29 @@ def write_tensors(
 
     def fill(file: BinaryIO) -> None:
         checksums = dict.fromkeys(tensors, "00000000")
-        file.write(_header(forms, names, metadata(checksums)))
+        file.write(_header(forms, names, metadata(checksums, forms)))
         for name in names:
-            host = tensors[name].detach().to("cpu", forms[name].dtype)
+            host = cast(repr(name), tensors[name].detach().to("cpu"), forms[name].dtype)
             host = host.resolve_conj().resolve_neg().contiguous()
             checksums[name] = checksum(host, seed)
             file.write(_bytes(host))
             tell(host.nbytes)
         file.seek(0)
-        file.write(_header(forms, names, metadata(checksums)))
+        file.write(_header(forms, names, metadata(checksums, forms)))
 
     write(path, fill)
+
+
+def cast(where: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` in `dtype`; ValueError, which tells `where`, if one of its numbers overflows."""
+    narrow = tensor.to(dtype)
+    if narrow.dtype is not tensor.dtype and (tensor.is_floating_point() or tensor.is_complex()):
+        largest = torch.finfo(dtype).max
+        if largest < torch.finfo(tensor.dtype).max:
+            lost = tensor.isfinite() & ~narrow.to(tensor.dtype).isfinite()
+            if bool(lost.any()):
+                raise ValueError(f"{where}: expected numbers up to {largest:g}, found a larger one")
+    return narrow
 
 
 def write_torch(path: Path, state: Any, tell: Callable[[int], object]) -> None:
@@ -136,20 +149,28 @@ def write_torch(path: Path, state: Any, tell: Callable[[int], object]) -> None:
 
     def fill(file: BinaryIO) -> None:
         telling: Any = _Telling(file, tell)
-        torch.save(state, telling)
+        try:
+            torch.save(state, telling)
+        except RuntimeError as error:
+            raise telling.raised or error from None
 
     write(path, fill)
 
 
 class _Telling:
-    """What `torch.save` wants of a file."""
+    """What `torch.save` wants of a file. In place of what it raises, torch raises another error."""
 
     def __init__(self, file: BinaryIO, tell: Callable[[int], object]) -> None:
         self._file, self._tell = file, tell
+        self.raised: BaseException | None = None
 
     def write(self, piece: bytes) -> int:
-        written = self._file.write(piece)
-        self._tell(written)
+        try:
+            written = self._file.write(piece)
+            self._tell(written)
+        except BaseException as error:
+            self.raised = self.raised or error
+            raise
         return written
 
     def flush(self) -> None:
@@ -278,8 +299,8 @@ def load_torch(path: Path) -> Any:
         ) from None
 
 
-def form(file: Any, name: str) -> tuple[tuple[int, ...], torch.dtype | str]:
-    """Shape and dtype of a tensor in the file; the format's own name of a dtype torch lacks."""
+def form(file: Any, name: str) -> Form:
+    """That of a tensor in the file; the format's own name of a dtype torch lacks."""
     part = file.get_slice(name)
     code = part.get_dtype()
-    return tuple(part.get_shape()), _DTYPES.get(code, code)
+    return Form(tuple(part.get_shape()), _DTYPES.get(code, code))

@@ -7,6 +7,7 @@ broken or lacks names. Nothing is guessed.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -127,11 +128,13 @@ def _lit_ema(tree: Mapping[str, Any], names: Names) -> Averaged | None:
     prefix = prefixes[0]
     flat = _names.below(prefix, state)
     decay, updates = flat.pop("decay"), flat.pop("num_updates")
+    if not flat:
+        raise ValueError(f"LitEma: expected averages beside {prefix}decay, found none")
     trusted = min(decay.dtype.itemsize, updates.dtype.itemsize) >= 4  # in 16 bits, 0.9999 is 1
     count = int(updates) if trusted else -1
     layout = f"LitEma at {prefix.rstrip('.')}" if prefix else "LitEma"
     step = count if count >= 0 else None
-    share = round(float(decay), 7) if trusted else None
+    share = _decimal(decay) if trusted else None
     raw = {key: v for key, v in state.items() if not key.startswith(prefix)} if prefix else {}
     if not raw and names is None:
         raise ValueError("LitEma: expected names, which its keys do not tell, found none")
@@ -139,6 +142,12 @@ def _lit_ema(tree: Mapping[str, Any], names: Names) -> Averaged | None:
         found = _unflatten(flat, {name: name for name in names or ()})
         return Averaged(_by_name(flat, found), layout, step, share)
     return _merged(_by_name(flat, _invert(flat, raw)), raw, layout, step, share)
+
+
+def _decimal(decay: Tensor) -> float:
+    """The number of 7 decimals that a float32 was made of, if it is one: 0.9999, say."""
+    short = round(float(decay), 7)
+    return short if torch.tensor(short, dtype=decay.dtype) == decay else float(decay)
 
 
 def _invert(flat: State, raw: State) -> dict[str, str]:
@@ -158,6 +167,8 @@ def _invert(flat: State, raw: State) -> dict[str, str]:
         below = {name.removeprefix(host): name for name in raw if name.startswith(host)}
         try:
             found.append(_unflatten(flat, below))
+        except _AmbiguityError:
+            raise
         except ValueError as error:
             errors.append(error)
     if len(found) == 1:
@@ -165,6 +176,10 @@ def _invert(flat: State, raw: State) -> dict[str, str]:
     if errors and not found:
         raise errors[0]
     raise ValueError(f"LitEma: {first!r}: expected its parameter in one place, found {len(found)}")
+
+
+class _AmbiguityError(ValueError):
+    """The averaged module may be this one, so that no other is to be taken for it."""
 
 
 def _unflatten(flat: State, names: Mapping[str, str]) -> dict[str, str]:
@@ -186,8 +201,10 @@ def _unflatten(flat: State, names: Mapping[str, str]) -> dict[str, str]:
             fitting = by_spelling.get(key) or by_spelling.get(_names.bare(key), [])
             fitting = [full for full in fitting if full not in apart]
         if len(fitting) != 1:
-            told = fitting or "none"
-            raise ValueError(f"LitEma: {key!r}: expected one parameter of that name, found {told}")
+            told = (
+                f"LitEma: {key!r}: expected one parameter of that name, found {fitting or 'none'}"
+            )
+            raise _AmbiguityError(told) if fitting else ValueError(told)
         found[key] = fitting[0]
     return found
 
@@ -338,6 +355,7 @@ def _emajit(tree: Mapping[str, Any], _: Names) -> Averaged | None:
     if not {"shadow", "step"} <= tree.keys():
         return None
     named = _tree.named_leaves("shadow", tree["shadow"])
+    _check_different("emajit", [name for _, name, _ in named])
     return Averaged({name: leaf for _, name, leaf in named}, "emajit", int(tree["step"]))
 
 
@@ -385,7 +403,14 @@ def _by_position(layout: str, averages: Any, names: Names) -> dict[str, Tensor]:
         raise ValueError(f"{layout}: expected names, since its averages have none, found none")
     if len(averages) != len(names):
         raise ValueError(f"{layout}: expected {len(averages)} names, found {len(names)}")
+    _check_different(layout, names)
     return dict(zip(names, averages, strict=True))
+
+
+def _check_different(layout: str, names: Sequence[str]) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"{layout}: expected a name of its own for each, found twice {twice[:5]}")
 
 
 def _merged(
@@ -457,7 +482,7 @@ def _as_diffusers(averaged: Averaged, names: Names) -> dict[str, Any]:
     return {
         "decay": _decay("diffusers-ema", averaged),
         "min_decay": 0.0,
-        "optimization_step": averaged.step or 0,
+        "optimization_step": _step("diffusers-ema", averaged),
         "update_after_step": 0,
         "use_ema_warmup": False,
         "inv_gamma": 1.0,
@@ -493,9 +518,9 @@ def written(averaged: Averaged, layout: str, names: Names) -> dict[str, Any]:
     """What a file in one of the `LAYOUTS` holds.
 
     Raises ValueError for another layout, and where the layout needs what was not there: "litema"
-    the trained weights and a decay, "averaged-model" and "ema-pytorch" the step, without which they
-    would start from the model again, "diffusers-ema" and "torch-ema" a decay, and names, whose
-    order a file may have lost.
+    the trained weights and a decay; "averaged-model", "ema-pytorch" and "diffusers-ema" the step,
+    without which they would start from the model again; "diffusers-ema" and "torch-ema" a decay,
+    and names, whose order a file may have lost.
     """
     if layout not in _WRITERS:
         raise ValueError(f"layout: expected {' or '.join(LAYOUTS)}, found {layout!r}")
@@ -521,23 +546,28 @@ def _decay(layout: str, averaged: Averaged) -> float:
 
 def _step(layout: str, averaged: Averaged) -> int:
     if averaged.step is None:
-        raise ValueError(f"{layout}: expected a checkpoint that tells its step, found none")
+        raise ValueError(
+            f"{layout}: expected a checkpoint that tells its step, or a step to write, found none"
+        )
     return averaged.step
 
 
 def _in_order(layout: str, averaged: Averaged, names: Names) -> list[Tensor]:
-    averages = _averages(averaged)
     if names is None:
         raise ValueError(
             f"{layout}: expected names of the averages in the order of the model's parameters, "
             "found none"
         )
-    unknown = [name for name in names if name not in averages]
-    left_out = [name for name in averages if name not in names]
+    _check_different(layout, names)
+    held = {n: v for n, v in averaged.weights.items() if n not in averaged.raw_only}
+    unknown = [name for name in names if name not in held]
+    named = {_memory.identity(held[name]) for name in names if name in held}
+    averages = _averages(averaged)
+    left_out = [name for name, v in averages.items() if _memory.identity(v) not in named]
     if unknown or left_out:
         told = [f"without {_tree.some(left_out)}"] * bool(left_out)
         told += [f"with {_tree.some(unknown)}, which is no average"] * bool(unknown)
         raise ValueError(
             f"{layout}: expected names of all averages, found them {' and '.join(told)}"
         )
-    return [averages[name] for name in names]
+    return [held[name] for name in names]

@@ -29,9 +29,21 @@ class Record(NamedTuple):
         """Where the checksums of the tensors start, so that those of another record fit none."""
         return zlib.crc32(json.dumps(self, sort_keys=True).encode())
 
-    def header(self, checksums: Mapping[str, str]) -> dict[str, str]:
-        ours = json.dumps({"step": self.step, "tied": self.tied, "crc32": dict(checksums)})
-        return {**self.metadata, "format": "pt", KEY: ours}
+    def header(
+        self, checksums: Mapping[str, str], forms: Mapping[str, files.Form]
+    ) -> dict[str, str]:
+        ours = {"step": self.step, "tied": self.tied, "crc32": dict(checksums)}
+        return {
+            **self.metadata,
+            "format": "pt",
+            KEY: json.dumps({**ours, "forms": _checksum_of(forms)}),
+        }
+
+
+def _checksum_of(forms: Mapping[str, files.Form]) -> int:
+    """Of shapes and dtypes, so that the same bytes are not taken for other numbers."""
+    told = {name: [*shape, str(dtype)] for name, (shape, dtype) in forms.items()}
+    return zlib.crc32(json.dumps(told, sort_keys=True).encode())
 
 
 def count(step: Any) -> int:
@@ -60,23 +72,31 @@ class Saved:
         own = {key: v for key, v in header.items() if key not in ("format", KEY)}
         self.path, self._file = path, file
         try:
-            step, tied, self._crc32 = (json.loads(ours)[key] for key in ("step", "tied", "crc32"))
+            told = json.loads(ours)
+            forms = {name: files.form(file, name) for name in file.keys()}  # noqa: SIM118
+            # The first files had no checksum of the forms.
+            known = told.pop("forms", _checksum_of(forms))
+            step, tied, self._crc32 = (told.pop(key) for key in ("step", "tied", "crc32"))
             self.record = Record(step, tied, own)
             fits = (
-                (type(step), type(tied), type(self._crc32)) == (int, dict, dict)
+                not told
+                and (type(step), type(tied), type(self._crc32)) == (int, dict, dict)
                 and step >= 0
-                and set(file.keys()) == set(self._crc32)
+                and set(forms) == set(self._crc32)
+                and tied.keys().isdisjoint(forms)
+                and known == _checksum_of(forms)
                 and all(isinstance(kept, str) and kept in self._crc32 for kept in tied.values())
             )
-        except (KeyError, TypeError, ValueError, RecursionError):
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
             fits = False
         if not fits:
             raise ValueError(
                 f"{path}: expected a step and a checksum of each tensor, found {ours:.200}"
             )
 
-    def names(self) -> set[str]:
-        return {*self._crc32, *self.record.tied}
+    def names(self) -> list[str]:
+        """Those of the leaves that were written, then those of what is tied to one."""
+        return [*self._crc32, *self.record.tied]
 
     def form(self, name: str) -> tuple[tuple[int, ...], torch.dtype | str]:
         """The shape and dtype of a leaf."""

@@ -125,17 +125,21 @@ class Folder:
             with _on_one_process_too():
                 load(tensors, storage_reader=self._reader, no_dist=alone)
         except (CheckpointException, RuntimeError, OSError) as error:
-            failures = getattr(error, "failures", {})  # by rank, each with its traceback
-            reason = next(iter(failures.values()), [error])[0]
             raise ValueError(
-                f"{self.path}: expected what its index tells, found {reason}"
+                f"{self.path}: expected what its index tells, found {_reason(error)}"
             ) from None
+
+
+def _reason(error: BaseException) -> BaseException:
+    """The first of what went wrong on the processes, if it was on some."""
+    failures = getattr(error, "failures", {})  # by rank, each with its traceback
+    return next(iter(failures.values()), [error])[0]
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a folder, which appears when it is complete; every process its shards.
 
-    Raises FileExistsError where something is there already.
+    Raises FileExistsError where something is there already, and OSError if it cannot be written.
     """
     part = path.with_name(f".{path.name}.part")
 
@@ -148,8 +152,12 @@ def write(path: Path, tensors: dict[str, Tensor]) -> None:
         part.mkdir()
 
     _by_the_first(clear)
-    with _on_one_process_too():
-        save(tensors, storage_writer=FileSystemWriter(part))
+    try:
+        with _on_one_process_too():
+            save(tensors, storage_writer=FileSystemWriter(part))
+    except CheckpointException as error:
+        reason = _reason(error)
+        raise OSError(getattr(reason, "errno", None) or errno.EIO, str(reason), str(path)) from None
     _by_the_first(lambda: part.rename(path))
 
 
