@@ -338,6 +338,59 @@ class TestOfWhichWeights:
         trainer_of(tmp_path, callback).fit(model, data())
         assert_equal(averages(callback, model), averages(alone, start))
 
+    def test_the_same_numbers_written_again(self, tmp_path: Path) -> None:
+        """As DDP does at the start of each stage."""
+        _, callback, model = saved(tmp_path)
+        expected = averages(callback, model)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(p.clone())
+        trainer_of(tmp_path, callback).test(model, data(2), verbose=False)
+        assert_equal(model.seen["test"], expected)
+
+    def test_weights_written_behind_torchs_back(self, tmp_path: Path) -> None:
+        _, callback, model = saved(tmp_path)
+        for p in model.parameters():
+            p.data = p.data + 1
+        trainer_of(tmp_path, callback).test(model, data(2), verbose=False)
+        assert_equal(model.seen["test"], weights(model))
+
+    def test_parameters_can_be_swapped(self, tmp_path: Path) -> None:
+        """As `Module.to` does with DTensors; nothing may refer to one weakly."""
+        _, callback, model = saved(tmp_path)
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        try:
+            model.to(torch.float64)
+            model.to(torch.float32)
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(False)
+        expected = averages(callback, model)
+        trainer_of(tmp_path, callback).test(model, data(2), verbose=False)
+        assert_equal(model.seen["test"], expected)
+
+    @pytest.mark.parametrize("save", ["raw", "averaged"])
+    def test_a_checkpoint_of_another_module_has_none(self, tmp_path: Path, save: Any) -> None:
+        _, callback, _ = saved(tmp_path, save)
+        other, trainer = model_of(1), trainer_of(tmp_path, callback)
+        trainer.test(other, data(2), verbose=False)
+        trainer.save_checkpoint(tmp_path / "other.ckpt")
+        checkpoint = torch.load(tmp_path / "other.ckpt")
+        assert "emajit" not in checkpoint
+        assert_equal(weights(model_of(1)), {n: checkpoint["state_dict"][n] for n in weights(other)})
+
+    def test_a_training_that_does_not_begin(self, tmp_path: Path) -> None:
+        _, callback, _ = saved(tmp_path)
+        other, alone = model_of(1), EMACallback(DECAY)
+        with pytest.raises(TypeError), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(other, "configure_optimizers", lambda: 1 / "0")  # type: ignore[operator]
+            trainer_of(tmp_path, callback).fit(other, data())
+        trainer_of(tmp_path, callback).test(other, data(2), verbose=False)
+        assert_equal(other.seen["test"], weights(other))
+        trainer_of(tmp_path, callback).fit(other, data())
+        expected = model_of(1)
+        trainer_of(tmp_path, alone).fit(expected, data())
+        assert_equal(averages(callback, other), averages(alone, expected))
+
     def test_weights_alone_are_evaluated_as_they_are(self, tmp_path: Path) -> None:
         _, callback, model = saved(tmp_path)
         trainer = trainer_of(tmp_path, callback)

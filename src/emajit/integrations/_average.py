@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from emajit import _buffers, _names, _shards, _tree, functional
+from emajit import _buffers, _shards, _tree, functional
 from emajit.functional import Decay, Schedule
 from emajit.litema import LitEma
 
@@ -53,14 +54,6 @@ class Average(LitEma):
         """How many updates the averages have taken."""
         return int(self.num_updates)
 
-    def named_averages(self) -> dict[str, Tensor]:
-        """The averages themselves, under the names that the parameters have in the bare model."""
-        return {name: self.get_buffer(key) for name, key in self._keys_by_name().items()}
-
-    def _keys_by_name(self) -> dict[str, str]:
-        bare = _names.canonical_of(self.m_name2s_name)
-        return {bare[name]: key for name, key in self.m_name2s_name.items()}
-
     def state(self) -> dict[str, Any]:
         """What `restore_state` goes on from, in whole tensors; to be called by all processes."""
         averages = self.named_averages()
@@ -87,3 +80,10 @@ class Average(LitEma):
             self.load_state_dict({**flat, "decay": self.decay, "num_updates": step})
         except RuntimeError as error:
             raise ValueError(str(error)) from None
+
+
+def fingerprint(weights: Iterable[Tensor]) -> str:
+    """Of what this process has of some weights: it tells those of one training from another's."""
+    held = _shards.local([weight.detach() for weight in weights])
+    sums = [int(w.reshape(-1).view(torch.uint8).sum(dtype=torch.int64)) for w in held]
+    return f"{zlib.crc32(repr(sums).encode()):08x}"

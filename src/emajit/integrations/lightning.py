@@ -13,13 +13,10 @@ from torch import nn
 
 from emajit import _buffers, _names, _shards, schedules, scope
 from emajit.functional import Decay, Schedule
-from emajit.integrations._average import Average, checked
+from emajit.integrations._average import Average, checked, fingerprint
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.callbacks import ModelCheckpoint
-    from lightning.pytorch.strategies import FSDPStrategy
-    from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
     from lightning.pytorch.trainer.states import TrainerFn
 except ModuleNotFoundError as error:
     message = (
@@ -37,7 +34,8 @@ class EMACallback(Callback):
     after the other batches of an accumulated gradient. In training and after it the module has its
     trained weights, and the averages only in validation, test and prediction; `averaged` gives them
     outside of the Trainer. Another module, or the same one after it was given other weights, is
-    evaluated as it is, and to fit it starts averages anew.
+    evaluated as it is, and to fit it starts averages anew. A step that a `GradScaler` leaves out is
+    one of Lightning's `global_step`, and is averaged as the others.
 
     A checkpoint has both. `checkpoint["state_dict"]` are the weights that `save` says, which are
     what `load_from_checkpoint` loads; resuming goes on bit for bit with either. The averages in
@@ -73,14 +71,15 @@ class EMACallback(Callback):
         self._options = checked(decay, dtype, buffers, every)
         self._every, self._save = every, save
         self._average: Average | None = None
-        # The parameters that the averages are of, and which version of each.
-        self._trained: _Versions | None = None
+        # What the averages are of: the module, and a fingerprint of its weights after the training.
+        self._trained: tuple[weakref.ref[nn.Module], str] | None = None
+        self._is_training = False
         self._loaded: dict[str, Any] | None = None
         self._averaged_at = 0
         self._inside: AbstractContextManager[None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_trained": None, "_inside": None}
+        return {**vars(self), "_trained": None, "_is_training": False, "_inside": None}
 
     @contextmanager
     def averaged(self, module: nn.Module) -> Iterator[None]:
@@ -99,20 +98,21 @@ class EMACallback(Callback):
         with torch.inference_mode(False):
             if self._average is None or self._loaded is not None:
                 self._average = Average(module, **self._options)
-                self._trained = _versions(module)
+                self._trained = _identity(module)
             if self._loaded is not None:
                 self._average.restore_state(self._loaded)
                 self._averaged_at = self._loaded["averaged_at"]
                 self._loaded = None
         return self._average
 
-    def _is_of(self, module: nn.Module) -> bool:
-        """Whether there are averages, of the weights that the module has now."""
+    def _is_of(self, trainer: Trainer, module: nn.Module) -> bool:
+        """Whether there are averages, of the weights that the module has now in all processes."""
         if self._loaded is not None:
             return True
-        return self._average is not None and (
-            self._trained is None or _are_in(module, self._trained)
-        )
+        if self._average is None:
+            return False
+        same = self._trained is None or self._trained == _identity(module)
+        return trainer.strategy.reduce_boolean_decision(same)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a second one, and warn of what would have no averages."""
@@ -121,19 +121,19 @@ class EMACallback(Callback):
             raise ValueError(
                 "expected one EMACallback, found another; a checkpoint has room for one"
             )
-        if isinstance(trainer.strategy, FSDPStrategy):
-            raise ValueError(  # noqa: TRY004, it is an option
+        if _is_a("FSDPStrategy", trainer.strategy):
+            raise ValueError(
                 "strategy: expected ModelParallelStrategy to shard, found FSDPStrategy"
             )
         if stage != "fit":
             return
-        if any(isinstance(c, ModelCheckpoint) and c.save_weights_only for c in callbacks):
+        if any(_is_a("ModelCheckpoint", c) and c.save_weights_only for c in callbacks):
             warnings.warn(
                 "ModelCheckpoint(save_weights_only=True) saves the trained weights alone, since "
                 "Lightning calls no callback for it",
                 stacklevel=2,
             )
-        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        if _is_a("_MultiProcessingLauncher", trainer.strategy.launcher):
             warnings.warn(
                 "the averages end with the processes that this strategy starts for the training; "
                 "only checkpoints keep them",
@@ -142,12 +142,13 @@ class EMACallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the averages of another training."""
-        if not self._is_of(pl_module):
+        if not self._is_of(trainer, pl_module):
             self._average = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from the module's weights, or go on."""
         self._of(pl_module)
+        self._is_training = True
         if not 0 <= trainer.global_step - self._averaged_at < self._every:  # of another run
             self._averaged_at = trainer.global_step
 
@@ -161,10 +162,14 @@ class EMACallback(Callback):
 
     def _enter(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._leave()
-        training = trainer.state.fn == TrainerFn.FITTING and self._average is not None
-        if training or self._is_of(pl_module):
+        if self._is_for(trainer, pl_module):
             self._inside = self.averaged(pl_module)
             self._inside.__enter__()
+
+    def _is_for(self, trainer: Trainer, module: nn.Module) -> bool:
+        """Whether there are averages of the module, as `on_fit_start` has seen to in a training."""
+        is_fitting = trainer.state.fn == TrainerFn.FITTING and self._average is not None
+        return is_fitting or self._is_of(trainer, module)
 
     def _leave(self, *_: Any, **__: Any) -> None:
         inside, self._inside = self._inside, None
@@ -173,8 +178,8 @@ class EMACallback(Callback):
 
     def _end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         self._leave()
-        if trainer.state.fn == TrainerFn.FITTING and self._average is not None:
-            self._trained = _versions(pl_module)
+        if self._is_training:
+            self._is_training, self._trained = False, _identity(pl_module)
 
     on_validation_start = on_test_start = on_predict_start = _enter
     on_validation_end = on_test_end = on_predict_end = _leave
@@ -184,7 +189,7 @@ class EMACallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Put trained and averaged weights into the checkpoint."""
-        if self._average is None and self._loaded is None:
+        if self._inside is None and not self._is_for(trainer, pl_module):
             return
         if self._inside is not None:  # in the middle of a validation
             self._leave()
@@ -222,20 +227,14 @@ class EMACallback(Callback):
             pl_module.load_state_dict(state, strict=pl_module.strict_loading)
 
 
-_Versions = list[tuple[weakref.ref[nn.Parameter], int]]
+def _identity(module: nn.Module) -> tuple[weakref.ref[nn.Module], str]:
+    _shards.reshard(module)
+    return weakref.ref(module), fingerprint(module.parameters())
 
 
-def _versions(module: nn.Module) -> _Versions:
-    """The parameters, and the number that each write into one raises; one into `.data` does not."""
-    return [(weakref.ref(p), p._version) for p in module.parameters()]
-
-
-def _are_in(module: nn.Module, versions: _Versions) -> bool:
-    params = [*module.parameters()]
-    return len(params) == len(versions) and all(
-        ref() is p and version == p._version
-        for p, (ref, version) in zip(params, versions, strict=True)
-    )
+def _is_a(name: str, value: object) -> bool:
+    """By the name of its class: `lightning.pytorch` and `pytorch_lightning` have one each."""
+    return name in [kind.__name__ for kind in type(value).__mro__]
 
 
 def _with_ties(module: nn.Module, partners: Mapping[str, str]) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import nn
 from emajit import _buffers, _shards, checkpoint, schedules
 from emajit.checkpoint import saved
 from emajit.functional import Decay, Schedule
-from emajit.integrations._average import Average, checked
+from emajit.integrations._average import Average, checked, fingerprint
 
 try:
     from transformers import (
@@ -259,9 +258,7 @@ def _folder(args: TrainingArguments, state: TrainerState) -> Path:
 def _fingerprint(average: Average, model: nn.Module) -> str:
     """Of the trained weights of what is averaged: it tells one training from another."""
     params = dict(model.named_parameters())
-    weights = (params[name].detach() for name in average.m_name2s_name if name in params)
-    sums = [w.reshape(-1).view(torch.uint8).sum(dtype=torch.int64) for w in weights]
-    return f"{zlib.crc32(repr(torch.stack(sums).tolist()).encode()):08x}"
+    return fingerprint(params[name] for name in average.m_name2s_name if name in params)
 
 
 def _saved_fingerprint(path: Path) -> str | None:
