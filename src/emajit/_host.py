@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -37,10 +37,16 @@ class Offloaded(Tensor):
 
         args, kwargs = pytree.tree_map_only(Offloaded, waited_for, (args, kwargs or {}))
         result = func(*args, **kwargs)
-        if type(result) is Tensor and result.is_cpu:
-            home = homes.get(result.untyped_storage().data_ptr())
-            return result if home is None else offloaded(result, home)
-        return result
+
+        def careful(value: Any) -> Any:
+            if type(value) is Tensor and value.is_cpu:
+                home = homes.get(value.untyped_storage().data_ptr())
+                return value if home is None else offloaded(value, home)
+            return value
+
+        if isinstance(result, Iterator):  # for row in leaf
+            return map(careful, result)
+        return pytree.tree_map(careful, result)
 
     def __copy__(self) -> Tensor:
         return self.detach()

@@ -43,10 +43,15 @@ def local(leaves: Iterable[Any]) -> list[Any]:
 
 
 def placed(leaves: Iterable[Any]) -> list[Any]:
-    """The whole shapes, meshes and placements of DTensors; nothing of what is none."""
+    """The whole shapes, meshes, placements and places in the mesh of DTensors, else nothing.
+
+    Two meshes are equal also where one was unpickled from the file of another process.
+    """
     kind = _kind()
     return [
-        (leaf.shape, leaf.device_mesh, leaf.placements) if isinstance(leaf, kind) else None
+        (leaf.shape, leaf.device_mesh, leaf.placements, leaf.device_mesh.get_coordinate())
+        if isinstance(leaf, kind)
+        else None
         for leaf in leaves
     ]
 
@@ -78,7 +83,8 @@ def described(leaf: Any) -> str:
     if not is_one(leaf):
         return f"a whole tensor of shape {tuple(leaf.shape)}"
     placements = ", ".join(map(repr, leaf.placements))
-    return f"shape {tuple(leaf.shape)} as {placements} on {leaf.device_mesh}"
+    place = leaf.device_mesh.get_coordinate()
+    return f"shape {tuple(leaf.shape)} as {placements} on {leaf.device_mesh} at {place}"
 
 
 def like(leaf: Any, shard: Tensor) -> Any:
@@ -116,7 +122,7 @@ def region(leaf: Any) -> Region | None:
     """Where the shard of a DTensor lies; nothing for a tensor that is whole."""
     if not is_one(leaf):
         return None
-    return _region(*placed([leaf])[0])
+    return _region(leaf.shape, leaf.device_mesh, leaf.placements)
 
 
 def _region(shape: torch.Size, mesh: Any, placements: tuple[Any, ...]) -> Region:
