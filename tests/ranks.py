@@ -6,6 +6,7 @@ Each check is a function of the folder that the runs share. What they raise is w
 from __future__ import annotations
 
 import copy
+import io
 import json
 import sys
 import traceback
@@ -275,7 +276,7 @@ def a_scope_computes_with_the_averages_and_leaves_nothing(_: Path) -> None:
 
 @check(2)
 def lit_ema_stores_copies_and_restores(_: Path) -> None:
-    model = fsdp(model_of())
+    model: Any = fully_shard(model_of())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     x = torch.randn(4, 3)
     with torch.no_grad():
@@ -283,14 +284,19 @@ def lit_ema_stores_copies_and_restores(_: Path) -> None:
     ema = emajit.LitEma(model, 0.5, use_num_upates=False)
     trained(model, optimizer, 0)
     ema(model)
+    before = gathered(emajit.init(dict(model.named_parameters())))
     with torch.no_grad():
         raw = model(x)
-        model.reshard()
         ema.store(model.parameters())
         ema.copy_to(model)
         averaged = model(x)
-        model.reshard()
+        whole = [*model.parameters()]
+        with pytest.raises(ValueError, match=r"restore: expected .* as shards, found whole ones"):
+            ema.restore(whole)
+        model(x)
         ema.restore(model.parameters())
+        model.reshard()
+        assert_same(gathered(dict(model.named_parameters())), before)
         assert not torch.equal(raw, averaged)
         assert torch.equal(model(x), raw)
         with ema.ema_scope(model):
@@ -355,6 +361,16 @@ def misfits_are_named(_: Path) -> None:
     before = {key: value.clone() for key, value in ema.state_dict().items()}
     with pytest.raises(RuntimeError, match=r"0weight: expected shape \(7, 3\) as Shard"):
         ema.load_state_dict(emajit.LitEma(loose).state_dict())
+    file = io.BytesIO()
+    torch.save(ema.state_dict(), file)
+    sent = [file.getvalue() if dist.get_rank() == 0 else b""]
+    dist.broadcast_object_list(sent)
+    from_first = torch.load(io.BytesIO(sent[0]), weights_only=False)
+    if dist.get_rank():
+        with pytest.raises(RuntimeError, match=r"0weight: .* at \(?\[?1.*, found .* at \(?\[?0"):
+            ema.load_state_dict(from_first)
+    else:
+        ema.load_state_dict(from_first)
     assert_same(ema.state_dict(), gathered(before))
 
 

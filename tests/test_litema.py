@@ -7,6 +7,7 @@ import io
 import logging
 import math
 import pickle
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import emajit
-from emajit import LitEma, _names
+from emajit import LitEma, _names, functional
 from tests import reference
 
 
@@ -322,6 +323,21 @@ class TestDefects:
         ema, held = LitEma(small(), 0.5, use_num_upates=False), torch.tensor(2 ** (-1 / 1234567))
         ema.decay.copy_(held)
         assert ema._decay_on_host() == ema._decay_on_device().item() == held.item()
+
+    def test_6_on_a_device_an_average_that_stalls_is_told(self) -> None:
+        for dtype, decay, told in (
+            (torch.bfloat16, 0.9999, True),
+            (torch.bfloat16, 0.99, False),
+            (torch.float32, 0.9999, False),
+        ):
+            functional._warn_of_stall.cache_clear()
+            ema = LitEma(small(), decay, dtype=dtype).to("meta")  # in place of a GPU
+            with warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
+                ema._decay_on_device()
+            assert [str(w.message)[:34] for w in found] == (
+                ["an average in torch.bfloat16 stall"] * told
+            )
 
     def test_6_on_a_device_nothing_is_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
         ema = LitEma(small())
@@ -786,6 +802,44 @@ class TestCheckpoints:
         ema.to_empty(device="cpu").load_state_dict(LitEma(source).state_dict())
         ema(model)
         assert_close(list(ema.buffers())[2:], list(source.parameters()))
+
+    @pytest.mark.parametrize("warm", [True, False])
+    def test_after_to_empty_alone_it_starts_from_the_model(self, warm: bool) -> None:
+        with torch.device("meta"):
+            model = small()
+            ema = LitEma(model, 0.99, warm)
+        ema(model)
+        model.to_empty(device="cpu").load_state_dict(small().state_dict())
+        with pytest.raises(ValueError, match="expected device meta as in shadow, found cpu"):
+            ema(model)
+        ema.to_empty(device="cpu")
+        assert ema.decay == torch.tensor(0.99)
+        assert ema.num_updates == (0 if warm else -1)
+        assert ema.state_dict().keys() == {"decay", "num_updates"}
+        fresh = LitEma(model, 0.99, warm)
+        for one in (ema, fresh):
+            with one.ema_scope(model):
+                pass
+        perturb(model)
+        for one in (ema, fresh):
+            one(model)
+        for a, b in zip(ema.buffers(), fresh.buffers(), strict=True):
+            assert torch.equal(a, b)
+
+    def test_named_averages(self) -> None:
+        model = small()
+        wrapped: Any = torch.compile(model)
+        ema = LitEma(wrapped, decay=0.0, use_num_upates=False)
+        perturb(model)
+        ema(wrapped)
+        named = ema.named_averages()
+        assert_close(named, {name: p.detach() for name, p in model.named_parameters()})
+        with emajit.ema_scope(model, named):
+            assert model.get_parameter("0.weight").data_ptr() == named["0.weight"].data_ptr()
+        with pytest.raises(
+            TypeError, match=r"found LitEma; pass .* such as its named_averages\(\)"
+        ):
+            emajit.update_(ema, dict(model.named_parameters()), 0, decay=0.5)
 
 
 class TestBuffers:

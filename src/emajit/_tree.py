@@ -395,7 +395,8 @@ def _not_a_leaf(name: str, tree: PyTree, index: int, leaf: object) -> str:
         f"{_path(name, tree, index)}: expected a tensor or None, found {type(leaf).__qualname__}"
     )
     if isinstance(leaf, torch.nn.Module | Iterator):
-        hint = _HINT if name == "params" else "pass a dict of tensors, such as its state_dict()"
+        tensors = "named_averages" if hasattr(leaf, "named_averages") else "state_dict"
+        hint = _HINT if name == "params" else f"pass a dict of tensors, such as its {tensors}()"
         return f"{found}; {hint}"
     return found
 

@@ -7,7 +7,7 @@ parameters.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, Literal, TypeVar
 
@@ -102,11 +102,12 @@ def update(
             then a list of as many shadows, which are updated in one pass over the parameters.
         rounding: how bfloat16 and float16 shadows round. To "nearest" they stall: where a step of
             the average is below half the distance to the next number, which for bfloat16 and a
-            decay of 0.9999 is nearly always, it is lost; one warning says so. "stochastic" goes to
-            either neighbour at random, so that the mean is right. The noise is a hash of the step,
-            the path of the leaf in `shadow` and the index of the element: the same call gives the
-            same bits. Number the steps, and do not use one twice. Within `torch.func.vmap` (torch
-            2.13) the examples share their noise.
+            decay of 0.9999 is nearly always, it is lost; one warning says so, unless the weight is
+            a tensor on a device or the call is traced. "stochastic" goes to either neighbour at
+            random, so that the mean is right; a single element has noise of some of those
+            distances. The noise is a hash of the step, the path of the leaf in `shadow` and the
+            index of the element: the same call gives the same bits. Number the steps, and do not
+            use one twice. Within `torch.func.vmap` (torch 2.13) the examples share their noise.
         nonfinite: "propagate" does the arithmetic as written: what is NaN or infinite, such as a
             mask among the buffers of a `state_dict()`, stays NaN or infinite or becomes NaN. With
             "skip" an element whose parameter is NaN or infinite keeps its old average.
@@ -227,8 +228,15 @@ _RESOLUTION = {
 def _warn_of_stalls(shadows: list[Tensor], params: list[Tensor], weights: list[Weight]) -> None:
     rows = zip(shadows, params, weights, strict=True)
     for s, p, w in {(s.dtype, p.dtype, w) for s, p, w in rows if isinstance(w, float)}:
-        if p.is_floating_point and 0 < w < _RESOLUTION.get(s, 0):
-            _warn_of_stall(s)
+        if p.is_floating_point:
+            warn_of_stalls([s], w)
+
+
+def warn_of_stalls(dtypes: Iterable[torch.dtype], weight: float) -> None:
+    """One warning for each dtype in which an average loses nearly every step of this weight."""
+    for dtype in dtypes:
+        if 0 < weight < _RESOLUTION.get(dtype, 0):
+            _warn_of_stall(dtype)
 
 
 @lru_cache
@@ -238,7 +246,7 @@ def _warn_of_stall(dtype: torch.dtype) -> None:
         "rounding to nearest loses nearly every step; an average in float32 does not, nor does "
         "rounding='stochastic'"
     )
-    warnings.warn(message, UserWarning, stacklevel=5)
+    warnings.warn(message, UserWarning, stacklevel=6)
 
 
 def _pairs(shadow: Any, params: Any, decay: Any, *, writable: bool) -> _tree.Pairs:

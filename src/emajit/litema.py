@@ -6,6 +6,7 @@ import functools
 import logging
 import struct
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,10 @@ def _decimal(held: float, written: float) -> float:
     """The number that a float32 was made of: the one written, or one of 7 decimals, or itself."""
     decimals = (number for number in (written, round(held, 7)) if _float32(number) == held)
     return next(decimals, held)
+
+
+def _nothing() -> None:
+    """In place of a weak reference, which cannot be pickled."""
 
 
 def _is_on_host(tensor: Tensor) -> bool:
@@ -112,7 +117,7 @@ class LitEma(nn.Module):
         self.backend = backend
         self.m_name2s_name: dict[str, str] = {}
         self.collected_params: list[Tensor] = []
-        self._written_decay = float(decay)
+        self._written_decay, self._first_update = float(decay), 0 if use_num_upates else -1
         self._is_updated = False
         # Keys of averages that were neither updated nor loaded, and of those among them that are
         # to start from the model at the next use.
@@ -120,13 +125,14 @@ class LitEma(nn.Module):
         # Keys of buffers that are copied.
         self._copied: set[str] = set()
         self._takes_buffers = self._is_sharded = False
+        # The model seen last, weakly, if it is sharded.
+        self._seen: Callable[[], nn.Module | None] = _nothing
         self._orphans: set[str] = set()
         # Of the model seen last: the names of its parameters, and the key of each one's average.
         self._known: list[str] = []
         self._keys: dict[str, str] = {}
         self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
-        updates = 0 if use_num_upates else -1
-        self.register_buffer("num_updates", torch.tensor(updates, dtype=torch.int32))
+        self.register_buffer("num_updates", torch.tensor(self._first_update, dtype=torch.int32))
         kept = _buffers.held(model, buffers)
         self.m_name2s_name = _names.flat_keys([*params, *kept], lambda key: hasattr(self, key))
         for name, average in functional.init(params | kept, dtype=dtype).items():
@@ -135,6 +141,8 @@ class LitEma(nn.Module):
             self._copied.update(self.m_name2s_name[name] for name in kept)
         self._takes_buffers = bool(kept)
         self._is_sharded = _shards.are_in(params.values())
+        if self._is_sharded:
+            self._seen = weakref.ref(model)
         self._untouched.update(self.m_name2s_name.values())
 
     def named_modules(
@@ -159,7 +167,10 @@ class LitEma(nn.Module):
         try:
             functional.update_(averages, params, step, decay=decay, backend=self.backend)
         except ValueError:  # to ask each tensor for its device before takes as long as to update it
-            there = {name: p.to(averages[name].device) for name, p in params.items()}
+            there = {
+                name: p if averages[name].is_meta else p.to(averages[name].device)
+                for name, p in params.items()
+            }
             if all(there[name] is p for name, p in params.items()):
                 raise
             functional.update_(averages, there, step, decay=decay, backend=self.backend)
@@ -228,6 +239,10 @@ class LitEma(nn.Module):
 
     def _decay_on_device(self) -> Tensor:
         """In tensors that are never read back."""
+        if not (self._is_updated or torch.compiler.is_compiling()):
+            averaged = {*self.m_name2s_name.values()} - self._copied
+            dtypes = {self.get_buffer(key).dtype for key in averaged}
+            functional.warn_of_stalls(dtypes, 1.0 - self._written_decay)
         held = self.decay.to(torch.float64)
         decimal = torch.round(held, decimals=7)
         decay = torch.where(decimal.to(torch.float32) == self.decay, decimal, held)
@@ -256,7 +271,7 @@ class LitEma(nn.Module):
                 "store: expected restore() after the last store(), found parameters still stored; "
                 "call restore() first"
             )
-        parameters = _tensors("store", parameters)
+        parameters = self._listed("store", parameters)
         scope.check_outside(parameters)
         self.collected_params = [p.detach().clone() for p in parameters]
 
@@ -265,7 +280,7 @@ class LitEma(nn.Module):
 
         Raises RuntimeError if nothing is stored, and ValueError if number or shapes differ.
         """
-        parameters = _tensors("restore", parameters)
+        parameters = self._listed("restore", parameters)
         scope.check_outside(parameters)
         if not self.collected_params:
             raise RuntimeError("restore: expected store() before, found nothing stored")
@@ -303,6 +318,17 @@ class LitEma(nn.Module):
         """Start the warm-up again; without warm-up there is nothing to reset."""
         self.num_updates.clamp_(max=0)
 
+    def named_averages(self) -> dict[str, Tensor]:
+        """The averages themselves, under the names that the parameters have in the bare model.
+
+        A shadow for `emajit.ema_scope`, `torch.func.functional_call` and `checkpoint.save`.
+        """
+        return {name: self.get_buffer(key) for name, key in self._keys_by_name().items()}
+
+    def _keys_by_name(self) -> dict[str, str]:
+        bare = _names.canonical_of(self.m_name2s_name)
+        return {bare[name]: key for name, key in self.m_name2s_name.items()}
+
     def _pairs(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The averages and the parameters of `model` that they are of, under its names."""
         params = self._tensors_of(model)
@@ -331,11 +357,30 @@ class LitEma(nn.Module):
             raise TypeError(f"model: expected a module, found {type(model).__qualname__}")
         if self._is_sharded:
             _shards.reshard(model)
+            self._seen = weakref.ref(model)
         tensors = _named_parameters(model)
         if self._takes_buffers:
             tensors |= dict(model.named_buffers())
         scope.check_outside(tensors.values())
         return tensors
+
+    def _listed(self, use: str, parameters: Iterable[Tensor]) -> list[Tensor]:
+        """The parameters; the shards of the model seen last, where a forward left them whole."""
+        model = self._seen()
+        if model is None:
+            return _tensors(use, parameters)
+        _shards.reshard(model)
+        tensors = _tensors(use, parameters)
+        own = set(map(id, model.parameters()))
+        if any(not _shards.is_one(p) and id(p) not in own for p in tensors):
+            raise ValueError(
+                f"{use}: expected the parameters as shards, found whole ones; list them after "
+                "model.reshard()"
+            )
+        return tensors
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_seen": _nothing}
 
     def _match(self, names: list[str]) -> dict[str, str]:
         """The key of the average for each parameter of a model that has one."""
@@ -347,9 +392,23 @@ class LitEma(nn.Module):
         return {name: self.m_name2s_name[partners[name]] for name in names if name in partners}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LitEma:
-        """Keep the dtypes of the controls, whatever the averages are cast to."""
+        """Keep the dtypes of the controls, whatever the averages are cast to.
+
+        What was on the meta device and gets memory starts as it was built: the averages from the
+        model's weights at the next use.
+        """
         decay, num_updates = self.decay, self.num_updates
+        on_meta = [key for key, buffer in self._buffers.items() if buffer.is_meta]  # type: ignore[union-attr]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for key in on_meta:
+            if self.get_buffer(key).is_meta:
+                continue
+            if key in _RANGES:
+                first = self._written_decay if key == "decay" else self._first_update
+                self.get_buffer(key).fill_(first)
+            else:
+                self._orphans.add(key)
+                self._untouched.add(key)
         if self.decay.dtype != torch.float32:  # in float16, 0.9999 is 1
             self.decay = decay.to(self.decay.device)
         if self.num_updates.dtype != torch.int32:

@@ -20,6 +20,7 @@ from emajit.checkpoint.files import Opaque
 
 State = Mapping[str, Tensor]
 Names = Sequence[str] | None
+_NO_NAMES = "found none; pass names=model, on the command line --names FILE"
 
 
 class Averaged(NamedTuple):
@@ -137,7 +138,7 @@ def _lit_ema(tree: Mapping[str, Any], names: Names) -> Averaged | None:
     share = _decimal(decay) if trusted else None
     raw = {key: v for key, v in state.items() if not key.startswith(prefix)} if prefix else {}
     if not raw and names is None:
-        raise ValueError("LitEma: expected names, which its keys do not tell, found none")
+        raise ValueError(f"LitEma: expected names, which its keys do not tell, {_NO_NAMES}")
     if not raw:
         found = _unflatten(flat, {name: name for name in names or ()})
         return Averaged(_by_name(flat, found), layout, step, share)
@@ -400,7 +401,7 @@ def _without_module(state: State) -> dict[str, Tensor]:
 
 def _by_position(layout: str, averages: Any, names: Names) -> dict[str, Tensor]:
     if names is None:
-        raise ValueError(f"{layout}: expected names, since its averages have none, found none")
+        raise ValueError(f"{layout}: expected names, since its averages have none, {_NO_NAMES}")
     if len(averages) != len(names):
         raise ValueError(f"{layout}: expected {len(averages)} names, found {len(names)}")
     _check_different(layout, names)
@@ -556,7 +557,7 @@ def _in_order(layout: str, averaged: Averaged, names: Names) -> list[Tensor]:
     if names is None:
         raise ValueError(
             f"{layout}: expected names of the averages in the order of the model's parameters, "
-            "found none"
+            f"{_NO_NAMES}"
         )
     _check_different(layout, names)
     held = {n: v for n, v in averaged.weights.items() if n not in averaged.raw_only}
