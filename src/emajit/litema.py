@@ -61,7 +61,9 @@ class LitEma(nn.Module):
     has it, the dots become slashes. Averages go on for a parameter that is frozen later.
 
     Args:
-        model: the module whose trainable parameters are averaged. No reference to it is kept.
+        model: the module whose trainable parameters are averaged. Only a weak reference is kept, to
+            one that is sharded. With several processes, build it where all have the same weights:
+            after `DistributedDataParallel`, or with one seed.
         decay: the share of the average that an update keeps, in [0, 1].
         use_num_upates: warm up with `min(decay, (1 + n) / (10 + n))` at update n = 1, 2, ...
         dtype: of the averages; default that of each parameter.
