@@ -156,6 +156,36 @@ def test_views_in_stripes_of_one_buffer(compiler: str) -> None:
         assert_close(buffer, expected)
 
 
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)]
+)
+def test_views_that_overlap_leave_no_graph_for_others(compiler: str) -> None:
+    """Weights and averages in one buffer; of the weights two are one memory, as of tied layers."""
+    buffer = torch.arange(24.0)
+    shadow = {"a": buffer[:8], "b": buffer[8:16]}
+    for _ in range(2):
+        params = {"a": buffer[16:], "b": buffer[16:]}
+        expected = {name: (shadow[name] + params[name]) / 2 for name in "ab"}
+        emajit.update_(shadow, params, 0, decay=0.5, nonfinite="skip", backend=compiler)
+        assert_close(shadow, expected)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        own, params = ({name: torch.randn(8) for name in "ab"} for _ in range(2))
+        expected = {name: (own[name] + params[name]) / 2 for name in "ab"}
+        emajit.update_(own, params, 0, decay=0.5, nonfinite="skip", backend=compiler)
+        assert_close(own, expected)
+
+
+def test_weights_and_averages_of_two_dtypes_in_one_buffer(counting: tuple[str, Counting]) -> None:
+    name, counter = counting
+    raw = torch.zeros(8 * 6, dtype=torch.uint8)
+    shadow, params = {"w": raw[16:].view(torch.float32)}, {"w": raw[:16].view(torch.bfloat16)}
+    params["w"].fill_(2.0)
+    emajit.update_(shadow, params, 0, decay=0.5, backend=name)
+    assert shadow["w"].tolist() == [1.0] * 8
+    assert counter.graphs == 0
+
+
 def test_the_weights_of_a_compiled_optimizer(counting: tuple[str, Counting]) -> None:
     """torch.compile marks them static, and makes a constant of what is so marked."""
     name, counter = counting

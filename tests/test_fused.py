@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
+import types
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, ClassVar
@@ -251,6 +253,101 @@ def test_a_step_that_somebody_replaced_is_the_one_that_runs() -> None:
     for step in range(3):
         twins.step(step)
     assert_close(twins.params[1], before, rtol=0, atol=0)
+
+
+def test_a_step_replaced_below_a_scheduler_or_on_the_class_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def clipped(self: Any, closure: Any = None) -> Any:
+        for p in self.param_groups[0]["params"]:
+            p.grad.clamp_(-0.1, 0.1)
+        return plain(self, closure)
+
+    plain = torch.optim.SGD.step
+    for on_class in (False, True):
+        if on_class:
+            monkeypatch.setattr(torch.optim.SGD, "step", functools.wraps(plain)(clipped))
+        model = nn.Linear(2, 1, bias=False)
+        optimizer: Any = torch.optim.SGD(model.parameters(), lr=1.0)
+        if not on_class:
+            optimizer.step = types.MethodType(clipped, optimizer)
+            lr_scheduler.ConstantLR(optimizer, factor=1.0)
+        fused = FusedOptimizer(optimizer, LitEma(model), model, backend="aot_eager")
+        for _ in range(3):
+            before = model.weight.detach().clone()
+            model.weight.grad = torch.full_like(before, 5.0)
+            fused.step()
+            assert_close(before - model.weight, torch.full_like(before, 0.1))
+
+
+def test_groups_that_shared_a_rate() -> None:
+    rate = torch.tensor(0.1)
+    twins = Twins(lambda params: torch.optim.SGD([{"params": [p]} for p in params], lr=rate))
+    for step in range(5):
+        if step == 3:
+            for optimizer in twins.optimizers:
+                optimizer.param_groups[0]["lr"] = torch.tensor(0.0)
+        twins.step(step)
+        twins.compare()
+
+
+def test_weights_that_changed_places() -> None:
+    model: Any = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    ema = LitEma(model, decay=0.0, use_num_upates=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fused = FusedOptimizer(optimizer, ema, model, backend="aot_eager")
+    for step in range(6):
+        if step == 3:
+            model[0], model[1] = model[1], model[0]
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        fused.step()
+        assert_close([*ema.named_averages().values()], [p.detach() for p in model.parameters()])
+
+
+def test_state_that_changed_its_order() -> None:
+    """A graph knows it by its place, as what it puts back after a step that GradScaler skips."""
+    twins = Twins(OPTIMIZERS["SGD momentum"])
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=100)
+    scaler.scale(torch.ones(()))
+    fused: Any = twins.fused
+    for step in range(6):
+        if step == 3:
+            for optimizer in twins.optimizers:
+                for p in [*optimizer.state][:1]:
+                    optimizer.state[p] = optimizer.state.pop(p)
+        for model in twins.models:
+            gradients(model, step)
+        twins.optimizers[0].step()
+        emajit.update_(twins.shadows[0], twins.params[0], step, **twins.options)
+        scaler.step(fused, step)
+        scaler.update()
+        twins.compare()
+
+
+@pytest.mark.inductor
+def test_weights_of_one_memory_leave_no_graph_for_others() -> None:
+    def trained(tied: bool, both: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model: Any = nn.Sequential(*[nn.Linear(9, 9, bias=False) for _ in "ab"])
+        if tied:
+            model[1].weight.data = model[0].weight.data
+        params = dict(model.named_parameters())
+        shadow = {name: p.detach().clone() for name, p in params.items()}
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        fused = FusedOptimizer(optimizer, shadow, params, decay=0.9)
+        for step in range(3):
+            optimizer.zero_grad()
+            model(torch.ones(4, 9)).square().mean().backward()
+            if both:
+                fused.step(step)
+            else:
+                optimizer.step()
+                emajit.update_(shadow, params, step, decay=0.9)
+        return [p.detach() for p in params.values()] + [*shadow.values()]
+
+    for tied in (True, False):
+        assert_close(trained(tied, both=True), trained(tied, both=False), **CLOSE)
 
 
 def test_what_cannot_be_compiled_runs_one_after_the_other() -> None:

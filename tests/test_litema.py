@@ -618,6 +618,18 @@ class TestWrappers:
         ema(model)
         assert_close(list(ema.buffers())[2:], list(model.parameters()))
 
+    def test_a_frozen_part_named_as_a_wrapper(self) -> None:
+        model: Any = nn.Module()
+        model.module, model.weight = (
+            nn.Linear(2, 2).requires_grad_(False),
+            nn.Parameter(torch.ones(2)),
+        )
+        ema = LitEma(model, decay=0.0, use_num_upates=False)
+        perturb(model)
+        ema(model)
+        with ema.ema_scope(model):
+            assert_close(ema.named_averages(), {"weight": model.weight.detach()})
+
     def test_a_module_with_names_of_its_own(self) -> None:
         class Wrapper(nn.Module):
             def __init__(self, inner: nn.Module) -> None:
@@ -901,6 +913,20 @@ class TestBuffers:
         start.load_state_dict(model.state_dict())
         ema.copy_to(start.eval())
         assert torch.equal(start(x), inside)
+
+    @pytest.mark.parametrize("buffers", ["copy", "average"])
+    def test_stored_and_restored(self, buffers: Any) -> None:
+        model = self.model()
+        ema = LitEma(model, 0.75, use_num_upates=False, buffers=buffers)
+        self.train(model, ema)
+        model(torch.randn(8, 2) + 5)
+        training = copy.deepcopy(model.state_dict())
+        ema.store(model.parameters())
+        for _ in range(2):
+            ema.copy_to(model)
+            assert not torch.equal(model.state_dict()["1.running_mean"], training["1.running_mean"])
+        ema.restore(model.parameters())
+        assert_close(model.state_dict(), training, rtol=0, atol=0)
 
     def test_ignored_as_in_the_original(self) -> None:
         model = self.model()

@@ -211,6 +211,21 @@ def test_compiled_gives_the_bits_of_eager(dtype: torch.dtype, backend: str) -> N
             assert_same_bits(found, update(tree(dtype), step))
 
 
+def test_transforms_of_torch_func() -> None:
+    """One in another, one after the other: what a call has made for itself is of no use later."""
+    shadow, params = {"w": torch.zeros(3, dtype=torch.bfloat16)}, torch.randn(3)
+
+    def loss(p: Tensor) -> Tensor:
+        new = emajit.update(shadow, {"w": p}, 0, decay=0.9, rounding="stochastic")["w"]
+        return (p * new.float()).sum()
+
+    _rounding._words.cache_clear()
+    for _ in range(2):
+        torch.func.grad(lambda p: torch.func.grad(loss)(p).sum())(params)
+        assert torch.equal(torch.func.functionalize(loss)(params), loss(params))
+        assert torch.equal(torch.func.grad(loss)(params), torch.func.grad(loss)(params))
+
+
 @pytest.mark.skipif(
     torch.__version__ < "2.13", reason="torch 2.11 has no batching rule for Tensor.view(dtype)"
 )

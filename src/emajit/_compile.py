@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
 from itertools import chain
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from emajit import _kernels, _tree
+from emajit import _kernels, _memory, _tree
 from emajit._kernels import Weight
 from emajit._rounding import Keys, Noise
 from emajit._shards import Region
@@ -142,7 +141,7 @@ def _plan(kernels: Kernels, work: Work, backend: str) -> list[Way]:
     if work.form is None:
         return _new_plan(kernels, work, backend)
     options = backend, work.skip, torch.get_num_threads()
-    key = kernels, options, _same(work.weights), work.regions
+    key = kernels, options, same(work.weights), work.regions
     if key not in work.form.plans:
         work.form.plans[key] = _new_plan(kernels, work, backend)
     return work.form.plans[key]  # type: ignore[no-any-return]
@@ -210,16 +209,16 @@ def _compiled_way(kernels: Kernels, work: Work, backend: str) -> Callable[[Work]
 
 def layout(work: Work) -> Hashable:
     """What a graph depends on, beside the options; whether a parameter is trained is no part."""
-    same = _same([*work.weights, *work.shadows, *work.params])
+    ties = same([*work.weights, *work.shadows, *work.params])
     pairs = zip(work.shadows, work.params, strict=True)
-    return same, work.regions, tuple([_form(s, p) for s, p in pairs])
+    return ties, work.regions, tuple([_form(s, p) for s, p in pairs])
 
 
 def _form(shadow: Tensor, param: Tensor) -> tuple[Hashable, ...]:
     return shadow.shape, shadow.stride(), shadow.dtype, param.stride(), param.dtype
 
 
-def _same(objects: Sequence[Any]) -> Hashable:
+def same(objects: Sequence[Any]) -> Hashable:
     """Which of the weights and tensors are one, and which device each is on, if any."""
     different = {id(x): x for x in objects}
     places = {
@@ -265,7 +264,7 @@ def _ways(work: Work, backend: str) -> dict[Hashable, list[int]]:
 def _compilable(work: Work) -> set[int]:
     """The ids of the leaves that a graph may have."""
     plain = [leaf for leaf in (*work.shadows, *work.params) if _is_plain(leaf)]
-    return {id(leaf) for leaf in plain} - views_in_stripes(plain)
+    return {id(leaf) for leaf in plain} - merged(plain)
 
 
 def _is_plain(leaf: Tensor) -> bool:
@@ -275,18 +274,26 @@ def _is_plain(leaf: Tensor) -> bool:
     return is_tensor and leaf.is_floating_point() and not leaf.is_neg()
 
 
-def views_in_stripes(leaves: Sequence[Tensor]) -> set[int]:
-    """The ids of leaves that are not contiguous and share their storage with another leaf.
+def merged(leaves: Sequence[Tensor]) -> set[int]:
+    """The ids of leaves that AOTAutograd may take for one input.
 
-    AOTAutograd takes them for one input, with the offsets that they have when it traces, and would
-    write there ever after; so it does with its guards, and from its cache on disk (2.11 to 2.13).
+    Those of one storage, if they overlap or lie between each other's rows. The graph would have
+    their offsets in it, and be used for any leaves of the same form, in this process and, from its
+    cache on disk, in others: it would write where it was traced (2.11 to 2.13).
     """
-    striped = [leaf for leaf in leaves if not leaf.is_contiguous()]
-    if not striped:
-        return set()
-    different = {id(leaf): leaf.untyped_storage()._cdata for leaf in leaves}
-    often = Counter(different.values())
-    return {id(leaf) for leaf in striped if often[different[id(leaf)]] > 1}
+    by_storage: dict[int, list[Tensor]] = {}
+    strided = {id(leaf): leaf for leaf in leaves if leaf.layout is torch.strided}
+    for leaf in strided.values():
+        by_storage.setdefault(leaf.untyped_storage()._cdata, []).append(leaf)
+    found: set[int] = set()
+    for together in by_storage.values():
+        if len({leaf.itemsize for leaf in together}) == 1:  # else it does not look at addresses
+            pairs = _memory.touching(*_memory.ranges(together), len(together))
+            together = [together[i] for i in sorted({*chain.from_iterable(pairs)})]  # noqa: PLW2901
+        if len(together) > 1:
+            places = torch._C._dynamo.guards.compute_overlapping_tensors(together, symbolic=False)
+            found |= {id(together[i]) for i in places}
+    return found
 
 
 def _pays(work: Work) -> bool:

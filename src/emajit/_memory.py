@@ -32,6 +32,14 @@ def tied(a: Tensor, b: Tensor) -> bool:
     return a is b or torch.compiler.is_compiling() or identity(a) == identity(b)
 
 
+def ranges(leaves: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The addresses where each leaf starts and stops."""
+    starts = tuple([leaf.data_ptr() for leaf in leaves])
+    if all(map(Tensor.is_contiguous, leaves)):
+        return starts, tuple([a + leaf.nbytes for a, leaf in zip(starts, leaves, strict=True)])
+    return starts, tuple([end(view(leaf)) for leaf in leaves])
+
+
 @lru_cache(maxsize=64)
 def touching(
     starts: tuple[int, ...], stops: tuple[int, ...], shadows: int
@@ -50,12 +58,7 @@ def touching(
 
 def overlaps(leaves: Sequence[Tensor], first: int) -> Iterator[tuple[int, int]]:
     """The pairs of leaves that have a byte in common, at least one among the `first` ones."""
-    starts = [leaf.data_ptr() for leaf in leaves]
-    if all(map(Tensor.is_contiguous, leaves)):
-        stops = [start + leaf.nbytes for start, leaf in zip(starts, leaves, strict=True)]
-    else:
-        stops = [end(view(leaf)) for leaf in leaves]
-    for i, j in touching(tuple(starts), tuple(stops), first):
+    for i, j in touching(*ranges(leaves), first):
         if leaves[i].device == leaves[j].device and share_memory(
             *map(view, (leaves[i], leaves[j]))
         ):

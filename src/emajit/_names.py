@@ -49,10 +49,14 @@ def match(names: Collection[str], others: Collection[str]) -> dict[str, str]:
 
     >>> match(["a.weight", "b.weight"], ["_orig_mod.a.weight", "c.weight"])
     {'_orig_mod.a.weight': 'a.weight'}
+    >>> match(["a.weight"], ["a.weight", "a.module.weight"])
+    {'a.weight': 'a.weight'}
     """
     by_canonical: dict[str, list[str]] = {}
+    same_name = set(names).intersection(others)
     for name in names:
-        by_canonical.setdefault(canonical(name), []).append(name)
+        if name not in same_name:
+            by_canonical.setdefault(canonical(name), []).append(name)
     partners: dict[str, str] = {}
     for other in others:
         same = [other] if other in names else by_canonical.get(canonical(other), [])

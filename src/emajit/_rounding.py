@@ -36,7 +36,8 @@ def stochastic(x: Tensor, dtype: torch.dtype, key: Tensor, region: Region | None
     return torch.where(x.abs() <= torch.finfo(dtype).max, rounded, x).to(dtype)
 
 
-# What is in place here is on tensors of these functions' own: it halves the time in eager mode.
+# What is in place here is on tensors of these functions' own: it halves the time in eager mode. By
+# the methods, since `functionalize` does not know `&=` and `^=`.
 
 
 def _to_float16(x: Tensor, noise: Tensor) -> Tensor:
@@ -54,9 +55,9 @@ def _to_float16(x: Tensor, noise: Tensor) -> Tensor:
 
 def _without(bits: int, x: Tensor, noise: Tensor) -> Tensor:
     """Carry as many random bits into the last of a float32, and drop those: 16 for bfloat16."""
-    noise &= (1 << bits) - 1
+    noise.bitwise_and_((1 << bits) - 1)
     carried = x.view(torch.int32) + noise
-    carried &= -(1 << bits)
+    carried.bitwise_and_(-(1 << bits))
     return carried.view(torch.float32)
 
 
@@ -90,8 +91,13 @@ class Noise(NamedTuple):
         """Those of the leaves. A graph that was compiled or captured serves every step."""
         if device not in self.mixed:
             self.mixed[device] = _mixed(self.step, device)
-        # In a trace or in a mode, such as that of fake tensors, they are not what others want.
-        one_time = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        # In a trace, in a mode, such as that of fake tensors, or in a transform of `torch.func`
+        # they are not what others want.
+        one_time = (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._functorch.maybe_current_level() is not None
+        )
         words = _words.__wrapped__ if one_time else _words
         return Keys(words(tuple(self.paths), device) ^ self.mixed[device], self.regions)
 
@@ -143,10 +149,10 @@ def _hash(x: Tensor, key: Tensor | int = 0) -> Tensor:
 
     In int32, whose shifts repeat the sign: without the masks the result is visibly not uniform.
     """
-    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
     x *= 0x7FEB352D
     x += key
-    x ^= (x >> 15).bitwise_and_(0x1FFFF)
+    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF))
     x *= -0x7B935975
-    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
     return x

@@ -84,9 +84,10 @@ def update(
 ) -> Tree:
     r"""The shadow after one more step, in new tensors: $s + w (p - s)$, $w = 1 - \beta(t)$.
 
-    The weight is computed in float64. The leaves are averaged in float64 if one of the two is,
-    else in float32, and rounded once to the shadow's dtype. An integer or bool parameter is copied,
-    None stays None, and leaves of the shadow that are one tensor are averaged once and stay one.
+    It is finite where $p - s$ is. The weight is computed in float64. The leaves are averaged in
+    float64 if one of the two is, else in float32, and rounded once to the shadow's dtype. An
+    integer or bool parameter is copied, None stays None, and leaves of the shadow that are one
+    tensor are averaged once and stay one.
     The result never requires grad.
 
     Args:

@@ -135,7 +135,7 @@ class FusedOptimizer:
         _host.hold_training()
         scale, skipped = vars(self).get("grad_scale"), self._skipped()
         key = self._key(work, scale, skipped)
-        graph = self._graph(key, work)
+        graph = self._graph(key, work, [] if scale is None else self._gradients())
         if not graph or not self._run(graph, key, work, scale, skipped):
             self._one_after_the_other(work, scale, skipped)
         if isinstance(self._ema, LitEma):
@@ -185,21 +185,20 @@ class FusedOptimizer:
                 )
         return own
 
-    def _graph(self, key: Hashable, work: Work) -> Any:
+    def _graph(self, key: Hashable, work: Work, gradients: list[Tensor]) -> Any:
         """The graph for this step; nothing where the two are to run one after the other."""
         optimizer = self.optimizer
         if self._state is not optimizer.state:  # another one was loaded
             self._state = optimizer.state
             self._graphs.clear()
         leaves = (*work.shadows, *work.params)
-        step = vars(optimizer).get("step")
         if (
             _compile.in_dispatch_mode()
             or _shards.are_in(self._weights())
             or any(leaf.is_complex() or leaf.is_neg() for leaf in leaves)
-            or _compile.views_in_stripes(leaves)
+            or _compile.merged((*leaves, *self._weights(), *gradients))
             or any(not _host.is_hook(hook) for hook in _hooks(optimizer))
-            or (step is not None and not hasattr(step, "_wrapped_by_lr_sched"))
+            or not _steps_on_its_own(optimizer)
             or (self._backend == "auto" and not _compile.can_compile(work.device.type))
         ):
             return None
@@ -272,9 +271,17 @@ class FusedOptimizer:
             for name, value in group.items()
             if name not in ("params", "lr")
         )
-        gradients = tuple([None if p.grad is None else p.grad.dtype for p in self._weights()])
+        weights = self._weights()
+        gradients = tuple(
+            [p.grad if p.grad is None else (p.grad.dtype, p.grad.layout) for p in weights]
+        )
+        numbers = [
+            v for group in self.param_groups for v in group.values() if isinstance(v, Tensor)
+        ]
+        same = _compile.same([*work.params, *weights, *numbers])
+        state = tuple(map(id, self.optimizer.state))
         scaling = scale is None, skipped is None
-        return options, gradients, len(self.optimizer.state), _compile.layout(work), scaling
+        return options, gradients, state, same, _compile.layout(work), scaling
 
     def _weights(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -345,6 +352,21 @@ def _compiled(optimizer: torch.optim.Optimizer, skip: bool, backend: str) -> Any
         emulate_precision_casts=True,
         post_grad_custom_post_pass=Hoist(),
     )
+
+
+def _steps_on_its_own(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `step` is that of the class, within no wrappers but torch's and a scheduler's."""
+    own: Any = type(optimizer).step
+    replaced = vars(optimizer).get("step", own)
+    if replaced is not own and not (
+        hasattr(replaced, "_wrapped_by_lr_sched") and replaced.__wrapped__ is own
+    ):
+        return False
+    while hasattr(own, "__wrapped__"):
+        if own.__globals__["__name__"].partition(".")[0] != "torch":
+            return False
+        own = own.__wrapped__
+    return True
 
 
 def _hooks(optimizer: torch.optim.Optimizer) -> list[Any]:

@@ -127,6 +127,8 @@ class LitEma(nn.Module):
         # Keys of buffers that are copied.
         self._copied: set[str] = set()
         self._takes_buffers = self._is_sharded = False
+        # Buffers that `copy_to` has written since `store`, and what they held.
+        self._overwritten: tuple[list[Tensor], list[Tensor]] = [], []
         # The model seen last, weakly, if it is sharded.
         self._seen: Callable[[], nn.Module | None] = _nothing
         self._orphans: set[str] = set()
@@ -260,6 +262,9 @@ class LitEma(nn.Module):
         """
         averages, params = self._pairs(model)
         _check_shapes(averages, params)
+        if self.collected_params and not self._overwritten[0]:
+            buffers = [p for p in params.values() if not isinstance(p, nn.Parameter)]
+            self._overwritten = buffers, [buffer.clone() for buffer in buffers]
         _copy([params[name] for name in averages], [*averages.values()])
 
     def store(self, parameters: Iterable[Tensor]) -> None:
@@ -280,6 +285,8 @@ class LitEma(nn.Module):
     def restore(self, parameters: Iterable[Tensor]) -> None:
         """Copy what `store` kept back into `parameters`, in order, and release it.
 
+        Buffers that `copy_to` has overwritten since then get their values back too.
+
         Raises RuntimeError if nothing is stored, and ValueError if number or shapes differ.
         """
         parameters = self._listed("restore", parameters)
@@ -293,8 +300,9 @@ class LitEma(nn.Module):
         for i, (a, b) in enumerate(zip(expected, found, strict=True)):
             if a != b:
                 raise ValueError(f"restore: expected shape {a} for parameter {i}, found {b}")
-        _copy(parameters, self.collected_params)
-        self.collected_params = []
+        buffers, values = self._overwritten
+        _copy(parameters + buffers, self.collected_params + values)
+        self.collected_params, self._overwritten = [], ([], [])
 
     @contextmanager
     def ema_scope(self, model: nn.Module, context: str | None = None) -> Iterator[None]:
