@@ -281,12 +281,17 @@ def merged(leaves: Sequence[Tensor]) -> set[int]:
     their offsets in it, and be used for any leaves of the same form, in this process and, from its
     cache on disk, in others: it would write where it was traced (2.11 to 2.13).
     """
+    different = [*{id(leaf): leaf for leaf in leaves}.values()]
+    storages = [leaf.untyped_storage()._cdata for leaf in different]
+    if len(set(storages)) == len(different):
+        return set()
     by_storage: dict[int, list[Tensor]] = {}
-    strided = {id(leaf): leaf for leaf in leaves if leaf.layout is torch.strided}
-    for leaf in strided.values():
-        by_storage.setdefault(leaf.untyped_storage()._cdata, []).append(leaf)
+    for storage, leaf in zip(storages, different, strict=True):
+        by_storage.setdefault(storage, []).append(leaf)
     found: set[int] = set()
     for together in by_storage.values():
+        if len(together) == 1:
+            continue
         if len({leaf.itemsize for leaf in together}) == 1:  # else it does not look at addresses
             pairs = _memory.touching(*_memory.ranges(together), len(together))
             together = [together[i] for i in sorted({*chain.from_iterable(pairs)})]  # noqa: PLW2901

@@ -135,7 +135,7 @@ class FusedOptimizer:
         _host.hold_training()
         scale, skipped = vars(self).get("grad_scale"), self._skipped()
         key = self._key(work, scale, skipped)
-        graph = self._graph(key, work, [] if scale is None else self._gradients())
+        graph = self._graph(key, work, scale is not None)
         if not graph or not self._run(graph, key, work, scale, skipped):
             self._one_after_the_other(work, scale, skipped)
         if isinstance(self._ema, LitEma):
@@ -185,24 +185,26 @@ class FusedOptimizer:
                 )
         return own
 
-    def _graph(self, key: Hashable, work: Work, gradients: list[Tensor]) -> Any:
+    def _graph(self, key: Hashable, work: Work, is_scaled: bool) -> Any:
         """The graph for this step; nothing where the two are to run one after the other."""
         optimizer = self.optimizer
         if self._state is not optimizer.state:  # another one was loaded
             self._state = optimizer.state
             self._graphs.clear()
         leaves = (*work.shadows, *work.params)
+        scaled = [g for g in self._gradients() if g.layout is torch.strided] if is_scaled else []
         if (
             _compile.in_dispatch_mode()
             or _shards.are_in(self._weights())
             or any(leaf.is_complex() or leaf.is_neg() for leaf in leaves)
-            or _compile.merged((*leaves, *self._weights(), *gradients))
+            or _compile.merged((*leaves, *self._weights(), *scaled))
             or any(not _host.is_hook(hook) for hook in _hooks(optimizer))
             or not _steps_on_its_own(optimizer)
             or (self._backend == "auto" and not _compile.can_compile(work.device.type))
         ):
             return None
-        if self._graphs.get(key) is None and key in self._graphs:
+        graph = self._graphs.get(key, False)
+        if graph is None:  # to be made
             # Dynamo takes an optimizer on a GPU for capturable. It would move `step` as it traces,
             # too late for what a skipped step puts back, and leave NAdam's `mu_product`.
             for p, state in optimizer.state.items():
@@ -210,8 +212,9 @@ class FusedOptimizer:
                 state.update({k: v.to(p.device) for k, v in numbers.items()})
             # torch.compile loses a write to a 0-d float64 tensor (2.11 to 2.13).
             lost = any(t.ndim == 0 and t.dtype == torch.float64 for t in self._written())
-            self._graphs[key] = not lost and _compiled(optimizer, work.skip, self._backend)
-        return self._graphs.get(key)
+            graph = not lost and _compiled(optimizer, work.skip, self._backend)
+            self._graphs[key] = graph
+        return graph
 
     def _run(
         self,
@@ -272,16 +275,15 @@ class FusedOptimizer:
             if name not in ("params", "lr")
         )
         weights = self._weights()
-        gradients = tuple(
-            [p.grad if p.grad is None else (p.grad.dtype, p.grad.layout) for p in weights]
-        )
+        gradients = [p.grad for p in weights]
+        forms = tuple([g if g is None else (g.dtype, g.layout) for g in gradients])
         numbers = [
             v for group in self.param_groups for v in group.values() if isinstance(v, Tensor)
         ]
         same = _compile.same([*work.params, *weights, *numbers])
         state = tuple(map(id, self.optimizer.state))
         scaling = scale is None, skipped is None
-        return options, gradients, state, same, _compile.layout(work), scaling
+        return options, forms, state, same, _compile.layout(work), scaling
 
     def _weights(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
