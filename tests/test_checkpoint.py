@@ -193,6 +193,10 @@ class TestRefused:
         w = torch.zeros(2)
         with pytest.raises(ValueError, match="expected 'b' tied to 'a' as in like"):
             checkpoint.load(path, {"a": w, "b": w})
+        a, b = torch.ones(2), torch.zeros(2)
+        checkpoint.save(path, {"a": a, "b": b, "c": a, "d": b}, 0)
+        with pytest.raises(ValueError, match="expected 'd' tied to 'c' as in like"):
+            checkpoint.load(path, {"a": torch.ones(2), "b": torch.ones(2), "c": w, "d": w})
 
     def test_every_truncation(self, path: Path) -> None:
         checkpoint.save(path, small(), 3)

@@ -878,6 +878,16 @@ class TestWritten:
                 checkpoint.write(tmp_path / name, found, tell=tell)
         assert not list(tmp_path.iterdir())
 
+    def test_a_litema_without_a_step_has_no_warm_up(self, tmp_path: Path) -> None:
+        _, found = self.found()
+        path = tmp_path / "out.ckpt"
+        unknown = found._replace(step=None)
+        checkpoint.write(path, unknown, layout="litema", dtype=torch.float16)
+        state = torch.load(path, weights_only=True)["state_dict"]
+        assert state["model_ema.num_updates"] == -1
+        assert state["model.diffusion_model.0.weight"].dtype == torch.float16
+        assert checkpoint.read(path).step is None
+
     def test_with_a_step_and_a_decay_of_your_own(self, tmp_path: Path) -> None:
         found = checkpoint.Averaged({"w": torch.ones(1)}, "timm")
         options: dict[str, Any] = {"names": ["w"], "decay": 0.9, "step": 7}

@@ -572,6 +572,8 @@ class TestErrors:
     def test_decay_tensor_that_is_no_scalar(self) -> None:
         with pytest.raises(ValueError, match=r"decay: expected a 0-d .* found shape \(1,\)"):
             emajit.update(torch.zeros(1), torch.zeros(1), 0, decay=torch.tensor([0.5]))
+        with pytest.raises(ValueError, match=r"decay: expected a number in \[0, 1\], found 7.0"):
+            emajit.update(torch.zeros(1), torch.zeros(1), 0, decay=torch.tensor(7.0))
 
     @pytest.mark.parametrize(
         ("step", "error", "message"),

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -160,6 +161,7 @@ def test_a_scheduler_changes_the_rate_without_a_recompilation(name: str) -> None
         for rate in rates:
             rate.step()
     torch.compiler.set_stance("default")
+    assert any(twins.fused._graphs.values())
     twins.compare()
     for a, b in zip(*(optimizer.param_groups for optimizer in twins.optimizers), strict=True):
         assert isinstance(b["lr"], float)
@@ -243,6 +245,15 @@ def test_step_hooks_see_what_they_would_see() -> None:
     for step in range(4):
         twins.step(step)
         twins.compare()
+
+
+def test_hooks_of_all_optimizers_run_at_every_step() -> None:
+    twins, seen = Twins(OPTIMIZERS["SGD"]), []
+    handle = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.append(optimizer))
+    for step in range(4):
+        twins.step(step)
+    handle.remove()
+    assert seen == [*twins.optimizers] * 4
 
 
 def test_a_step_that_somebody_replaced_is_the_one_that_runs() -> None:
@@ -397,6 +408,13 @@ def test_a_model_inside_of_a_scope_is_refused() -> None:
         pytest.raises(RuntimeError, match="outside of ema_scope"),
     ):
         twins.fused.step(0)
+    detached = {name: p.detach() for name, p in twins.params[1].items()}
+    fused = FusedOptimizer(twins.optimizers[1], twins.shadows[1], detached, decay=0.9)
+    with (
+        emajit.ema_scope(twins.models[1], twins.shadows[1]),
+        pytest.raises(RuntimeError, match="outside of ema_scope"),
+    ):
+        fused.step(0)
 
 
 @pytest.mark.skipif(

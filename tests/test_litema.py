@@ -324,6 +324,11 @@ class TestDefects:
         ema.decay.copy_(held)
         assert ema._decay_on_host() == ema._decay_on_device().item() == held.item()
 
+    def test_6_the_decay_is_the_one_that_was_written(self) -> None:
+        for decay in (1 - 6.36e-6, 0.99999001, 2 ** (-1 / 1234567)):
+            ema = LitEma(small(), decay, use_num_upates=False)
+            assert ema._decay_on_host() == decay
+
     def test_6_on_a_device_an_average_that_stalls_is_told(self) -> None:
         for dtype, decay, told in (
             (torch.bfloat16, 0.9999, True),
@@ -524,6 +529,18 @@ class TestDefects:
         for a, b in zip(averaged, host.model_ema.buffers(), strict=True):
             assert torch.equal(a, b)
 
+    def test_14_a_part_of_the_averages(self) -> None:
+        model, donor = small(), LitEma(small(), decay=0.5)
+        ema, state = LitEma(model, decay=0.5), donor.state_dict()
+        del state["2bias"]
+        with pytest.warns(UserWarning, match="1 of 6 averages are not in the state_dict, 2bias"):
+            ema.load_state_dict(state, strict=False)
+        with ema.ema_scope(model):
+            pass
+        for key in state:
+            assert torch.equal(ema.get_buffer(key), donor.get_buffer(key)), key
+        assert torch.equal(ema.get_buffer("2bias"), model[2].bias)  # type: ignore[index]
+
     def test_15_the_misspelling(self) -> None:
         assert LitEma(small(), use_num_upates=False).num_updates.item() == -1
         with pytest.raises(TypeError):
@@ -691,6 +708,10 @@ class TestCheckpoints:
             (
                 lambda s: s.update({"2bias": torch.ones(1) * 1j}),
                 r"2bias: expected a number of the kind of torch\.float32, found torch\.complex64",
+            ),
+            (
+                lambda s: s.update({"2bias": torch.ones(1, dtype=torch.int64)}),
+                r"2bias: expected a number of the kind of torch\.float32, found torch\.int64",
             ),
             (
                 lambda s: s.update({"2bias": torch.ones(1, device="meta")}),

@@ -63,6 +63,8 @@ def test_flat_keys_of_another_wrapping_are_renamed() -> None:
     renamed = _names.unwrap_flat_keys(state, ["ema.aw", "ema.b", "ema.c"])
     assert renamed == {"ema.aw": 1, "ema.b": 2, "ema.c": 3, "ema.unknown": 4}
     assert _names.unwrap_flat_keys({"aw": 1}, ["_orig_modaw"]) == {"_orig_modaw": 1}
+    both = {"_orig_modaw": 1, "aw": 2}
+    assert _names.unwrap_flat_keys(both, ["aw"]) == both
 
 
 def test_ambiguous_flat_keys_are_left_alone() -> None:

@@ -388,6 +388,25 @@ class TestTrouble:
         with pytest.raises(ValueError, match="'v': expected numbers up to 65504, found"):
             posthoc.reconstruct(posthoc.snapshots(tmp_path), 0.1, dtype=torch.float16)
 
+    def test_what_has_no_fraction_is_not_the_file(self, tmp_path: Path) -> None:
+        def write(count: int) -> None:
+            posthoc.save(tmp_path, {"count": torch.tensor(count)}, 8, sigma_rel=0.1)
+
+        write(3)
+        found = posthoc.reconstruct(posthoc.snapshots(tmp_path), 0.1)
+        (path,) = tmp_path.iterdir()
+        whole = bytearray(path.read_bytes())
+        whole[-8:] = bytes(8)
+        with path.open("r+b") as file:  # the same file, which is mapped
+            file.write(whole)
+        assert found["count"] == 3
+
+    def test_another_dtype_is_refused(self, tmp_path: Path) -> None:
+        wrong: Any
+        for wrong in ("float16", torch.int8):
+            with pytest.raises(ValueError, match="dtype: expected a floating-point dtype, found"):
+                posthoc.save(tmp_path, {"w": torch.ones(1)}, 8, sigma_rel=0.1, dtype=wrong)
+
     def test_infinite_elements_are_those_of_the_last(self, tmp_path: Path) -> None:
         for step in (5, 10, 20):
             trees = [{"mask": torch.tensor([0.0, -math.inf])}] * 2

@@ -185,6 +185,8 @@ def test_small_integer_steps_do_not_overflow() -> None:
     assert_close(float(sparse(torch.tensor(3_000_000, dtype=torch.int32))), sparse(3_000_000))
     late = schedules.delay(schedules.warmup(0.99), 300)
     assert float(late(torch.tensor(100, dtype=torch.uint8))) == 0.0
+    held = schedules.every(schedules.warmup(0.9), 200)
+    assert float(held(torch.tensor(100, dtype=torch.int8))) == held(100)
 
 
 @pytest.mark.parametrize(

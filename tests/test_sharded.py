@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.testing import assert_close
 
 import emajit
@@ -71,6 +72,11 @@ def test(name: str, world: int, run: Callable[[int], dict[str, str]]) -> None:
     assert not found, found
 
 
+def rows(first: int, count: int) -> ChunkStorageMetadata:
+    """A part of `even`."""
+    return ChunkStorageMetadata(torch.Size([first, 0]), torch.Size([count, 5]))
+
+
 class TestFolder:
     """What several processes have written, read by this one."""
 
@@ -116,6 +122,14 @@ class TestFolder:
             checkpoint.save_sharded(tmp_path / name, shadow, 0)
             loaded, _ = checkpoint.load_sharded(tmp_path / name, shadow)
             assert_close(loaded, shadow, rtol=0, atol=0, equal_nan=True)
+
+    def test_what_has_no_numbers(self, tmp_path: Path) -> None:
+        for odd in (torch.ones(2, device="meta"), torch.eye(2).to_sparse()):
+            with pytest.raises(
+                ValueError, match=r"'shadow\.w': expected a dense tensor, found Tens"
+            ):
+                checkpoint.save_sharded(tmp_path / "a", {"w": odd}, 0)
+        assert not [*tmp_path.iterdir()]
 
     def test_a_disk_that_is_full(
         self, tmp_path: Path, shadow: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
@@ -179,6 +193,7 @@ class TestFolder:
         [
             lambda entry: entry.chunks.clear(),
             lambda entry: entry.chunks.append(entry.chunks[0]),
+            lambda entry: setattr(entry, "chunks", [rows(0, 6), rows(3, 6)]),
             lambda entry: setattr(entry, "chunks", None),
             lambda entry: setattr(entry, "properties", None),
             lambda entry: setattr(entry, "size", 7),

@@ -1,4 +1,4 @@
-"""`emajit inspect` and `emajit extract`: the averages of a checkpoint, shown and in a file."""
+"""`emajit inspect`, `extract` and `convert`: the averages of a checkpoint, shown or in a file."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def init(
             `device="cpu"`.
     """
     _tree.check_dtype(dtype)
-    if device is not None and str(device) != "cpu":
+    if device is not None and torch.device(device).type != "cpu":
         raise ValueError(
             f"device: expected cpu, or none for that of the parameters, found {device}"
         )
@@ -119,10 +119,11 @@ def update(
 
     Raises:
         ValueError: structure, shape or device differ, or the shadow's dtype cannot hold the
-            parameter's kind of number, named by path; decay or step is out of range (as a Python
-            number; a tensor is used unread, so a wrong one goes unnoticed); an unknown option.
-        TypeError: a leaf is neither a tensor nor None, the step is not an integer, or the decay is
-            none of the three.
+            parameter's kind of number, named by path; decay or step is out of range (a tensor on
+            a device, or a step that is one, is used unread, so a wrong one goes unnoticed) or a
+            tensor of another shape or kind of number; an unknown option.
+        TypeError: a leaf is neither a tensor nor None, the step is neither an integer nor a tensor,
+            or the decay is none of the three.
         RuntimeError: a parameter is inside of an `ema_scope`, and holds an average.
 
     >>> shadow = {"w": torch.tensor([0.0])}
@@ -244,9 +245,10 @@ def warn_of_stalls(dtypes: Iterable[torch.dtype], weight: float) -> None:
 def _warn_of_stall(dtype: torch.dtype) -> None:
     message = (
         f"an average in {dtype} stalls: where 1 - decay is below {_RESOLUTION[dtype]:.2g}, "
-        "rounding to nearest loses nearly every step; an average in float32 does not, nor does "
-        "rounding='stochastic'"
+        "rounding to nearest loses nearly every step; an average in float32 does not"
     )
+    if dtype.itemsize > 1:
+        message += ", nor does rounding='stochastic'"
     warnings.warn(message, UserWarning, stacklevel=6)
 
 
@@ -288,9 +290,9 @@ def _weight(decay: Decay | Schedule, step: Step) -> Weight:
         if beta.ndim != 0 or not beta.is_floating_point():
             found = f"shape {tuple(beta.shape)} and {beta.dtype}"
             raise ValueError(f"decay: expected a 0-d floating-point tensor, found {found}")
-        if beta.device.type == "cpu" and not _compile.is_traced():
-            return 1.0 - float(beta.detach())  # in host memory, so nothing waits for it
-        return 1.0 - beta.detach().to(torch.float64)
+        if beta.device.type != "cpu" or _compile.is_traced():
+            return 1.0 - beta.detach().to(torch.float64)
+        beta = float(beta.detach())  # in host memory, so nothing waits for it
     if not isinstance(beta, float | int | torch.SymFloat | torch.SymInt):
         found = getattr(beta, "__qualname__", type(beta).__qualname__)
         raise TypeError(f"decay: expected a number, a 0-d tensor or a schedule, found {found}")

@@ -88,7 +88,7 @@ def save(
 
     Raises:
         ValueError: `shadow` and `sigma_rel` are not of one length, `sigma_rel` is out of range,
-            the step is 0, or a finite number is beyond the largest one of `dtype`.
+            the step is 0, `dtype` is not floating-point, or a finite number is beyond its largest.
         TypeError, OSError: as `emajit.checkpoint.save`.
 
     Returns the files.
@@ -100,6 +100,7 @@ def save(
     if not isinstance(shadows, list) or len(shadows) != len(lengths):
         found = f"a list of {len(shadows)}" if isinstance(shadows, list) else type(shadows).__name__
         raise ValueError(f"shadow: expected a list of {len(lengths)}, as sigma_rel, found {found}")
+    _tree.check_dtype(dtype)
     taken = count(step)
     if taken < 1:
         raise ValueError(f"step: expected the number of updates so far, >= 1, found {taken}")

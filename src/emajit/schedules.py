@@ -2,8 +2,9 @@ r"""Decay as a function of the step.
 
 A schedule maps the step, which counts the updates that the shadow has already taken (0 on the first
 call), to the decay $\beta$, the share of the old shadow that is kept. A Python int gives a float. A
-0-d integer tensor gives a 0-d float64 tensor on its device, without being read back, so that a
-schedule can be traced by `torch.compile` and captured in a CUDA graph.
+0-d integer tensor gives a 0-d float64 tensor on its device (a float where the decay is the same at
+every step), without being read back, so that a schedule can be traced by `torch.compile` and
+captured in a CUDA graph.
 
 Every factory here raises ValueError for an argument outside its range. What it returns can be
 printed, compared and pickled as its call.

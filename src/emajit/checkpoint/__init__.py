@@ -167,6 +167,10 @@ def save_sharded(path: str | os.PathLike[str], shadow: Any, step: int | Tensor) 
 
     taken = count(step)
     named = {_SHADOW + name: leaf.detach() for name, leaf in _named("shadow", shadow).items()}
+    for name, here in zip(named, _shards.local(named.values()), strict=True):
+        if not files.is_dense(here):
+            found = f"{type(here).__name__} in {here.layout} on {here.device}"
+            raise ValueError(f"{name!r}: expected a dense tensor, found {found}")
     sharded.write(Path(path), {**named, "step": torch.tensor(taken)})
 
 

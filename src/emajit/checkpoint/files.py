@@ -138,8 +138,9 @@ def cast(where: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if narrow.dtype is not tensor.dtype and (tensor.is_floating_point() or tensor.is_complex()):
         largest = torch.finfo(dtype).max
         if largest < torch.finfo(tensor.dtype).max:
-            lost = tensor.isfinite() & ~narrow.to(tensor.dtype).isfinite()
-            if bool(lost.any()):
+            known = narrow if dtype.itemsize > 1 else narrow.to(torch.float32)
+            total = known.sum(dtype=None if dtype.is_complex else torch.float32)  # no temporary
+            if not total.isfinite() and bool((tensor.isfinite() & ~known.isfinite()).any()):
                 raise ValueError(f"{where}: expected numbers up to {largest:g}, found a larger one")
     return narrow
 
