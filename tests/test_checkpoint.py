@@ -448,6 +448,7 @@ class TestAtomic:
             else:
                 break
         assert set(calls) == {name for _, name in owners}
+        assert calls[-3:] == ["fsync", "replace", "fsync"]  # of the file, then of its folder
         assert when > 10
 
     def test_a_killed_process_leaves_the_old_file_or_the_new(self, path: Path) -> None:

@@ -398,8 +398,10 @@ def test_without_a_device_it_is_the_plain_path() -> None:
 
 def test_wrong_options() -> None:
     params = {"w": torch.zeros(2)}
-    with pytest.raises(ValueError, match=r"device: expected cpu, or none .* found cuda"):
-        emajit.init(params, device="cuda")
+    for device in ("cuda", "gpu"):
+        with pytest.raises(ValueError, match=rf"device: expected cpu, or none .* found {device}"):
+            emajit.init(params, device=device)
+    assert emajit.init(params, device="cpu:0")["w"].is_cpu
     with pytest.raises(ValueError, match="pin_memory: expected device='cpu' with it, found none"):
         emajit.init(params, pin_memory=True)
     with pytest.raises(ValueError, match=r"device: expected that of params\['w'\] .* for meta"):

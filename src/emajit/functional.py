@@ -60,7 +60,7 @@ def init(
             `device="cpu"`.
     """
     _tree.check_dtype(dtype)
-    if device is not None and torch.device(device).type != "cpu":
+    if device is not None and str(device).partition(":")[0] != "cpu":
         raise ValueError(
             f"device: expected cpu, or none for that of the parameters, found {device}"
         )
