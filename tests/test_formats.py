@@ -233,6 +233,8 @@ class TestLitEma:
         host.model_ema.decay.fill_(decay)
         found = checkpoint.read(host.state_dict()).decay
         assert found == (0.9999 if decay == 0.9999 else host.model_ema.decay.item())
+        wide = {key: value.double() for key, value in host.state_dict().items()}
+        assert checkpoint.read(wide).decay == found
 
 
 class TestPeers:

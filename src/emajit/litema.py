@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import struct
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,20 +14,24 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from emajit import _buffers, _host, _memory, _names, _shards, _tree, functional, schedules, scope
+from emajit import (
+    _buffers,
+    _decay,
+    _host,
+    _memory,
+    _names,
+    _shards,
+    _tree,
+    functional,
+    schedules,
+    scope,
+)
 
 _log = logging.getLogger(__name__)
 _RANGES = {"decay": (0, 1), "num_updates": (-1, 2**31 - 1)}
 
 
 _warmup = functools.lru_cache(schedules.warmup)
-
-
-@functools.lru_cache
-def _decimal(held: float, written: float) -> float:
-    """The number that a float32 was made of: the one written, or one of 7 decimals, or itself."""
-    decimals = (number for number in (written, round(held, 7)) if _float32(number) == held)
-    return next(decimals, held)
 
 
 def _nothing() -> None:
@@ -46,10 +49,6 @@ def _check_not_captured() -> None:
             "num_updates: expected it on the device of a CUDA graph, which would repeat a step of "
             "the warm-up for ever, found it on cpu; move the LitEma there before"
         )
-
-
-def _float32(number: float) -> float:
-    return float(struct.unpack("f", struct.pack("f", number))[0])
 
 
 class LitEma(nn.Module):
@@ -238,7 +237,7 @@ class LitEma(nn.Module):
     def _decay_on_host(self) -> float:
         """In Python numbers, which take a tenth of the time of a dozen 0-d tensor operators."""
         step, held = int(self._control("num_updates")), float(self._control("decay"))
-        decay = _decimal(held, self._written_decay)
+        decay = _decay.decimal(held, self._written_decay)
         return decay if step < 0 else float(_warmup(decay)(step))
 
     def _decay_on_device(self) -> Tensor:
@@ -250,7 +249,7 @@ class LitEma(nn.Module):
         held = self.decay.to(torch.float64)
         decimal = torch.round(held, decimals=7)
         decay = torch.where(decimal.to(torch.float32) == self.decay, decimal, held)
-        given = self.decay == _float32(self._written_decay)
+        given = self.decay == _decay.float32(self._written_decay)
         decay = torch.where(given, self._written_decay, decay)
         warm = torch.as_tensor(schedules.warmup(decay)(self.num_updates))
         return torch.where(self.num_updates < 0, decay, warm)

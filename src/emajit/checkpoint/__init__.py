@@ -120,9 +120,7 @@ def load(path: str | os.PathLike[str], like: Tree) -> tuple[Tree, int]:
     with opened(path) as saved:
         _check_names(path, {*saved.names()}, wanted)
         for name, leaf in wanted.items():
-            if not files.is_dense(leaf):
-                found = f"{type(leaf).__name__} in {leaf.layout} on {leaf.device}"
-                raise ValueError(f"like: {name!r}: expected a dense tensor, found {found}")
+            files.check_dense(f"like: {name!r}", leaf)
             _check_form(path, name, saved.form(name), leaf)
         tied = saved.record.tied
         loaded: dict[str, Tensor] = {}
@@ -168,9 +166,7 @@ def save_sharded(path: str | os.PathLike[str], shadow: Any, step: int | Tensor) 
     taken = count(step)
     named = {_SHADOW + name: leaf.detach() for name, leaf in _named("shadow", shadow).items()}
     for name, here in zip(named, _shards.local(named.values()), strict=True):
-        if not files.is_dense(here):
-            found = f"{type(here).__name__} in {here.layout} on {here.device}"
-            raise ValueError(f"{name!r}: expected a dense tensor, found {found}")
+        files.check_dense(repr(name), here)
     sharded.write(Path(path), {**named, "step": torch.tensor(taken)})
 
 

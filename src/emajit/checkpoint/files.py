@@ -105,9 +105,7 @@ def write_tensors(
     beyond 100 MB, which nothing would read.
     """
     for name, tensor in tensors.items():
-        if not is_dense(tensor):
-            found = f"{type(tensor).__name__} in {tensor.layout} on {tensor.device}"
-            raise ValueError(f"{name!r}: expected a dense tensor, found {found}")
+        check_dense(repr(name), tensor)
         if (dtype := casts.get(name, tensor.dtype)) not in _CODES:
             raise ValueError(f"{name!r}: expected a dtype that safetensors has, found {dtype}")
     forms = {
@@ -178,7 +176,14 @@ class _Telling:
         self._file.flush()
 
 
-def is_dense(tensor: Tensor) -> bool:
+def check_dense(where: str, tensor: Tensor) -> None:
+    """Raise ValueError, which tells `where`, for a tensor without numbers in memory of its own."""
+    if not _is_dense(tensor):
+        found = f"{type(tensor).__name__} in {tensor.layout} on {tensor.device}"
+        raise ValueError(f"{where}: expected a dense tensor, found {found}")
+
+
+def _is_dense(tensor: Tensor) -> bool:
     """Whether a tensor has its numbers in memory: no meta, sparse or nested one, no DTensor."""
     if tensor.layout is not torch.strided or tensor.is_nested:
         return False

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from emajit import _memory, _names, _tree
+from emajit import _decay, _memory, _names, _tree
 from emajit.checkpoint.files import Opaque
 
 State = Mapping[str, Tensor]
@@ -135,7 +135,7 @@ def _lit_ema(tree: Mapping[str, Any], names: Names) -> Averaged | None:
     count = int(updates) if trusted else -1
     layout = f"LitEma at {prefix.rstrip('.')}" if prefix else "LitEma"
     step = count if count >= 0 else None
-    share = _decimal(decay) if trusted else None
+    share = _decay.decimal(float(decay)) if trusted else None
     raw = {key: v for key, v in state.items() if not key.startswith(prefix)} if prefix else {}
     if not raw and names is None:
         raise ValueError(f"LitEma: expected names, which its keys do not tell, {_NO_NAMES}")
@@ -143,12 +143,6 @@ def _lit_ema(tree: Mapping[str, Any], names: Names) -> Averaged | None:
         found = _unflatten(flat, {name: name for name in names or ()})
         return Averaged(_by_name(flat, found), layout, step, share)
     return _merged(_by_name(flat, _invert(flat, raw)), raw, layout, step, share)
-
-
-def _decimal(decay: Tensor) -> float:
-    """The number of 7 decimals that a float32 was made of, if it is one: 0.9999, say."""
-    short = round(float(decay), 7)
-    return short if torch.tensor(short, dtype=decay.dtype) == decay else float(decay)
 
 
 def _invert(flat: State, raw: State) -> dict[str, str]:
@@ -456,7 +450,7 @@ def _as_lit_ema(averaged: Averaged, _: Names) -> dict[str, Any]:
     keys = _names.flat_keys(names, lambda key: key in ("decay", "num_updates"))
     count = -1 if averaged.step is None else averaged.step
     controls = {
-        CONTROLS[0]: torch.tensor(_decay("litema", averaged), dtype=torch.float32),
+        CONTROLS[0]: torch.tensor(_known_decay("litema", averaged), dtype=torch.float32),
         CONTROLS[1]: torch.tensor(count, dtype=torch.int32),
     }
     flat = {f"model_ema.{keys[name]}": averages[host + name] for name in names}
@@ -481,7 +475,7 @@ def _as_timm(averaged: Averaged, _: Names) -> dict[str, Any]:
 
 def _as_diffusers(averaged: Averaged, names: Names) -> dict[str, Any]:
     return {
-        "decay": _decay("diffusers-ema", averaged),
+        "decay": _known_decay("diffusers-ema", averaged),
         "min_decay": 0.0,
         "optimization_step": _step("diffusers-ema", averaged),
         "update_after_step": 0,
@@ -494,7 +488,7 @@ def _as_diffusers(averaged: Averaged, names: Names) -> dict[str, Any]:
 
 def _as_torch_ema(averaged: Averaged, names: Names) -> dict[str, Any]:
     return {
-        "decay": _decay("torch-ema", averaged),
+        "decay": _known_decay("torch-ema", averaged),
         "num_updates": averaged.step,
         "shadow_params": _in_order("torch-ema", averaged, names),
         "collected_params": None,
@@ -537,7 +531,7 @@ def _averages(averaged: Averaged) -> dict[str, Tensor]:
     return {name: averaged.weights[name] for name in first.values()}
 
 
-def _decay(layout: str, averaged: Averaged) -> float:
+def _known_decay(layout: str, averaged: Averaged) -> float:
     if averaged.decay is None:
         raise ValueError(
             f"{layout}: expected a checkpoint that tells its decay, or a decay to write, found none"

@@ -1,0 +1,23 @@
+"""The decay that a `LitEma` holds in float32, as the number that it was made of."""
+
+from __future__ import annotations
+
+import struct
+from functools import lru_cache
+
+
+@lru_cache
+def decimal(held: float, written: float | None = None) -> float:
+    """The one written, if it has that float32, else one of 7 decimals, or what is held itself.
+
+    >>> decimal(0.9998999834060669)
+    0.9999
+    """
+    short = round(held, 7)
+    numbers = (short,) if written is None else (written, short)
+    return next((number for number in numbers if float32(number) == held), held)
+
+
+def float32(number: float) -> float:
+    """The number as float32 has it."""
+    return float(struct.unpack("f", struct.pack("f", number))[0])
