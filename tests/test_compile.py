@@ -65,27 +65,36 @@ def test_new_tensors_of_one_structure_share_a_graph(counting: tuple[str, Countin
     assert counter.graphs == 1
 
 
-def relaid(params: dict[str, Tensor]) -> None:
+def relaid(_: dict[str, Tensor], params: dict[str, Tensor]) -> None:
     params["0"].data = params["0"].data.mT.contiguous().mT
 
 
-def widened(params: dict[str, Tensor]) -> None:
+def average_relaid(shadow: dict[str, Tensor], _: dict[str, Tensor]) -> None:
+    shadow["0"] = shadow["0"].mT.contiguous().mT
+
+
+def widened(_: dict[str, Tensor], params: dict[str, Tensor]) -> None:
     params["0"].data = params["0"].data.double()
 
 
-def frozen(params: dict[str, Tensor]) -> None:
+def negated(_: dict[str, Tensor], params: dict[str, Tensor]) -> None:
+    pairs = torch.view_as_complex(torch.randn(3, 4, 2))
+    params["0"] = pairs.conj().imag  # by a bit beside the memory
+
+
+def frozen(_: dict[str, Tensor], params: dict[str, Tensor]) -> None:
     params["0"].requires_grad_(False)
 
 
-def replaced_by_one(params: dict[str, Tensor]) -> None:
+def replaced_by_one(_: dict[str, Tensor], params: dict[str, Tensor]) -> None:
     params["1"] = params["0"]
 
 
-def forgotten(_: dict[str, Tensor]) -> None:
+def forgotten(_: dict[str, Tensor], __: dict[str, Tensor]) -> None:
     torch.compiler.reset()
 
 
-def of_inference(params: dict[str, Tensor]) -> None:
+def of_inference(_: dict[str, Tensor], params: dict[str, Tensor]) -> None:
     with torch.inference_mode():
         params["0"] = params["0"].clone()
 
@@ -94,10 +103,20 @@ def of_inference(params: dict[str, Tensor]) -> None:
     "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)]
 )
 @pytest.mark.parametrize(
-    "change", [relaid, widened, frozen, replaced_by_one, forgotten, of_inference]
+    "change",
+    [
+        relaid,
+        average_relaid,
+        widened,
+        negated,
+        frozen,
+        replaced_by_one,
+        forgotten,
+        of_inference,
+    ],
 )
 def test_what_changes_between_two_calls(
-    compiler: str, change: Callable[[dict[str, Tensor]], None]
+    compiler: str, change: Callable[[dict[str, Tensor], dict[str, Tensor]], None]
 ) -> None:
     """A graph has no guards of dynamo's: what it was made for is told by its key."""
     params: dict[str, Tensor] = {
@@ -105,7 +124,7 @@ def test_what_changes_between_two_calls(
     }
     shadow = emajit.init(params, dtype=torch.float32)
     emajit.update_(shadow, params, 0, decay=0.5, backend=compiler)
-    change(params)
+    change(shadow, params)
     for _ in range(2):
         expected = emajit.update(shadow, params, 1, decay=0.5, backend="eager")
         pure = emajit.update(shadow, params, 1, decay=0.5, backend=compiler)

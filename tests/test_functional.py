@@ -333,6 +333,13 @@ class TestRepeatedUpdates:
         with pytest.raises(ValueError, match=message):
             emajit.update_(shadow, params, 2, decay=0.5)
 
+    def test_one_tensor_twice_becomes_a_part_of_itself(self) -> None:
+        shadow, both = {"a": torch.zeros(4), "b": torch.zeros(4)}, torch.ones(4)
+        for step in range(2):
+            emajit.update_(shadow, {"a": both, "b": both}, step, decay=0.5)
+        with pytest.raises(ValueError, match=r"'b'\]: expected shape \(4,\)"):
+            emajit.update_(shadow, {"a": both, "b": both[:1]}, 2, decay=0.5)
+
     def test_nothing_is_kept_alive(self) -> None:
         shadow, params = {"w": torch.zeros(4)}, {"w": torch.ones(4)}
         alive = [weakref.ref(shadow["w"]), weakref.ref(params["w"])]

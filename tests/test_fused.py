@@ -85,6 +85,19 @@ class Twins:
         )
 
 
+def test_a_learning_rate_is_not_rounded_to_float32() -> None:
+    weights = [nn.Parameter(torch.ones(3).double()) for _ in range(2)]
+    optimizers = [torch.optim.SGD([p], lr=0.1) for p in weights]
+    shadow = {"w": torch.zeros(3).double()}
+    fused = FusedOptimizer(optimizers[1], shadow, {"w": weights[1]}, decay=0.5, backend="aot_eager")
+    for step in range(3):
+        for p in weights:
+            p.grad = torch.ones(3).double()
+        optimizers[0].step()
+        fused.step(step)
+        assert_close(weights[1], weights[0], rtol=1e-15, atol=0)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize(
     "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)]

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 from torch.testing import assert_close
 
+import emajit
 from emajit._hoist import Hoist
+from emajit.fused import FusedOptimizer
 
 
 def scaled(x: Tensor, step: Tensor, words: Tensor) -> Tensor:
@@ -30,6 +32,18 @@ def test_a_power_of_one_number_is_in_no_loop(hoisted: bool) -> None:
     # Without the pass it is in the loop: the day when Inductor does better, the pass can go.
     assert ("std::pow" in loops[-1]) != hoisted
     assert code.count("std::pow") >= 1
+
+
+@pytest.mark.inductor
+def test_a_fused_step_has_the_pass() -> None:
+    params = {"w": torch.nn.Parameter(torch.randn(5000))}
+    optimizer = torch.optim.AdamW(params.values())
+    fused = FusedOptimizer(optimizer, emajit.init(params), params, decay=0.9, backend="inductor")
+    params["w"].grad = torch.ones(5000)
+    fused.step(0)
+    _, (code,) = run_and_get_code(fused.step, 1)
+    assert "std::sqrt" in code or ".sqrt()" in code
+    assert not any("std::pow" in loop for loop in code.split("for(int64_t")[1:])
 
 
 def test_the_pass_has_a_name_for_caches() -> None:

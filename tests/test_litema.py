@@ -389,6 +389,9 @@ class TestDefects:
         ):
             pytest.fail("entered")
         assert_same(before, host.model)
+        with ema.ema_scope(model), pytest.raises(RuntimeError, match=r"outside of ema_scope"):
+            ema.store(model.parameters())
+        assert not ema.collected_params
         with ema.ema_scope(model):
             pass
 
