@@ -251,7 +251,7 @@ def a_scope_computes_with_the_averages_and_leaves_nothing(_: Path) -> None:
     for options in ({}, {"reshard_after_forward": False}):
         model, reference = fsdp(model_of(), **options), model_of()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        shadow = emajit.init(dict(model.named_parameters()))
+        shadow: Any = emajit.init(dict(model.named_parameters()))
         for value in shadow.values():
             value.to_local().mul_(3)
         averages, x = gathered(shadow), torch.randn(4, 3)
@@ -436,7 +436,7 @@ def two_dimensions_of_processes(_: Path) -> None:
         whole = gathered({name: p.detach() for name, p in params.items()})
         for rounding in ("nearest", "stochastic"):
             options: Any = {"decay": 0.7, "rounding": rounding}
-            shadow = emajit.init(params, dtype=torch.bfloat16)
+            shadow: Any = emajit.init(params, dtype=torch.bfloat16)
             for value in shadow.values():
                 value.to_local().zero_()
             expected = {

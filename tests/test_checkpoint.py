@@ -145,6 +145,8 @@ class TestRoundTrip:
                 checkpoint.save(path, small(), 3, metadata={taken: "a"})
         with pytest.raises(TypeError, match="metadata: expected strings, found 'a': 1"):
             checkpoint.save(path, small(), 3, metadata={"a": 1})  # type: ignore[dict-item]
+        with pytest.raises(TypeError, match="metadata: expected a dict, found str"):
+            checkpoint.save(path, small(), 3, metadata="a")  # type: ignore[arg-type]
 
     def test_what_is_loaded_is_not_the_file(self, path: Path) -> None:
         checkpoint.save(path, {"w": torch.ones(3)}, 0)

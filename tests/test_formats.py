@@ -839,7 +839,7 @@ class TestWritten:
                     {**options, "names": ["w", "v", "u"]},
                     f"{layout}: .* with u, which is no average",
                 ),
-                ({**options, "names": ["w"]}, f"{layout}: .* of all averages, found .* without v"),
+                ({**options, "names": ["w"]}, f"{layout}: .* found .* without v; .*names=model"),
             ]
         for wrong, message in cases:
             with pytest.raises(ValueError, match=message):

@@ -271,8 +271,8 @@ class TestSeveralAverages:
             (lambda s: s, "shadow: expected a list of 2, as decay, found dict"),
             (lambda s: [s], "shadow: expected a list of 2, as decay, found a list of 1"),
             (lambda s: [s, s], r"shadow\[1\]\['w'\]: expected a tensor of its own"),
-            (lambda s: [s, {"w": torch.zeros(3)}], r"\[1\]\['w'\]: expected shape \(3,\)"),
-            (lambda s: [s, {"v": torch.zeros(2)}], r"lacks \[1\]\['v'\]"),
+            (lambda s: [s, {"w": torch.zeros(3)}], r"^of shadow\[1\]: params\['w'\]: .* \(3,\)"),
+            (lambda s: [s, {"v": torch.zeros(2)}], r"^of shadow\[1\]: .* lacks \['v'\]"),
         ],
     )
     def test_errors(self, shadows: Any, message: str) -> None:
@@ -530,6 +530,16 @@ class TestErrors:
         ):
             emajit.update(torch.zeros(2, dtype=torch.int64), torch.zeros(2), 0, decay=0.5)
 
+    def test_a_shadow_of_inference_mode(self) -> None:
+        with torch.inference_mode():
+            frozen = torch.zeros(2)
+            emajit.update_([frozen], [torch.ones(2)], 0, decay=0.5)
+        shadow = {"a": torch.zeros(2), "b": frozen}
+        params = {"a": torch.ones(2, dtype=torch.bfloat16), "b": torch.ones(2)}
+        with pytest.raises(ValueError, match=r"shadow\['b'\]: .* torch.inference_mode\(\)"):
+            emajit.update_(shadow, params, 0, decay=0.5)
+        assert not shadow["a"].any()
+
     @pytest.mark.parametrize(
         ("shadow", "params", "message"),
         [
@@ -611,8 +621,15 @@ class TestErrors:
 
     @pytest.mark.parametrize("decay", ["0.9", None, schedules.warmup, lambda _: None])
     def test_decay_that_is_no_number(self, decay: Any) -> None:
-        with pytest.raises(TypeError, match="expected a number, a 0-d tensor or a schedule, found"):
+        with pytest.raises(
+            TypeError, match="a number, a 0-d tensor, a schedule or a list of those, found"
+        ):
             emajit.update(torch.zeros(1), torch.zeros(1), 5, decay=lambda _: decay)
+
+    def test_decay_of_numpy(self) -> None:
+        np = pytest.importorskip("numpy", reason="numpy is not installed")
+        found = emajit.update(torch.zeros(1), torch.ones(1), 0, decay=np.float32(0.25))
+        assert found.item() == 0.75
 
     def test_what_is_no_tree(self) -> None:
         model = nn.Linear(2, 2)

@@ -538,8 +538,11 @@ class TestDefects:
         del state["2bias"]
         with pytest.warns(UserWarning, match="1 of 6 averages are not in the state_dict, 2bias"):
             ema.load_state_dict(state, strict=False)
+        with pytest.raises(RuntimeError, match="found 1 that the state_dict did not have, 2bias"):
+            ema.named_averages()
         with ema.ema_scope(model):
             pass
+        assert_close(ema.named_averages()["2.bias"], model[2].bias.detach())  # type: ignore[index]
         for key in state:
             assert torch.equal(ema.get_buffer(key), donor.get_buffer(key)), key
         assert torch.equal(ema.get_buffer("2bias"), model[2].bias)  # type: ignore[index]

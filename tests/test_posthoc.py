@@ -288,6 +288,12 @@ class TestFiles:
             posthoc.save(tmp_path / "run", shadow, step, sigma_rel=sigma_rel, dtype=torch.float16)
         assert not (tmp_path / "run").exists()
 
+    def test_the_second_of_two(self, tmp_path: Path) -> None:
+        shadows = [{"a": torch.ones(1)}, {"a": torch.ones(1) * 1e6}]
+        with pytest.raises(ValueError, match=r"shadow\[1\]\['a'\]: expected numbers up to 65504"):
+            posthoc.save(tmp_path, shadows, 1, sigma_rel=[0.1, 0.2], dtype=torch.float16)
+        assert not [*tmp_path.iterdir()]
+
     def test_folders(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError):
             posthoc.snapshots(tmp_path / "nowhere")

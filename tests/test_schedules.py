@@ -207,9 +207,14 @@ def test_small_integer_steps_do_not_overflow() -> None:
         (lambda: schedules.power_function(gamma=-1.0), "gamma: expected a number >= 0, found -1"),
         (lambda: schedules.half_life(0, 1), "images: expected a number > 0, found 0"),
         (lambda: schedules.half_life(1, 0), "batch_size: expected a number > 0, found 0"),
-        (lambda: schedules.half_life(1, 1, 0), "rampup_ratio: expected a number > 0, found 0"),
+        (lambda: schedules.half_life(1, 1, 0), "rampup_ratio: expected a number > 0 or None"),
+        (
+            lambda: schedules.half_life(1, 1, math.inf),
+            "rampup_ratio: expected a number > 0 or None",
+        ),
         (lambda: schedules.cosine(0, 2, 1), r"end: expected a number in \[0, 1\], found 2"),
         (lambda: schedules.linear(-1, 1, 1), r"start: expected a number in \[0, 1\], found -1"),
+        (lambda: schedules.linear(0, 1, "9"), "steps: expected an integer >= 1, found '9'"),  # type: ignore[arg-type]
         (lambda: schedules.linear(0, 1, 0), "steps: expected an integer >= 1, found 0"),
         (lambda: schedules.delay(schedules.uniform(), -1), "start: expected an integer >= 0"),
         (lambda: schedules.every(schedules.uniform(), 0), "interval: expected an integer >= 1"),
@@ -256,3 +261,9 @@ def test_one_call_however_it_is_written() -> None:
     for a, b in pairs:
         assert a == b
         assert hash(a) == hash(b)
+
+
+def test_integers_of_numpy() -> None:
+    np = pytest.importorskip("numpy", reason="numpy is not installed")
+    assert schedules.cosine(0.0, 1.0, np.int64(2))(1) == 0.5
+    assert schedules.every(schedules.constant(0.5), np.int32(2))(0) == 0.25

@@ -192,6 +192,12 @@ def test_model_made_in_inference_mode() -> None:
     [
         ({}, small(), "model: expected a module, found dict"),
         (small(), [torch.ones(1)], "shadow: expected a mapping of names to averages, found list"),
+        (
+            small(),
+            {"0.weight": 1.0},
+            "expected names and averages or None, found '0.weight': float",
+        ),
+        (small(), {0: torch.ones(1)}, "expected names and averages or None, found 0: Tensor"),
     ],
 )
 def test_swapped_arguments(model: Any, shadow: Any, message: str) -> None:

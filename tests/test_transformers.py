@@ -586,5 +586,5 @@ def test_without_transformers() -> None:
     ).stdout
     assert told == (
         "emajit.integrations.transformers needs transformers; "
-        "pip install 'emajit[transformers]' brings it\n"
+        "pip install transformers accelerate safetensors\n"
     )

@@ -155,7 +155,15 @@ def align_several(shadows: list[PyTree], params: PyTree, *, writable: bool = Fal
     Raises, beside that, ValueError if two of them share a tensor or are not tied alike.
     """
     several = len(shadows)
-    pairs = align(shadows, [params] * several, writable=writable, repeats=several)
+    try:
+        pairs = align(shadows, [params] * several, writable=writable, repeats=several)
+    except (TypeError, ValueError):
+        for i, shadow in enumerate(shadows):
+            try:
+                align(shadow, params)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"of shadow[{i}]: {error}") from None
+        raise
     if not shadows or isinstance(pairs.slots, range):
         return pairs
     leaves = len(pairs.slots) // len(shadows)
@@ -347,6 +355,13 @@ def _check_writable(pairs: Pairs) -> None:
                     f"{_path('shadow', pairs.shadow, pairs.slots.index(slot))}: expected memory "
                     f"of its own for each element, found shape {tuple(s.shape)} with strides "
                     f"{s.stride()}"
+                )
+    if not torch.is_inference_mode_enabled():
+        for slot, s in enumerate(pairs.shadows):
+            if s.is_inference():
+                raise ValueError(
+                    f"{_path('shadow', pairs.shadow, pairs.slots.index(slot))}: expected a tensor "
+                    "that can be written here, found one that was made in torch.inference_mode()"
                 )
     overlap = next(_memory.overlaps(leaves, len(pairs.shadows)), None)
     if overlap is not None:

@@ -13,7 +13,7 @@ try:
     import typer
     from rich.console import Console
 except ModuleNotFoundError as error:
-    message = f"emajit: the command needs {error.name}; pip install 'emajit[cli]' brings it"
+    message = f"emajit: the command needs {error.name}; pip install typer rich"
     raise SystemExit(message) from None
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -191,7 +191,8 @@ def _one_line() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        message = f"this command needs {error.name}; pip install 'emajit[demo]' brings it"
+        packages = "matplotlib numpy scikit-learn safetensors"
+        message = f"this command needs {error.name}; pip install {packages}"
         raise _Failure(message) from None
     except (ValueError, OSError) as error:
         raise _Failure(" ".join(str(error).split())) from None

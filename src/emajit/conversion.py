@@ -25,7 +25,7 @@ def inspect(path: Path, names: Path | None, console: Console) -> None:
     found = checkpoint.read(path, names=_lines(names))
     averages = {n: v for n, v in found.weights.items() if n not in found.raw_only}
     told = Table(title=escape(str(path)), show_header=False)
-    told.add_row("layout", found.layout)
+    told.add_row("layout", escape(found.layout))
     told.add_row("step", "not told" if found.step is None else f"{found.step:,}")
     told.add_row("decay", "not told" if found.decay is None else f"{found.decay:g}")
     told.add_row("averaged", _sizes(averages))
@@ -57,7 +57,7 @@ def _distances(averages: dict[str, Tensor], found: Averaged) -> Table:
     table.add_column("block")
     table.add_column("distance", justify="right")
     for name, (apart, size) in squares.items():
-        table.add_row(name, f"{(apart / size) ** 0.5:.2%}" if size else "")
+        table.add_row(escape(name), f"{(apart / size) ** 0.5:.2%}" if size else "")
     return table
 
 
@@ -98,10 +98,12 @@ def extract(
             tell=tell,
         )
     count = len(found.weights) - len(found.raw_only)
-    console.print(f"{found.layout}: {count:,} averages, written into {out}", highlight=False)
+    written = f"{found.layout}: {count:,} averages, written into {out}"
+    console.print(written, highlight=False, markup=False)
     if found.raw_only and layout not in formats.BY_POSITION:
         shown = ", ".join(found.raw_only[:5]) + (", ..." if len(found.raw_only) > 5 else "")
-        console.print(f"with {len(found.raw_only):,} that are none: {shown}", highlight=False)
+        none = f"with {len(found.raw_only):,} that are none: {shown}"
+        console.print(none, highlight=False, markup=False)
 
 
 @contextmanager

@@ -56,7 +56,7 @@ class Settings:
 
     @property
     def snapshot_interval(self) -> int:
-        """Steps between two snapshots: 32 of them in a run."""
+        """Steps between two snapshots: 32 or 33 of them in a run."""
         return max(1, self.steps // 32)
 
     def __post_init__(self) -> None:
@@ -68,7 +68,7 @@ class Settings:
             raise ValueError(f"--seed: expected an integer in [0, 2**63), found {self.seed}")
         try:
             torch.zeros(1, device=self.device).item()
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, ModuleNotFoundError) as error:
             reason = str(error).splitlines()[0]
             message = f"--device: expected a usable device, found {self.device!r}: {reason}"
             raise ValueError(message) from None

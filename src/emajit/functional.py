@@ -9,10 +9,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Any, Literal, TypeVar
+from numbers import Real
+from typing import Any, Literal, TypeVar, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from emajit import _compile, _host, _offload, _tree, scope
 from emajit._kernels import Weight
@@ -24,13 +25,29 @@ Schedule = Callable[[Step], Decay]
 Tree = TypeVar("Tree")
 
 
+@overload
+def init(
+    params: dict[str, nn.Parameter],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    pin_memory: bool = False,
+) -> dict[str, Tensor]: ...
+@overload
 def init(
     params: Tree,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     pin_memory: bool = False,
-) -> Tree:
+) -> Tree: ...
+def init(
+    params: Any,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    pin_memory: bool = False,
+) -> Any:
     """The first shadow of `params`: a detached copy of each leaf, in the same structure.
 
     Args:
@@ -47,9 +64,9 @@ def init(
         pin_memory: with `device="cpu"`, lock the pages, so that neither the host nor the training
             waits for `update_`: it goes on in a side stream, for which the next `step` of an
             optimizer of `torch.optim` waits on the device. For leaves that require no grad, such as
-            buffers, the training waits at once. What else writes into the parameters comes too
-            early unless it is behind `torch.cuda.synchronize()`: operators of your own, the step
-            of an optimizer in a CUDA graph. Without a CUDA device this has no effect.
+            buffers, the training waits at once. Before anything else writes the parameters, such as
+            operators of your own or an optimizer in a CUDA graph, call `torch.cuda.synchronize()`.
+            Without a CUDA device this has no effect.
 
     Leaves that are tied in `params` are tied in the shadow. Strides of dense leaves are kept.
 
@@ -68,8 +85,8 @@ def init(
         raise ValueError("pin_memory: expected device='cpu' with it, found none")
     with torch.no_grad():
         if device is None:
-            return _tree.copy(params, dtype)  # type: ignore[no-any-return]
-        return _tree.copy_to_host(params, dtype, pinned=pin_memory)  # type: ignore[no-any-return]
+            return _tree.copy(params, dtype)
+        return _tree.copy_to_host(params, dtype, pinned=pin_memory)
 
 
 def update(
@@ -96,7 +113,7 @@ def update(
             `dict(model.named_parameters())`. The dtypes may differ: a float32 shadow of bfloat16
             parameters is the normal case.
         step: how many updates the shadow has already taken, 0 on the first call. An int, or a 0-d
-            integer tensor on any device, which is never read back to the host. Within your own
+            integer tensor; one on a GPU is never read back to the host. Within your own
             `torch.compile` give a tensor: an int recompiles as it grows.
         decay: $\beta$, the share of the old shadow that is kept, in [0, 1]: a float, a 0-d tensor,
             or a schedule, `step -> decay` (see `emajit.schedules`). Or a list of those: `shadow` is
@@ -152,9 +169,9 @@ def update_(
 
     The results are those of `update`. Everything is checked before the first leaf is written. One
     operator then writes all leaves of one kind: float32 and float64 with parameters of the same
-    dtype, or what is compiled (32 leaves of it, where stochastic rounding is on the CPU). Between
-    two operators, and in eager mode between two leaves of any other dtype, Ctrl-C or a lack of
-    memory can leave some averaged and some not.
+    dtype, or what is compiled (with stochastic rounding on the CPU at most 32 leaves at a time).
+    Between two operators, and in eager mode between two leaves of any other dtype, Ctrl-C or a lack
+    of memory can leave some averaged and some not.
 
     Raises:
         ValueError: as `update`; also where a leaf of the shadow overlaps the memory of another
@@ -293,9 +310,11 @@ def _weight(decay: Decay | Schedule, step: Step) -> Weight:
         if beta.device.type != "cpu" or _compile.is_traced():
             return 1.0 - beta.detach().to(torch.float64)
         beta = float(beta.detach())  # in host memory, so nothing waits for it
-    if not isinstance(beta, float | int | torch.SymFloat | torch.SymInt):
+    if not isinstance(beta, Real | torch.SymFloat | torch.SymInt):
         found = getattr(beta, "__qualname__", type(beta).__qualname__)
-        raise TypeError(f"decay: expected a number, a 0-d tensor or a schedule, found {found}")
+        raise TypeError(
+            f"decay: expected a number, a 0-d tensor, a schedule or a list of those, found {found}"
+        )
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"decay: expected a number in [0, 1], found {beta} at step {step}")
     return 1.0 - float(beta)

@@ -331,7 +331,16 @@ class LitEma(nn.Module):
         """The averages themselves, under the names that the parameters have in the bare model.
 
         A shadow for `emajit.ema_scope`, `torch.func.functional_call` and `checkpoint.save`.
+
+        Raises RuntimeError after a load without some of them, which start from the model's weights
+        at the next use of the model.
         """
+        if self._orphans:
+            raise RuntimeError(
+                f"named_averages: expected all averages, found {len(self._orphans)} that the "
+                f"state_dict did not have, {min(self._orphans)} for one; ema_scope(model) and "
+                "copy_to(model) start them from the model's weights"
+            )
         return {name: self.get_buffer(key) for name, key in self._keys_by_name().items()}
 
     def _keys_by_name(self) -> dict[str, str]:

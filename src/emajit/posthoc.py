@@ -108,8 +108,8 @@ def save(
     if len(set(paths)) < len(paths):
         raise ValueError(f"sigma_rel: expected different lengths, found {lengths}")
     gammas = [sigma_rel_to_gamma(length) for length in lengths]
-    for average in shadows:
-        _check_range(average, dtype)
+    for i, average in enumerate(shadows):
+        _check_range(f"shadow[{i}]" if several else "shadow", average, dtype)
     Path(folder).mkdir(parents=True, exist_ok=True)
     for path, average, gamma in zip(paths, shadows, gammas, strict=True):
         checkpoint.save(path, average, taken, dtype=dtype, metadata={_GAMMA: repr(gamma)})
@@ -129,9 +129,9 @@ def _listed(sigma_rel: float | Sequence[float]) -> tuple[list[float], bool]:
     raise TypeError(f"sigma_rel: expected a number, or a list of numbers, found {sigma_rel!r}")
 
 
-def _check_range(shadow: Any, dtype: torch.dtype | None) -> None:
+def _check_range(which: str, shadow: Any, dtype: torch.dtype | None) -> None:
     """Raise ValueError where a finite number would be infinite in `dtype`."""
-    for path, _, leaf in _tree.named_leaves("shadow", shadow):
+    for path, _, leaf in _tree.named_leaves(which, shadow):
         if dtype is not None and leaf.is_floating_point():
             files.cast(path, leaf.detach(), dtype)
 

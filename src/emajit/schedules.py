@@ -142,7 +142,7 @@ def power_function(sigma_rel: float | None = None, gamma: float | None = None) -
     Section 3.1 of Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion
     Models" (arXiv 2312.02696). The weight of the parameters of time $\tau$ in the average of time
     $t$ is proportional to $\tau^\gamma$. Give either $\gamma \ge 0$ or `sigma_rel`, the standard
-    deviation of that profile relative to its length, at most $1/\sqrt{12} = 0.2886$ (which is
+    deviation of that profile relative to its length, at most $1/\sqrt{12} = 0.28867$ (which is
     $\gamma = 0$, the equal average):
 
     $\sigma_{rel} = (\gamma + 1)^{1/2} (\gamma + 2)^{-1} (\gamma + 3)^{-1/2}$
@@ -220,7 +220,7 @@ def _sigma_rel(gamma: float) -> float:
 def _gamma(sigma_rel: float) -> float:
     uniform_width = 12**-0.5
     in_range = 1e-150 < sigma_rel < uniform_width or math.isclose(sigma_rel, uniform_width)
-    _check(in_range, "sigma_rel", "0 < sigma_rel <= 12 ** -0.5 = 0.2887", sigma_rel)
+    _check(in_range, "sigma_rel", "0 < sigma_rel <= 12 ** -0.5 = 0.28867", sigma_rel)
     t = sigma_rel**-2
     gamma = 1 / sigma_rel  # above the root, from where Newton's method falls monotonically
     while True:
@@ -245,7 +245,8 @@ def half_life(images: float, batch_size: int, rampup_ratio: float | None = 0.05)
     """
     _check(images > 0, "images", "a number > 0", images)
     _check(batch_size > 0, "batch_size", "a number > 0", batch_size)
-    _check(rampup_ratio is None or rampup_ratio > 0, "rampup_ratio", "a number > 0", rampup_ratio)
+    finite = rampup_ratio is None or 0 < rampup_ratio < math.inf
+    _check(finite, "rampup_ratio", "a number > 0 or None", rampup_ratio)
 
     if rampup_ratio is None:
         return constant(0.5 ** (batch_size / images))
@@ -346,7 +347,7 @@ def delay(schedule: Schedule, start: int) -> Schedule:
     [0.0, 0.0, 0.99, 0.99]
     """
     _check_schedule(schedule)
-    _check(isinstance(start, int) and start >= 0, "start", "an integer >= 0", start)
+    _check_integer("start", start, 0)
 
     def delayed(step: Step) -> Decay:
         if isinstance(step, Tensor):
@@ -374,7 +375,7 @@ def every(schedule: Schedule, interval: int) -> Schedule:
     [0.9044, 0.9044, 0.9044]
     """
     _check_schedule(schedule)
-    _check(isinstance(interval, int) and interval >= 1, "interval", "an integer >= 1", interval)
+    _check_integer("interval", interval, 1)
 
     def product(step: Step) -> Decay:
         if isinstance(step, Tensor):
@@ -416,6 +417,11 @@ def _check(holds: bool, name: str, expected: str, found: object) -> None:
         raise ValueError(f"{name}: expected {expected}, found {found}")
 
 
+def _check_integer(name: str, number: int, least: int) -> None:
+    integer = hasattr(number, "__index__") and not isinstance(number, Tensor)
+    _check(integer and number >= least, name, f"an integer >= {least}", repr(number))
+
+
 def _check_schedule(schedule: Schedule) -> None:
     _check(callable(schedule), "schedule", "a schedule, step -> decay", schedule)
 
@@ -427,4 +433,4 @@ def _check_share(name: str, share: float) -> None:
 def _check_ramp(start: float, end: float, steps: int) -> None:
     _check_share("start", start)
     _check_share("end", end)
-    _check(isinstance(steps, int) and steps >= 1, "steps", "an integer >= 1", steps)
+    _check_integer("steps", steps, 1)

@@ -112,10 +112,7 @@ def _averages(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> list[tup
     """Each parameter and buffer of the model that has an average, once, with that average."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, found {type(model).__qualname__}")
-    if not isinstance(shadow, Mapping):
-        found = type(shadow).__qualname__
-        hint = "; a LitEma has a scope of its own" if isinstance(shadow, nn.Module) else ""
-        raise TypeError(f"shadow: expected a mapping of names to averages, found {found}{hint}")
+    _check_named(shadow)
     shadow = {name: _host.at_home(average) for name, average in shadow.items()}
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors |= dict(model.named_buffers(remove_duplicate=False))
@@ -147,6 +144,17 @@ def _averages(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> list[tup
             f"shadow: expected an average of each trainable parameter, missing {missing}"
         )
     return [(t, average.detach().to(t.dtype)) for t, (_, average) in averages.items()]
+
+
+def _check_named(shadow: object) -> None:
+    if not isinstance(shadow, Mapping):
+        found = type(shadow).__qualname__
+        hint = "; a LitEma has a scope of its own" if isinstance(shadow, nn.Module) else ""
+        raise TypeError(f"shadow: expected a mapping of names to averages, found {found}{hint}")
+    for name, average in shadow.items():
+        if not (isinstance(name, str) and isinstance(average, Tensor | None)):
+            found = f"{name!r}: {type(average).__qualname__}"
+            raise TypeError(f"shadow: expected names and averages or None, found {found}")
 
 
 def _same_values(a: Tensor, b: Tensor) -> bool:

@@ -61,6 +61,8 @@ def save(
     """
     taken = count(step)
     _tree.check_dtype(dtype)
+    if not isinstance(metadata, Mapping | None):
+        raise TypeError(f"metadata: expected a dict, found {type(metadata).__qualname__}")
     own = dict(metadata or {})
     for key, value in own.items():
         if not (isinstance(key, str) and isinstance(value, str)):

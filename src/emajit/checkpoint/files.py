@@ -22,7 +22,7 @@ from torch import Tensor
 try:
     from safetensors import SafetensorError, safe_open
 except ModuleNotFoundError as error:
-    message = "emajit.checkpoint needs safetensors; pip install 'emajit[checkpoint]' brings it"
+    message = "emajit.checkpoint needs safetensors; pip install safetensors"
     raise ModuleNotFoundError(message, name=error.name) from None
 
 _CODES = {

@@ -560,9 +560,10 @@ def _in_order(layout: str, averaged: Averaged, names: Names) -> list[Tensor]:
     averages = _averages(averaged)
     left_out = [name for name, v in averages.items() if _memory.identity(v) not in named]
     if unknown or left_out:
+        hint = "; of the parameters of a model alone with names=model" * bool(left_out)
         told = [f"without {_tree.some(left_out)}"] * bool(left_out)
         told += [f"with {_tree.some(unknown)}, which is no average"] * bool(unknown)
         raise ValueError(
-            f"{layout}: expected names of all averages, found them {' and '.join(told)}"
+            f"{layout}: expected names of all averages, found them {' and '.join(told)}{hint}"
         )
     return [held[name] for name in names]

@@ -19,9 +19,7 @@ try:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.trainer.states import TrainerFn
 except ModuleNotFoundError as error:
-    message = (
-        "emajit.integrations.lightning needs lightning; pip install 'emajit[lightning]' brings it"
-    )
+    message = "emajit.integrations.lightning needs lightning; pip install lightning"
     raise ModuleNotFoundError(message, name=error.name) from None
 
 _KEY = "emajit"

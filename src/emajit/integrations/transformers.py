@@ -27,7 +27,7 @@ try:
 except ModuleNotFoundError as error:
     message = (
         "emajit.integrations.transformers needs transformers; "
-        "pip install 'emajit[transformers]' brings it"
+        "pip install transformers accelerate safetensors"
     )
     raise ModuleNotFoundError(message, name=error.name) from None
 
