@@ -75,6 +75,7 @@ class LitEma(nn.Module):
     Raises:
         ValueError: `decay` is not in [0, 1], no parameter of `model` requires grad, or an unknown
             option.
+        TypeError: `model` is no module, or `decay` no number.
 
     >>> model = nn.Linear(2, 2)
     >>> ema = LitEma(model, decay=0.999)
@@ -164,7 +165,8 @@ class LitEma(nn.Module):
         """Update the averages with the parameters of `model`, without a host synchronisation.
 
         Raises ValueError, before anything is written, where the model lacks an averaged parameter,
-        has a trainable one that is not averaged, or a shape differs.
+        has a trainable one that is not averaged, or a shape differs; TypeError for what is no
+        module, and RuntimeError inside of a scope.
         """
         averages, params, step, decay = self._due(model)
         try:

@@ -43,7 +43,7 @@ class EMACallback(Callback):
     A callback of your own that saves after batches belongs behind this one.
 
     Args:
-        decay: as in `emajit.update`.
+        decay: as in `emajit.update`, but no list.
         dtype, buffers: as in `LitEma`.
         every: average after each optimizer step of so many, at most once a batch; `decay` counts
             the averaged ones.

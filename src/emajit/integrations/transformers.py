@@ -66,7 +66,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     the model's `state_dict` or `load_state_dict`, or of `restore`.
 
     Args:
-        decay: as in `emajit.update`.
+        decay: as in `emajit.update`, but no list.
         dtype, buffers: as in `LitEma`.
         every: average after each optimizer step whose number is a multiple of this; `decay` counts
             the averaged ones.
