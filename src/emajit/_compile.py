@@ -91,6 +91,10 @@ class Work(NamedTuple):
         return self.shadows[0].device if self.shadows else torch.device("cpu")
 
     @property
+    def dtypes(self) -> _tree.Dtypes:
+        return self.form.dtypes if self.form else _tree.dtypes(self.shadows, self.params)
+
+    @property
     def regions(self) -> tuple[Region | None, ...] | None:
         return tuple(self.noise.regions) if self.noise else None
 
@@ -135,8 +139,7 @@ def _plan(kernels: Kernels, work: Work, backend: str) -> list[Way]:
     """How the leaves are averaged: made once for each form of them, and for the options."""
     if in_dispatch_mode():
         backend = "eager"
-    dtypes = work.form.dtypes if work.form else _tree.dtypes(work.shadows, work.params)
-    if backend in ("auto", "eager") and _kernels.lerps(dtypes, work.weights, work.skip):
+    if backend in ("auto", "eager") and _kernels.lerps(work.dtypes, work.weights, work.skip):
         return [(range(len(work.shadows)), _foreach_way(kernels))]
     if work.form is None:
         return _new_plan(kernels, work, backend)

@@ -222,13 +222,13 @@ def prepare(
     if rounding == "stochastic":
         paths, regions = (_tree.interleave(t, several) for t in _places(pairs))
         noise = Noise(paths, regions, step, {})
-    if not _compile.is_traced():
-        dtypes = pairs.form.dtypes if pairs.form else _tree.dtypes(shadows, partners)
-        if noise is None and not dtypes <= _NEVER_STALL:
-            _warn_of_stalls(shadows, partners, repeated)
-        scope.check_outside(partners)
     skip = nonfinite == "skip"
-    return pairs, _compile.Work(shadows, partners, repeated, skip, noise, pairs.form)
+    work = _compile.Work(shadows, partners, repeated, skip, noise, pairs.form)
+    if not _compile.is_traced():
+        if noise is None and not work.dtypes <= _NEVER_STALL:
+            _warn_of_stalls(work)
+        scope.check_outside(partners)
+    return pairs, work
 
 
 _NEVER_STALL = {
@@ -244,8 +244,8 @@ _RESOLUTION = {
 }
 
 
-def _warn_of_stalls(shadows: list[Tensor], params: list[Tensor], weights: list[Weight]) -> None:
-    rows = zip(shadows, params, weights, strict=True)
+def _warn_of_stalls(work: _compile.Work) -> None:
+    rows = zip(*work[:3], strict=True)
     for s, p, w in {(s.dtype, p.dtype, w) for s, p, w in rows if isinstance(w, float)}:
         if p.is_floating_point:
             warn_of_stalls([s], w)
