@@ -75,8 +75,8 @@ def litema() -> Callable[[int], object]:
 
 
 def alive() -> int:
-    """How many objects there are, beside the forms of at most 64 sets of addresses."""
-    _tree._checked.clear()
+    """How many objects there are, beside the memos of at most 64 sets of addresses."""
+    _tree._memos.clear()
     gc.collect()
     return len(gc.get_objects())
 

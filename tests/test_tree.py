@@ -17,10 +17,10 @@ def test_deinterleave_is_the_inverse(parts: int, size: int) -> None:
     assert _tree.deinterleave(mixed, parts) == tensors
 
 
-def test_the_memo_of_checks_is_bounded() -> None:
+def test_the_memos_are_bounded() -> None:
     for size in range(1, 200):
         _tree.align([torch.zeros(size)], [torch.zeros(size)], writable=True)
-    assert len(_tree._checked) <= 64
+    assert len(_tree._memos) <= 64
 
 
 def test_flat_and_nested_trees_pair_alike() -> None:

@@ -17,7 +17,7 @@ from emajit import _kernels, _memory, _tree
 from emajit._kernels import Weight
 from emajit._rounding import Keys, Noise
 from emajit._shards import Region
-from emajit._tree import Form
+from emajit._tree import Memo
 
 Kernel = Any  # of (shadows, params, weights, skip, keys): a plain function, or one compiled
 
@@ -65,14 +65,14 @@ def in_dispatch_mode() -> bool:
 
 
 class Work(NamedTuple):
-    """What is to be averaged: lists of one length, and how; `form` as in `_tree.Pairs`."""
+    """What is to be averaged: lists of one length, and how; `memo` as in `_tree.Pairs`."""
 
     shadows: list[Tensor]
     params: list[Tensor]
     weights: list[Weight]
     skip: bool
     noise: Noise | Keys | None
-    form: Form | None = None
+    memo: Memo | None = None
 
     def part(self, leaves: Sequence[int]) -> Work:
         """Some of the leaves, in this order; a `range` is all of them."""
@@ -92,7 +92,7 @@ class Work(NamedTuple):
 
     @property
     def dtypes(self) -> _tree.Dtypes:
-        return self.form.dtypes if self.form else _tree.dtypes(self.shadows, self.params)
+        return self.memo.dtypes if self.memo else _tree.dtypes(self.shadows, self.params)
 
     @property
     def regions(self) -> tuple[Region | None, ...] | None:
@@ -136,18 +136,18 @@ Way = tuple[Sequence[int], Callable[[Work], Any]]  # some leaves, and what avera
 
 
 def _plan(kernels: Kernels, work: Work, backend: str) -> list[Way]:
-    """How the leaves are averaged: made once for each form of them, and for the options."""
+    """How the leaves are averaged: where there is a memo, made once for each set of options."""
     if in_dispatch_mode():
         backend = "eager"
     if backend in ("auto", "eager") and _kernels.lerps(work.dtypes, work.weights, work.skip):
         return [(range(len(work.shadows)), _foreach_way(kernels))]
-    if work.form is None:
+    if work.memo is None:
         return _new_plan(kernels, work, backend)
     options = backend, work.skip, torch.get_num_threads()
     key = kernels, options, same(work.weights), work.regions
-    if key not in work.form.plans:
-        work.form.plans[key] = _new_plan(kernels, work, backend)
-    return work.form.plans[key]  # type: ignore[no-any-return]
+    if key not in work.memo.plans:
+        work.memo.plans[key] = _new_plan(kernels, work, backend)
+    return work.memo.plans[key]  # type: ignore[no-any-return]
 
 
 def _new_plan(kernels: Kernels, work: Work, backend: str) -> list[Way]:

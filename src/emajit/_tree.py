@@ -23,14 +23,14 @@ class Pairs(NamedTuple):
     """The leaves of a shadow and of its params, tied leaves once; of DTensors, their shards here.
 
     `slots` has, for each leaf of the shadow's tree, its index in the two lists; None for None.
-    `form` is what the pairs have in common with those of earlier calls, where that is known.
+    `memo` is what an earlier call has found of the same memory, where there was one.
     """
 
     shadow: PyTree
     shadows: list[Tensor]
     params: list[Tensor]
     slots: Sequence[int | None]
-    form: Form | None = None
+    memo: Memo | None = None
 
     def rebuild(self, leaves: Sequence[Tensor]) -> PyTree:
         """The shadow's tree with `leaves` in place of `shadows`."""
@@ -128,12 +128,12 @@ def align(shadow: PyTree, params: PyTree, *, writable: bool = False, repeats: in
         flat = _local(*flat)
     leaves = flat[0] + flat[1][: len(flat[1]) // max(1, repeats)] if flat is not None else []
     addresses = _addresses(leaves) if writable and flat is not None else None
-    form = _checked.get((repeats, addresses)) if addresses is not None else None
-    if flat is not None and form is not None and form.fits(leaves):
-        if len(form.first) == len(flat[0]):
-            return Pairs(shadow, *flat, form.slots, form)
-        shadows, partners = ([tree[i] for i in form.first] for tree in flat)
-        return Pairs(shadow, shadows, partners, form.slots, form)
+    memo = _memos.get((repeats, addresses)) if addresses is not None else None
+    if flat is not None and memo is not None and memo.fits(leaves):
+        if len(memo.first) == len(flat[0]):
+            return Pairs(shadow, *flat, memo.slots, memo)
+        shadows, partners = ([tree[i] for i in memo.first] for tree in flat)
+        return Pairs(shadow, shadows, partners, memo.slots, memo)
     if flat is not None and _fit(*flat):
         pairs = Pairs(shadow, *flat, range(len(flat[0])))
     else:
@@ -141,11 +141,11 @@ def align(shadow: PyTree, params: PyTree, *, writable: bool = False, repeats: in
     if writable:
         _check_writable(pairs)
         if addresses is not None:
-            form = _form(leaves, pairs)
-            if len(_checked) >= 64:
-                _checked.clear()
-            _checked[repeats, addresses] = form
-            return pairs._replace(form=form)
+            memo = _memo(leaves, pairs)
+            if len(_memos) >= 64:
+                _memos.clear()
+            _memos[repeats, addresses] = memo
+            return pairs._replace(memo=memo)
     return pairs
 
 
@@ -202,7 +202,7 @@ def deinterleave(tensors: list[Tensor], parts: int) -> list[Tensor]:
     return [tensor for k in range(parts) for tensor in tensors[k::parts]]
 
 
-class Form(NamedTuple):
+class Memo(NamedTuple):
     """What `update_` has found once need not be found again for the same memory.
 
     The guards know addresses' shapes, strides and dtypes, and no tensor: nothing is kept alive.
@@ -227,7 +227,7 @@ class Form(NamedTuple):
         return bool(self.guards.check(*leaves))
 
 
-_checked: dict[tuple[int, tuple[int, ...]], Form] = {}
+_memos: dict[tuple[int, tuple[int, ...]], Memo] = {}
 
 
 def _addresses(leaves: list[Any]) -> tuple[int, ...] | None:
@@ -237,7 +237,7 @@ def _addresses(leaves: list[Any]) -> tuple[int, ...] | None:
         return None
 
 
-def _form(leaves: list[Tensor], pairs: Pairs) -> Form:
+def _memo(leaves: list[Tensor], pairs: Pairs) -> Memo:
     first: list[int] = []
     for i, slot in enumerate(pairs.slots):
         if slot == len(first):
@@ -250,7 +250,7 @@ def _form(leaves: list[Tensor], pairs: Pairs) -> Form:
     guards = torch._C._dynamo.guards.TensorGuards(
         *[leaves[i] for i in singles], dynamic_dims_sizes=None, dynamic_dims_strides=None
     )
-    return Form(guards, singles, twins, pairs.slots, first, dtypes(*pairs[1:3]), {})
+    return Memo(guards, singles, twins, pairs.slots, first, dtypes(*pairs[1:3]), {})
 
 
 def dtypes(shadows: list[Tensor], params: list[Tensor]) -> Dtypes:

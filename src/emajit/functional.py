@@ -223,7 +223,7 @@ def prepare(
         paths, regions = (_tree.interleave(t, several) for t in _places(pairs))
         noise = Noise(paths, regions, step, {})
     skip = nonfinite == "skip"
-    work = _compile.Work(shadows, partners, repeated, skip, noise, pairs.form)
+    work = _compile.Work(shadows, partners, repeated, skip, noise, pairs.memo)
     if not _compile.is_traced():
         if noise is None and not work.dtypes <= _NEVER_STALL:
             _warn_of_stalls(work)
