@@ -475,9 +475,10 @@ def test_memory_does_not_grow_with_the_snapshots(tmp_path: Path) -> None:
         posthoc.save(tmp_path, [weights, weights], step, sigma_rel=TRACKED)
     found = posthoc.snapshots(tmp_path)
     chosen, solutions = posthoc.plan(found, [0.07], None)
-    result, peaks, before = {}, [], own_memory()
-    for names, leaves in posthoc.stream(chosen, solutions, torch.float32):
-        result[names[0]] = leaves[0]
-        peaks.append(own_memory() - before)
+    peaks, before = [], own_memory()
+    (result,) = posthoc.summed(
+        chosen, solutions, torch.float32, lambda _: peaks.append(own_memory() - before)
+    )
+    assert len(peaks) == len(weights)
     assert max(peaks) < 2 * 8 * 1024 + 4 * 1024
     assert_close(result["7"], weights["7"])

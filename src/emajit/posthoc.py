@@ -14,7 +14,7 @@ import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from itertools import groupby, pairwise
 from numbers import Real
@@ -280,11 +280,7 @@ def reconstruct(
     lengths, several = _listed(sigma_rel)
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype: expected a floating-point dtype, found {dtype!r}")
-    chosen, solutions = plan(snapshots, lengths, step)
-    results: list[dict[str, Tensor]] = [{} for _ in lengths]
-    for names, leaves in stream(chosen, solutions, dtype):
-        for result, leaf in zip(results, leaves, strict=True):
-            result.update(dict.fromkeys(names, leaf))
+    results = summed(*plan(snapshots, lengths, step), dtype)
     return results if several else results[0]
 
 
@@ -364,10 +360,14 @@ def _unit(snapshot: Snapshot) -> float:
     return max(units, default=0.0)
 
 
-def stream(
-    chosen: Sequence[Snapshot], solutions: Sequence[Solution], dtype: torch.dtype
-) -> Iterator[tuple[list[str], list[Tensor]]]:
-    """The names of each leaf, several if it is tied, and its sum for each solution."""
+def summed(
+    chosen: Sequence[Snapshot],
+    solutions: Sequence[Solution],
+    dtype: torch.dtype,
+    tell: Callable[[int], object] = lambda _: None,
+) -> list[dict[str, Tensor]]:
+    """The weights by name, for each solution; `tell` is told how many names each leaf has."""
+    results: list[dict[str, Tensor]] = [{} for _ in solutions]
     with ExitStack() as stack:
         held = [stack.enter_context(opened(snapshot.path)) for snapshot in chosen]
         last = held[-1]
@@ -377,7 +377,10 @@ def stream(
         for name in last.names():
             groups.setdefault(last.record.tied.get(name, name), []).append(name)
         for name, names in groups.items():
-            yield names, _sums(name, held, solutions, dtype)
+            for result, leaf in zip(results, _sums(name, held, solutions, dtype), strict=True):
+                result.update(dict.fromkeys(names, leaf))
+            tell(len(names))
+    return results
 
 
 def _sums(

@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor
 
 from emajit import checkpoint, posthoc
 from emajit.checkpoint import files
@@ -46,15 +45,13 @@ def run(
     mine = {snapshot.path.resolve() for snapshot in found}
     if any(path.resolve() in mine for path in paths):
         raise ValueError(f"--out: expected another file than a snapshot, found {out}")
-    averages: list[dict[str, Tensor]] = [{} for _ in paths]
     with opened(chosen[-1].path) as last:
         total = len(last.names())
     with Progress(console=console) as progress:
         task = progress.add_task(f"{len(chosen)} files", total=total)
-        for names, leaves in posthoc.stream(chosen, solutions, getattr(torch, dtype)):
-            for average, leaf in zip(averages, leaves, strict=True):
-                average.update(dict.fromkeys(names, leaf))
-            progress.advance(task, len(names))
+        averages = posthoc.summed(
+            chosen, solutions, getattr(torch, dtype), lambda count: progress.advance(task, count)
+        )
     if len(paths) > 1:
         out.mkdir(parents=True, exist_ok=True)
     for path, average, sigma_rel in zip(paths, averages, sigma_rels, strict=True):
