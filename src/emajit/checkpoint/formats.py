@@ -450,7 +450,7 @@ def _as_lit_ema(averaged: Averaged, _: Names) -> dict[str, Any]:
     keys = _names.flat_keys(names, lambda key: key in ("decay", "num_updates"))
     count = -1 if averaged.step is None else averaged.step
     controls = {
-        CONTROLS[0]: torch.tensor(_known_decay("litema", averaged), dtype=torch.float32),
+        CONTROLS[0]: torch.tensor(_known("decay", "litema", averaged), dtype=torch.float32),
         CONTROLS[1]: torch.tensor(count, dtype=torch.int32),
     }
     flat = {f"model_ema.{keys[name]}": averages[host + name] for name in names}
@@ -458,12 +458,12 @@ def _as_lit_ema(averaged: Averaged, _: Names) -> dict[str, Any]:
 
 
 def _as_averaged_model(averaged: Averaged, _: Names) -> dict[str, Any]:
-    count = torch.tensor(_step("averaged-model", averaged))
+    count = torch.tensor(_known("step", "averaged-model", averaged))
     return {"n_averaged": count} | {f"module.{n}": v for n, v in averaged.weights.items()}
 
 
 def _as_ema_pytorch(averaged: Averaged, _: Names) -> dict[str, Any]:
-    step = torch.tensor(_step("ema-pytorch", averaged))
+    step = torch.tensor(_known("step", "ema-pytorch", averaged))
     online = {f"online_model.{name}": value for name, value in averaged.raw.items()}
     average = {f"ema_model.{name}": value for name, value in averaged.weights.items()}
     return {"initted": torch.tensor(True), "step": step, **online, **average}
@@ -475,9 +475,9 @@ def _as_timm(averaged: Averaged, _: Names) -> dict[str, Any]:
 
 def _as_diffusers(averaged: Averaged, names: Names) -> dict[str, Any]:
     return {
-        "decay": _known_decay("diffusers-ema", averaged),
+        "decay": _known("decay", "diffusers-ema", averaged),
         "min_decay": 0.0,
-        "optimization_step": _step("diffusers-ema", averaged),
+        "optimization_step": _known("step", "diffusers-ema", averaged),
         "update_after_step": 0,
         "use_ema_warmup": False,
         "inv_gamma": 1.0,
@@ -488,7 +488,7 @@ def _as_diffusers(averaged: Averaged, names: Names) -> dict[str, Any]:
 
 def _as_torch_ema(averaged: Averaged, names: Names) -> dict[str, Any]:
     return {
-        "decay": _known_decay("torch-ema", averaged),
+        "decay": _known("decay", "torch-ema", averaged),
         "num_updates": averaged.step,
         "shadow_params": _in_order("torch-ema", averaged, names),
         "collected_params": None,
@@ -531,20 +531,15 @@ def _averages(averaged: Averaged) -> dict[str, Tensor]:
     return {name: averaged.weights[name] for name in first.values()}
 
 
-def _known_decay(layout: str, averaged: Averaged) -> float:
-    if averaged.decay is None:
+def _known(what: str, layout: str, averaged: Averaged) -> Any:
+    """The "step" or the "decay"."""
+    value = getattr(averaged, what)
+    if value is None:
         raise ValueError(
-            f"{layout}: expected a checkpoint that tells its decay, or a decay to write, found none"
+            f"{layout}: expected a checkpoint that tells its {what}, or a {what} to write, "
+            "found none"
         )
-    return averaged.decay
-
-
-def _step(layout: str, averaged: Averaged) -> int:
-    if averaged.step is None:
-        raise ValueError(
-            f"{layout}: expected a checkpoint that tells its step, or a step to write, found none"
-        )
-    return averaged.step
+    return value
 
 
 def _in_order(layout: str, averaged: Averaged, names: Names) -> list[Tensor]:
