@@ -84,12 +84,15 @@ def save(
         else:
             tied[name] = first
     record = Record(taken, tied, own)
-    casts = {} if dtype is None else dict.fromkeys(_floats(tensors), dtype)
+    casts = _casts(tensors, dtype)
     files.write_tensors(Path(path), tensors, record.header, record.seed(), casts=casts)
 
 
-def _floats(tensors: Mapping[str, Tensor]) -> list[str]:
-    return [name for name, tensor in tensors.items() if tensor.is_floating_point()]
+def _casts(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """The names of floating-point tensors, with the dtype to cast them to, if there is one."""
+    if dtype is None:
+        return {}
+    return {name: dtype for name, tensor in tensors.items() if tensor.is_floating_point()}
 
 
 def load(path: str | os.PathLike[str], like: Tree) -> tuple[Tree, int]:
@@ -339,9 +342,8 @@ def write(
         averaged = averaged._replace(weights=weights, raw=raw)
     state = formats.written(averaged, layout, _listed(names))
     if as_safetensors:
-        floats = [name for name in _floats(state) if name not in formats.CONTROLS]
-        casts = {} if dtype is None else dict.fromkeys(floats, dtype)
-        header = {"format": "pt"}
+        weights = {name: v for name, v in state.items() if name not in formats.CONTROLS}
+        casts, header = _casts(weights, dtype), {"format": "pt"}
         files.write_tensors(path, state, lambda *_: header, casts=casts, tell=tell)
     else:
         files.write_torch(path, {"state_dict": state} if layout == "litema" else state, tell)
@@ -358,12 +360,10 @@ def _parameters(averaged: Averaged, model: torch.nn.Module) -> Averaged:
 
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """What is tied stays tied."""
-    if dtype is None:
-        return dict(tensors)
     cast: dict[Hashable, Tensor] = {}
-    for name in _floats(tensors):
+    for name, narrow in _casts(tensors, dtype).items():
         if (identity := _memory.identity(tensors[name])) not in cast:
-            cast[identity] = files.cast(repr(name), tensors[name], dtype)
+            cast[identity] = files.cast(repr(name), tensors[name], narrow)
     return {name: cast.get(_memory.identity(v), v) for name, v in tensors.items()}
 
 
