@@ -34,10 +34,6 @@ _RANGES = {"decay": (0, 1), "num_updates": (-1, 2**31 - 1)}
 _warmup = functools.lru_cache(schedules.warmup)
 
 
-def _nothing() -> None:
-    """In place of a weak reference, which cannot be pickled."""
-
-
 def _is_on_host(tensor: Tensor) -> bool:
     """Whether it may be read: nothing waits for it, and it is no part of a trace."""
     return tensor.is_cpu and not torch.compiler.is_compiling()
@@ -115,6 +111,7 @@ class LitEma(nn.Module):
                 f"model: expected parameters that require grad, found none in "
                 f"{type(model).__name__}; build LitEma after the layers of the model"
             )
+        kept = _buffers.held(model, buffers)
         # Every attribute is set before the keys are chosen, so that no average takes its name.
         self.backend = backend
         self.m_name2s_name: dict[str, str] = {}
@@ -124,29 +121,24 @@ class LitEma(nn.Module):
         # Keys of averages that were neither updated nor loaded, and of those among them that are
         # to start from the model at the next use.
         self._untouched: set[str] = set()
+        self._orphans: set[str] = set()
         # Keys of buffers that are copied.
         self._copied: set[str] = set()
-        self._takes_buffers = self._is_sharded = False
+        self._takes_buffers, self._is_sharded = bool(kept), _shards.are_in(params.values())
         # Buffers that `copy_to` has written since `store`, and what they held.
         self._overwritten: tuple[list[Tensor], list[Tensor]] = [], []
         # The model seen last, weakly, if it is sharded.
-        self._seen: Callable[[], nn.Module | None] = _nothing
-        self._orphans: set[str] = set()
+        self._seen = weakref.ref(model) if self._is_sharded else None
         # Of the model seen last: the names of its parameters, and the key of each one's average.
         self._known: list[str] = []
         self._keys: dict[str, str] = {}
         self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
         self.register_buffer("num_updates", torch.tensor(self._first_update, dtype=torch.int32))
-        kept = _buffers.held(model, buffers)
         self.m_name2s_name = _names.flat_keys([*params, *kept], lambda key: hasattr(self, key))
         for name, average in functional.init(params | kept, dtype=dtype).items():
             self.register_buffer(self.m_name2s_name[name], average)
         if buffers == "copy":
             self._copied.update(self.m_name2s_name[name] for name in kept)
-        self._takes_buffers = bool(kept)
-        self._is_sharded = _shards.are_in(params.values())
-        if self._is_sharded:
-            self._seen = weakref.ref(model)
         self._untouched.update(self.m_name2s_name.values())
 
     def named_modules(
@@ -386,7 +378,7 @@ class LitEma(nn.Module):
 
     def _listed(self, use: str, parameters: Iterable[Tensor]) -> list[Tensor]:
         """The parameters; the shards of the model seen last, where a forward left them whole."""
-        model = self._seen()
+        model = self._seen() if self._seen else None
         if model is None:
             return _tensors(use, parameters)
         _shards.reshard(model)
@@ -400,7 +392,8 @@ class LitEma(nn.Module):
         return tensors
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_seen": _nothing}
+        """Without the weak reference, which cannot be pickled."""
+        return {**vars(self), "_seen": None}
 
     def _match(self, names: list[str]) -> dict[str, str]:
         """The key of the average for each parameter of a model that has one."""
