@@ -1,11 +1,13 @@
-"""What counts: a `torch.compile` backend its graphs, a mode the operators that run."""
+"""What counts: a `torch.compile` backend its graphs, a mode the operators; and memory."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,3 +37,12 @@ class Operators(TorchDispatchMode):
         del types
         self.counts[str(func)] += 1
         return func(*args, **(kwargs or {}))
+
+
+STATUS = Path("/proc/self/status")
+tells_memory = pytest.mark.skipif(not STATUS.exists(), reason="needs Linux to tell memory")
+
+
+def own_memory() -> int:
+    """Bytes of this process; not those of files, which come and go with other needs."""
+    return int(STATUS.read_text().split("RssAnon:")[1].split()[0]) * 1024

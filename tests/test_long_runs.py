@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,17 +14,11 @@ from torch.testing import assert_close
 
 import emajit
 from emajit import LitEma, _compile, _tree, schedules
-from tests.counting import Counting
+from tests.counting import Counting, own_memory, tells_memory
 
 STEPS = 20_000
 WARM = 2_000
 DECAY = schedules.warmup(0.999)
-
-
-def resident() -> int:
-    """Bytes of this process in memory; not those of files, which come and go with other needs."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
 
 def model() -> nn.Module:
@@ -81,13 +74,13 @@ def alive() -> int:
     return len(gc.get_objects())
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to tell memory")
+@tells_memory
 @pytest.mark.parametrize("make", [in_place, pure, new_parameters_each_step, litema])
 def test_nothing_grows(make: Callable[[], Callable[[int], object]]) -> None:
     step = make()
     for n in range(WARM):
         step(n)
-    objects, memory = [alive()], resident()
+    objects, memory = [alive()], own_memory()
     graphs = _compile._compiled.cache_info().currsize
     for half in (range(WARM, STEPS // 2), range(STEPS // 2, STEPS)):
         for n in half:
@@ -95,7 +88,7 @@ def test_nothing_grows(make: Callable[[], Callable[[int], object]]) -> None:
         objects.append(alive())
     # What leaks grows in both; what another thread makes once, such as Inductor's, in one.
     assert min(b - a for a, b in pairwise(objects)) < 100
-    assert resident() - memory < 4 * 2**20  # 18,000 leaks of 1000 numbers would be 72 MB
+    assert own_memory() - memory < 4 * 2**20  # 18,000 leaks of 1000 numbers would be 72 MB
     assert _compile._compiled.cache_info().currsize == graphs
 
 
