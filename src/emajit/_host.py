@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -44,8 +44,6 @@ class Offloaded(Tensor):
                 return value if home is None else offloaded(value, home)
             return value
 
-        if isinstance(result, Iterator):  # for row in leaf
-            return map(careful, result)
         return pytree.tree_map(careful, result)
 
     def __copy__(self) -> Tensor:
