@@ -221,7 +221,7 @@ class Timm(Peer):
     needs = "timm"
 
     def build(self, model: nn.Module) -> Any:
-        return timm_model_ema().ModelEmaV3(model, decay=DECAY)
+        return timm("utils/model_ema.py").ModelEmaV3(model, decay=DECAY)
 
     def step(self) -> None:
         self.ema.update(self.model)
@@ -230,13 +230,12 @@ class Timm(Peer):
         return list(self.ema.module.parameters())
 
 
-def timm_model_ema() -> Any:
-    """The file alone: the package needs torchvision, which it does not."""
+def timm(file: str) -> Any:
+    """A file of timm alone: the package needs torchvision, which these do not."""
     spec = find_spec("timm")
     assert spec is not None
     assert spec.origin is not None
-    file = Path(spec.origin).parent / "utils" / "model_ema.py"
-    alone = spec_from_file_location("timm_model_ema", file)
+    alone = spec_from_file_location("timm_file", Path(spec.origin).parent / file)
     assert alone is not None
     assert alone.loader is not None
     module = module_from_spec(alone)

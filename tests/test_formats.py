@@ -11,7 +11,7 @@ import math
 import pickle
 import tempfile
 import warnings
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.testing import assert_close
 
+from bench import contestants
 from emajit import LitEma, checkpoint
 from emajit.checkpoint import formats
 from tests import reference
@@ -33,19 +34,6 @@ from tests.counting import own_memory, tells_memory
 
 def peer(name: str) -> Any:
     return pytest.importorskip(name, reason=f"{name} is of the bench extra")
-
-
-def timm(file: str) -> Any:
-    """A file of timm alone: the package needs torchvision, which these do not."""
-    spec = find_spec("timm")
-    if spec is None or spec.origin is None:
-        pytest.skip("timm is installed by hand, without its dependencies")
-    alone = spec_from_file_location("timm_file", Path(spec.origin).parent / file)
-    assert alone is not None
-    assert alone.loader is not None
-    module = module_from_spec(alone)
-    alone.loader.exec_module(module)
-    return module
 
 
 class Host(nn.Module):
@@ -770,9 +758,12 @@ class TestWritten:
         for a, b in zip(ema.shadow_params, second.shadow_params, strict=True):
             assert torch.equal(a, b)
 
+    @pytest.mark.skipif(
+        find_spec("timm") is None, reason="timm is installed by hand, without its dependencies"
+    )
     def test_timm(self, tmp_path: Path) -> None:
         """As its training script saves and resumes, with the options of the run beside."""
-        averaging, helpers = timm("utils/model_ema.py"), timm("models/_helpers.py")
+        averaging, helpers = map(contestants.timm, ("utils/model_ema.py", "models/_helpers.py"))
         model, other = net(), net()
         ema = averaging.ModelEmaV3(model, decay=0.9)
         for _ in range(3):
