@@ -23,25 +23,6 @@ from tests import reference, strategies
 from tests.counting import Counting
 
 
-def trees(sizes: list[int], dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    shadow = {f"{i}": torch.randn(n) for i, n in enumerate(sizes)}
-    return shadow, {name: torch.randn_like(s).to(dtype) for name, s in shadow.items()}
-
-
-def test_one_graph_over_1000_steps(counting: tuple[str, Counting]) -> None:
-    name, counter = counting
-    shadow, params = trees([3, 4, 5])
-    decay = schedules.warmup(0.999)
-    emajit.update_(shadow, params, 0, decay=decay, backend=name)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for step in range(1, 500):
-            emajit.update_(shadow, params, step, decay=decay, backend=name)
-        for step in range(500, 1000):
-            count = torch.tensor(step)
-            emajit.update_(shadow, params, count, decay=decay, backend=name)
-    assert counter.graphs == 1
-
-
 def test_freezing_and_options_do_not_exhaust_dynamo(counting: tuple[str, Counting]) -> None:
     name, counter = counting
     params = {f"{i}": nn.Parameter(torch.ones(2).bfloat16()) for i in range(12)}
@@ -60,8 +41,8 @@ def test_freezing_and_options_do_not_exhaust_dynamo(counting: tuple[str, Countin
 def test_new_tensors_of_one_structure_share_a_graph(counting: tuple[str, Counting]) -> None:
     name, counter = counting
     for _ in range(20):
-        shadow, params = trees([3, 4])
-        shadow = emajit.update(shadow, params, 0, decay=0.9, backend=name)
+        shadow, params = ([torch.randn(3), torch.randn(4)] for _ in range(2))
+        emajit.update(shadow, params, 0, decay=0.9, backend=name)
     assert counter.graphs == 1
 
 
@@ -248,17 +229,6 @@ def test_equal_decays_of_one_call_differ_at_the_next(counting: tuple[str, Counti
         for s, old, decay in zip(both, before, decays, strict=True):
             assert_close(s["w"], decay * old["w"] + (1 - decay))
     assert counter.graphs == 1
-
-
-def test_twelve_structures_in_one_process(counting: tuple[str, Counting]) -> None:
-    name, counter = counting
-    models = [trees([2] * i + [i]) for i in range(1, 13)]
-    for step in range(3):
-        for shadow, params in models:
-            expected = emajit.update(shadow, params, step, decay=0.9, backend="eager")
-            emajit.update_(shadow, params, step, decay=0.9, backend=name)
-            assert_close(shadow, expected)
-    assert counter.graphs == 12
 
 
 def test_a_mixed_tree_is_one_graph(counting: tuple[str, Counting]) -> None:

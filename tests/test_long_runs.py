@@ -102,7 +102,8 @@ def test_one_graph_serves_all_steps(counting: tuple[str, Counting]) -> None:
     objects = len(gc.get_objects())
     with torch.compiler.set_stance("fail_on_recompile"):
         for step in range(2, STEPS // 4):
-            emajit.update_(shadow, params, step, decay=DECAY, backend=name)
+            count = step if step < STEPS // 8 else torch.tensor(step)
+            emajit.update_(shadow, params, count, decay=DECAY, backend=name)
     gc.collect()
     assert len(gc.get_objects()) - objects < 100
     assert counter.graphs == 1
@@ -135,8 +136,3 @@ def test_two_models_twelve_structures_and_what_is_frozen_later(
     first, second = (list(ema.buffers())[2] for ema in emas)
     moved = [b - next(net.parameters()) for b, net in zip((first, second), nets, strict=True)]
     assert_close(moved[0], moved[1], rtol=1e-4, atol=1e-5)
-    nets[1].register_parameter("late", nn.Parameter(torch.ones(1)))
-    before = [b.clone() for b in emas[1].buffers()]
-    with pytest.raises(ValueError, match="late: expected no trainable parameter beside"):
-        emas[1](nets[1])
-    assert all(torch.equal(a, b) for a, b in zip(before, emas[1].buffers(), strict=True))
