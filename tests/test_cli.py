@@ -8,7 +8,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from torch import nn
 
 from emajit import LitEma, checkpoint, cli, demo, pictures, posthoc, schedules, update_
 from emajit import init as emajit_init
-from emajit.checkpoint import files
+from emajit.checkpoint import files, formats
 
 
 def emajit(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -318,6 +318,9 @@ class TestCheckpoints:
         assert shown.startswith(f"LitEma at model_ema: {len(names)} averages, written into")
         told = "with 2 that are none: first_stage.weight" in shown
         assert told == (layout != "diffusers-ema")
+
+    def test_all_layouts_are_offered(self) -> None:
+        assert get_args(cli.Layout) == formats.LAYOUTS
 
     def test_convert(
         self, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 try:
     import typer
@@ -62,11 +61,10 @@ def demo(
         training.run(training.Settings(steps, decay, seed, device, out, posthoc), Console())
 
 
-class Dtype(StrEnum):
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-    float32 = "float32"
-    float64 = "float64"
+Dtype = Literal["float16", "bfloat16", "float32", "float64"]
+Layout = Literal[
+    "state_dict", "litema", "averaged-model", "ema-pytorch", "timm", "diffusers-ema", "torch-ema"
+]
 
 
 @app.command()
@@ -84,7 +82,7 @@ def reconstruct(
         list[float] | None, typer.Argument(metavar="[SIGMA_REL]...", hidden=True)
     ] = None,
     step: Annotated[int | None, typer.Option(help="Default: that of the last snapshot.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights in the file.")] = Dtype.float32,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights in the file.")] = "float32",
     plot: Annotated[
         bool, typer.Option("--plot", help="Draw profiles and coefficients, beside the result.")
     ] = False,
@@ -94,17 +92,7 @@ def reconstruct(
         from emajit import reconstruction  # noqa: PLC0415, seconds that --help need not take
 
         lengths = [*sigma_rel, *(more or [])]
-        reconstruction.run(folder, lengths, out, step, dtype.value, plot, Console())
-
-
-class Layout(StrEnum):
-    state_dict = "state_dict"
-    litema = "litema"
-    averaged_model = "averaged-model"
-    ema_pytorch = "ema-pytorch"
-    timm = "timm"
-    diffusers_ema = "diffusers-ema"
-    torch_ema = "torch-ema"
+        reconstruction.run(folder, lengths, out, step, dtype, plot, Console())
 
 
 Checkpoint = Annotated[
@@ -158,7 +146,7 @@ def extract(
     names: Names = None,
     layout: Annotated[
         Layout, typer.Option("--format", help="Of the file that is written.")
-    ] = Layout.state_dict,
+    ] = "state_dict",
     decay: Decay = None,
     step: Step = None,
     dtype: Cast = None,
@@ -181,8 +169,7 @@ def convert(
     with _one_line():
         from emajit import conversion  # noqa: PLC0415, seconds that --help need not take
 
-        cast = None if dtype is None else dtype.value
-        conversion.extract(file, names, out, layout.value, decay, step, cast, Console())
+        conversion.extract(file, names, out, layout, decay, step, dtype, Console())
 
 
 @contextmanager
