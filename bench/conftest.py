@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from bench import measure
 from bench.measure import Calls, Interleave, Times
 from bench.results import Publish, Result, save, setting, table
 
+collect_ignore = [] if find_spec("matplotlib") else ["report.py"]
 RESULTS = pytest.StashKey[list[Result]]()
 
 

@@ -202,9 +202,10 @@ def test_compilation(name: str, device: str, publish: Publish, tmp_path: Path) -
 
     def first_call() -> float:
         done = subprocess.run(  # noqa: S603, our own code
-            [sys.executable, "-c", COMPILE, name, device],
+            # A call that falls back to what is not compiled warns.
+            [sys.executable, "-W", "error::RuntimeWarning", "-c", COMPILE, name, device],
             env=environment,
-            capture_output=True,
+            stdout=subprocess.PIPE,
             text=True,
             check=True,
         )

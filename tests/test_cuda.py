@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import emajit
-from emajit import LitEma, schedules
+from emajit import LitEma, _rounding, schedules
 from emajit.fused import FusedOptimizer
 
 Rounding = Literal["nearest", "stochastic"]
@@ -21,9 +22,13 @@ pytestmark = pytest.mark.cuda
 
 @pytest.fixture
 def no_synchronisation() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, that the mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_schedules_do_not_synchronise(request: pytest.FixtureRequest) -> None:
@@ -75,7 +80,7 @@ def test_a_launch_serves_several_leaves(dtype: torch.dtype) -> None:
 
     update()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         update()
         torch.cuda.synchronize()
     events: Any = profile.events()
@@ -136,8 +141,11 @@ def test_a_captured_update_follows_the_step(backend: str, rounding: Rounding) ->
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         update()
+    _rounding._words.cache_clear()
+    other = [torch.full((2, 2), 7, dtype=torch.int32, device="cuda") for _ in range(100)]
     for _ in range(5):
         graph.replay()
+    del other
     for t in range(7):  # capturing runs nothing
         emajit.update_(
             expected,
@@ -151,6 +159,7 @@ def test_a_captured_update_follows_the_step(backend: str, rounding: Rounding) ->
     assert_close(captured, expected, rtol=1e-6, atol=0.0)
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_no_capture_of_a_litema_that_counts_on_the_host() -> None:
     model = nn.Linear(2, 2).cuda()
     ema = LitEma(model)
@@ -172,6 +181,24 @@ def test_the_noise_is_that_of_the_host(dtype: torch.dtype) -> None:
         found = emajit.update(shadow, params, 3, decay=0.5, rounding="stochastic", backend=backend)
         # Half-way between neighbours of float32, a fused multiply-add may round another way.
         assert (found["w"].cpu() != expected["w"]).sum() <= 2
+
+
+def test_a_step_on_the_host_has_the_noise_of_one_on_the_device(
+    request: pytest.FixtureRequest,
+) -> None:
+    shadow = {"w": torch.ones(1000, dtype=torch.bfloat16, device="cuda")}
+    params = {"w": torch.linspace(1, 1.1, 1000, device="cuda")}
+    steps: list[Any] = [2**40 + 3, torch.tensor(2**40 + 3), torch.tensor(2**40 + 3, device="cuda")]
+
+    def updates() -> list[Any]:
+        options: Any = {"decay": 0.5, "rounding": "stochastic", "backend": "eager"}
+        return [emajit.update(shadow, params, step, **options) for step in steps]
+
+    updates()
+    request.getfixturevalue("no_synchronisation")
+    found = updates()
+    torch.cuda.set_sync_debug_mode("default")
+    assert_close(found[1:], [found[0]] * 2, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("capturable", [True, False])

@@ -887,6 +887,12 @@ class TestWritten:
         assert state["model.diffusion_model.0.weight"].dtype == torch.float16
         assert checkpoint.read(path).step is None
 
+    def test_a_step_beyond_what_a_litema_counts_to(self, tmp_path: Path) -> None:
+        _, found = self.found()
+        with pytest.raises(ValueError, match=r"litema: .* a step below .* found 3000000000"):
+            checkpoint.write(tmp_path / "out", found, layout="litema", step=3_000_000_000)
+        assert not [*tmp_path.iterdir()]
+
     def test_with_a_step_and_a_decay_of_your_own(self, tmp_path: Path) -> None:
         found = checkpoint.Averaged({"w": torch.ones(1)}, "timm")
         options: dict[str, Any] = {"names": ["w"], "decay": 0.9, "step": 7}

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.testing import assert_close
@@ -302,6 +302,64 @@ def test_a_step_replaced_below_a_scheduler_or_on_the_class_runs(
             model.weight.grad = torch.full_like(before, 5.0)
             fused.step()
             assert_close(before - model.weight, torch.full_like(before, 0.1))
+
+
+def transposed(x: Tensor) -> Tensor:
+    return x.t().contiguous().t()
+
+
+def sliced(x: Tensor) -> Tensor:
+    return torch.stack([x, x], dim=-1)[..., 0]
+
+
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)]
+)
+@pytest.mark.parametrize("relaid", [transposed, sliced])
+@pytest.mark.parametrize("averaged", [True, False])
+def test_strides_that_change(
+    compiler: str, relaid: Callable[[Tensor], Tensor], averaged: bool
+) -> None:
+    """Those of a gradient, and of a weight, be it averaged or not."""
+    weight, other = nn.Parameter(torch.zeros(4, 3)), nn.Parameter(torch.zeros(2))
+    params = {"w": weight} if averaged else {"other": other}
+    fused = FusedOptimizer(
+        torch.optim.SGD([weight, other], lr=1.0),
+        emajit.init(params),
+        params,
+        decay=0.0,
+        backend=compiler,
+    )
+    gradient = torch.arange(12.0).view(4, 3)
+    for step in range(6):
+        weight.data = torch.zeros(4, 3) if step < 4 else relaid(torch.zeros(4, 3))
+        weight.grad = gradient.clone() if step != 3 else relaid(gradient)
+        other.grad = torch.ones(2)
+        fused.step(step)
+        assert_close(weight.detach(), -gradient, rtol=0, atol=0)
+
+
+class Decorated:
+    """A step that is an object, as some decorators make one."""
+
+    hooked = True  # as torch marks its own
+
+    def __init__(self, function: Any) -> None:
+        self.__wrapped__ = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.__wrapped__(*arguments)
+
+    def __get__(self, optimizer: Any, _: type) -> Any:
+        return functools.partial(self, optimizer) if optimizer else self
+
+
+def test_a_step_that_is_an_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.optim.SGD, "step", Decorated(torch.optim.SGD.step))
+    twins = Twins(OPTIMIZERS["SGD"])
+    for step in range(3):
+        twins.step(step)
+        twins.compare()
 
 
 def test_groups_that_shared_a_rate() -> None:

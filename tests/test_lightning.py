@@ -21,6 +21,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
 
+from emajit.integrations._average import fingerprint
 from emajit.integrations.lightning import EMACallback
 
 # Lightning's hints, such as that there are few workers, and what torch tells Lightning
@@ -348,6 +349,31 @@ class TestOfWhichWeights:
         trainer_of(tmp_path, callback).test(model, data(2), verbose=False)
         assert_equal(model.seen["test"], expected)
 
+    @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+    def test_in_the_precision_of_another_trainer(self, tmp_path: Path, precision: Any) -> None:
+        _, callback, model = saved(tmp_path)
+        expected = averages(callback, model)
+        trainer_of(tmp_path, callback, precision=precision).test(model, data(2), verbose=False)
+        dtype = next(model.parameters()).dtype
+        assert dtype != torch.float32
+        assert_equal(model.seen["test"], {n: v.to(dtype) for n, v in expected.items()})
+
+    def test_the_same_numbers_in_another_order(self, tmp_path: Path) -> None:
+        _, callback, model = saved(tmp_path)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(p.flip(0))
+        trainer_of(tmp_path, callback).test(model, data(2), verbose=False)
+        assert_equal(model.seen["test"], weights(model))
+
+    def test_other_weights_saved_after_a_training(self, tmp_path: Path) -> None:
+        callback, model = EMACallback(DECAY), model_of()
+        trainer = trainer_of(tmp_path, callback)
+        trainer.fit(model, data())
+        model.load_state_dict(model_of(1).state_dict())
+        trainer.save_checkpoint(tmp_path / "other.ckpt")
+        assert "emajit" not in torch.load(tmp_path / "other.ckpt")
+
     def test_weights_written_behind_torchs_back(self, tmp_path: Path) -> None:
         _, callback, model = saved(tmp_path)
         for p in model.parameters():
@@ -513,6 +539,15 @@ def test_nothing_is_averaged_without_training(tmp_path: Path) -> None:
     assert_equal(model.seen["test"], before)
     trainer.save_checkpoint(tmp_path / "raw.ckpt")
     assert "emajit" not in torch.load(tmp_path / "raw.ckpt")
+
+
+def test_a_fingerprint_knows_places() -> None:
+    w = torch.randn(3, 4)
+    others = [w.flip(0), w.flip(1), -w, w[0], w.double(), w[:, :0]]
+    assert len({fingerprint([x]) for x in (w, *others)}) == 7
+    assert fingerprint([w, w[0]]) != fingerprint([w[0], w])
+    assert fingerprint([w]) == fingerprint([w.mT.contiguous().mT])
+    assert fingerprint([w], torch.bfloat16) == fingerprint([w.bfloat16()])
 
 
 def test_no_averages_yet() -> None:

@@ -956,6 +956,23 @@ class TestBuffers:
         ema.restore(model.parameters())
         assert_close(model.state_dict(), training, rtol=0, atol=0)
 
+    def test_of_several_models_and_of_replaced_buffers(self) -> None:
+        model = self.model()
+        ema = LitEma(model, 0.75, use_num_upates=False, buffers="average")
+        self.train(model, ema)
+        export, training = copy.deepcopy(model), copy.deepcopy(model.state_dict())
+        for _ in range(2):
+            ema.store(model.parameters())
+            ema.copy_to(export)
+            averaged = copy.deepcopy(export.state_dict())
+            ema.copy_to(model)
+            model.double().float()
+            ema.restore(model.parameters())
+            assert_close(model.state_dict(), training, rtol=0, atol=0)
+            assert_close(export.state_dict(), averaged, rtol=0, atol=0)
+            model(torch.randn(8, 2))
+            training = copy.deepcopy(model.state_dict())
+
     def test_ignored_as_in_the_original(self) -> None:
         model = self.model()
         assert "1running_mean" not in LitEma(model).state_dict()

@@ -48,6 +48,9 @@ def test_ambiguity_raises() -> None:
         ValueError, match=r"w: expected one partner, found \['module.w', '_orig_mod"
     ):
         _names.match(["w"], ["module.w", "_orig_mod.w"])
+    # DataParallel's names of the same model: that both have a "module.w" does not make it one.
+    with pytest.raises(ValueError, match=r"module.module.w: .* found \['w', 'module.w'\]"):
+        _names.match(["w", "module.w"], ["module.w", "module.module.w"])
 
 
 @given(names)

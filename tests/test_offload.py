@@ -153,6 +153,12 @@ def test_a_view_waits_too(device: Device, view: Any) -> None:
     assert (viewed == 2).all()
 
 
+def test_the_shape_is_a_size(device: Device) -> None:
+    leaf: Any = device.late()
+    assert type(leaf.shape) is type(leaf.size()) is torch.Size
+    assert leaf.shape.numel() == 6
+
+
 def test_a_copy_is_one_of_its_own(device: Device) -> None:
     leaf: Any = device.late()
     shadow = {"w": leaf, "tied": leaf}

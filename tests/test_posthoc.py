@@ -395,6 +395,14 @@ class TestTrouble:
         with pytest.raises(ValueError, match="'v': expected numbers up to 65504, found"):
             posthoc.reconstruct(posthoc.snapshots(tmp_path), 0.1, dtype=torch.float16)
 
+    def test_complex_numbers_in_half_precision(self, tmp_path: Path) -> None:
+        for step in (4, 8):
+            shadow = {"w": torch.full((2,), 1 + 2j)}
+            posthoc.save(tmp_path, [shadow, shadow], step, sigma_rel=TRACKED)
+        found = posthoc.reconstruct(posthoc.snapshots(tmp_path), 0.07, dtype=torch.float16)["w"]
+        assert found.dtype == torch.complex32
+        assert found.to(torch.complex64).tolist() == [1 + 2j] * 2
+
     def test_what_has_no_fraction_is_not_the_file(self, tmp_path: Path) -> None:
         def write(count: int) -> None:
             posthoc.save(tmp_path, {"count": torch.tensor(count)}, 8, sigma_rel=0.1)

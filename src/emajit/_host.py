@@ -44,7 +44,7 @@ class Offloaded(Tensor):
                 return value if home is None else offloaded(value, home)
             return value
 
-        return pytree.tree_map(careful, result)
+        return result if isinstance(result, torch.Size) else pytree.tree_map(careful, result)
 
     def __copy__(self) -> Tensor:
         return self.detach()

@@ -55,11 +55,12 @@ def match(names: Collection[str], others: Collection[str]) -> dict[str, str]:
     by_canonical: dict[str, list[str]] = {}
     same_name = set(names).intersection(others)
     for name in names:
-        if name not in same_name:
-            by_canonical.setdefault(canonical(name), []).append(name)
+        by_canonical.setdefault(canonical(name), []).append(name)
     partners: dict[str, str] = {}
     for other in others:
-        same = [other] if other in names else by_canonical.get(canonical(other), [])
+        same = [other] if other in same_name else by_canonical.get(canonical(other), [])
+        if other not in same_name and same_name.issuperset(same):
+            continue
         if len(same) > 1:
             raise ValueError(f"{other}: expected one parameter of that name, found {same}")
         if same:

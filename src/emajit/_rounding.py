@@ -89,8 +89,6 @@ class Noise(NamedTuple):
 
     def keys(self, device: torch.device) -> Keys:
         """Those of the leaves. A graph that was compiled or captured serves every step."""
-        if device not in self.mixed:
-            self.mixed[device] = _mixed(self.step, device)
         # In a trace, in a mode, such as that of fake tensors, or in a transform of `torch.func`
         # they are not what others want.
         one_time = (
@@ -98,8 +96,16 @@ class Noise(NamedTuple):
             or torch._C._len_torch_dispatch_stack() > 0
             or torch._C._functorch.maybe_current_level() is not None
         )
-        words = _words.__wrapped__ if one_time else _words
-        return Keys(words(tuple(self.paths), device) ^ self.mixed[device], self.regions)
+        if device not in self.mixed:
+            mixed = _mixed_by_number if device.type == "cuda" and not one_time else _mixed
+            self.mixed[device] = mixed(self.step, device)
+        if one_time:
+            words = _words.__wrapped__(tuple(self.paths), device)
+        else:
+            words = _words(tuple(self.paths), device)
+            if words.is_cuda and torch.cuda.is_current_stream_capturing():
+                _captured.append(words)
+        return Keys(words ^ self.mixed[device], self.regions)
 
 
 def _mixed(step: int | Tensor, device: torch.device) -> Tensor:
@@ -110,6 +116,19 @@ def _mixed(step: int | Tensor, device: torch.device) -> Tensor:
     first = _hash((step ^ 0x3C6EF372).to(torch.int32))
     second = _hash(first ^ (step >> 32).to(torch.int32))
     return torch.stack([first, second])
+
+
+def _mixed_by_number(step: int | Tensor, device: torch.device) -> Tensor:
+    """`_mixed`, without the launches of a hash on a GPU where the host knows the step."""
+    if isinstance(step, Tensor) and not step.is_cpu:
+        return _mixed(step, device)
+    words = _mixed(int(step), torch.device("cpu")).tolist()
+    # `tensor` would copy them from the host.
+    return torch.stack([torch.full((), w, dtype=torch.int32, device=device) for w in words])
+
+
+# What a captured CUDA graph reads at each replay, as long as it may be replayed.
+_captured: list[Tensor] = []
 
 
 @lru_cache(maxsize=64)

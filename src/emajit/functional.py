@@ -312,9 +312,7 @@ def _weight(decay: Decay | Schedule, step: Step) -> Weight:
         beta = float(beta.detach())  # in host memory, so nothing waits for it
     if not isinstance(beta, Real | torch.SymFloat | torch.SymInt):
         found = getattr(beta, "__qualname__", type(beta).__qualname__)
-        raise TypeError(
-            f"decay: expected a number, a 0-d tensor, a schedule or a list of those, found {found}"
-        )
+        raise TypeError(f"decay: expected a number, a 0-d tensor or a schedule, found {found}")
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"decay: expected a number in [0, 1], found {beta} at step {step}")
     return 1.0 - float(beta)

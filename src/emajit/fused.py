@@ -276,7 +276,11 @@ class FusedOptimizer:
         )
         weights = self._weights()
         gradients = [p.grad for p in weights]
-        forms = tuple([g if g is None else (g.dtype, g.layout) for g in gradients])
+        averaged = {*map(id, work.params)}
+        forms = (
+            tuple([g if g is None else (g.dtype, _strides(g)) for g in gradients]),
+            tuple([p.stride() for p in weights if id(p) not in averaged]),
+        )
         numbers = [
             v for group in self.param_groups for v in group.values() if isinstance(v, Tensor)
         ]
@@ -356,6 +360,10 @@ def _compiled(optimizer: torch.optim.Optimizer, skip: bool, backend: str) -> Any
     )
 
 
+def _strides(gradient: Tensor) -> Hashable:
+    return gradient.stride() if gradient.layout is torch.strided else gradient.layout
+
+
 def _steps_on_its_own(optimizer: torch.optim.Optimizer) -> bool:
     """Whether `step` is that of the class, within no wrappers but torch's and a scheduler's."""
     own: Any = type(optimizer).step
@@ -365,7 +373,8 @@ def _steps_on_its_own(optimizer: torch.optim.Optimizer) -> bool:
     ):
         return False
     while hasattr(own, "__wrapped__"):
-        if own.__globals__["__name__"].partition(".")[0] != "torch":
+        module = getattr(own, "__globals__", {}).get("__name__", "")
+        if module.partition(".")[0] != "torch":
             return False
         own = own.__wrapped__
     return True

@@ -125,8 +125,8 @@ class LitEma(nn.Module):
         # Keys of buffers that are copied.
         self._copied: set[str] = set()
         self._takes_buffers, self._is_sharded = bool(kept), _shards.are_in(params.values())
-        # Buffers that `copy_to` has written since `store`, and what they held.
-        self._overwritten: tuple[list[Tensor], list[Tensor]] = [], []
+        # Models that `copy_to` has written since `store`, weakly, and what their buffers held.
+        self._overwritten: list[tuple[weakref.ref[nn.Module], dict[str, Tensor]]] = []
         # The model seen last, weakly, if it is sharded.
         self._seen = weakref.ref(model) if self._is_sharded else None
         # Of the model seen last: the names of its parameters, and the key of each one's average.
@@ -255,9 +255,9 @@ class LitEma(nn.Module):
         """
         averages, params = self._pairs(model)
         _check_shapes(averages, params)
-        if self.collected_params and not self._overwritten[0]:
-            buffers = [p for p in params.values() if not isinstance(p, nn.Parameter)]
-            self._overwritten = buffers, [buffer.clone() for buffer in buffers]
+        if self.collected_params and not any(seen() is model for seen, _ in self._overwritten):
+            buffers = {n: p.clone() for n, p in params.items() if not isinstance(p, nn.Parameter)}
+            self._overwritten.append((weakref.ref(model), buffers))
         _copy([params[name] for name in averages], [*averages.values()])
 
     def store(self, parameters: Iterable[Tensor]) -> None:
@@ -274,11 +274,12 @@ class LitEma(nn.Module):
         parameters = self._listed("store", parameters)
         scope.check_outside(parameters)
         self.collected_params = [p.detach().clone() for p in parameters]
+        self._overwritten = []
 
     def restore(self, parameters: Iterable[Tensor]) -> None:
         """Copy what `store` kept back into `parameters`, in order, and release it.
 
-        Buffers that `copy_to` has overwritten since then get their values back too.
+        Buffers of their model that `copy_to` has overwritten since then get theirs back too.
 
         Raises RuntimeError if nothing is stored, and ValueError if number or shapes differ.
         """
@@ -293,9 +294,20 @@ class LitEma(nn.Module):
         for i, (a, b) in enumerate(zip(expected, found, strict=True)):
             if a != b:
                 raise ValueError(f"restore: expected shape {a} for parameter {i}, found {b}")
-        buffers, values = self._overwritten
+        buffers, values = self._overwritten_beside(parameters)
         _copy(parameters + buffers, self.collected_params + values)
-        self.collected_params, self._overwritten = [], ([], [])
+        self.collected_params, self._overwritten = [], []
+
+    def _overwritten_beside(self, parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The buffers of the model of these parameters, and what they held at `store`."""
+        passed = {*map(id, parameters)}
+        for seen, values in self._overwritten:
+            model = seen()
+            if model is not None and not passed.isdisjoint(map(id, model.parameters())):
+                buffers = dict(model.named_buffers())
+                names = values.keys() & buffers.keys()
+                return [buffers[n] for n in names], [values[n] for n in names]
+        return [], []
 
     @contextmanager
     def ema_scope(self, model: nn.Module, context: str | None = None) -> Iterator[None]:
@@ -392,8 +404,8 @@ class LitEma(nn.Module):
         return tensors
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the weak reference, which cannot be pickled."""
-        return {**vars(self), "_seen": None}
+        """Without weak references, which cannot be pickled."""
+        return {**vars(self), "_seen": None, "_overwritten": []}
 
     def _match(self, names: list[str]) -> dict[str, str]:
         """The key of the average for each parameter of a model that has one."""

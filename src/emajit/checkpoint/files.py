@@ -137,6 +137,7 @@ def cast(where: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         largest = torch.finfo(dtype).max
         if largest < torch.finfo(tensor.dtype).max:
             known = narrow if dtype.itemsize > 1 else narrow.to(torch.float32)
+            known = torch.view_as_real(known) if dtype is torch.complex32 else known
             total = known.sum(dtype=None if dtype.is_complex else torch.float32)  # no temporary
             if not total.isfinite() and bool((tensor.isfinite() & ~known.isfinite()).any()):
                 raise ValueError(f"{where}: expected numbers up to {largest:g}, found a larger one")

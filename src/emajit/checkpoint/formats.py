@@ -449,6 +449,8 @@ def _as_lit_ema(averaged: Averaged, _: Names) -> dict[str, Any]:
     names = [name.removeprefix(host) for name in averages]
     keys = _names.flat_keys(names, lambda key: key in ("decay", "num_updates"))
     count = -1 if averaged.step is None else averaged.step
+    if count >= 2**31:
+        raise ValueError(f"litema: expected a step below 2**31, which it counts to, found {count}")
     controls = {
         CONTROLS[0]: torch.tensor(_known("decay", "litema", averaged), dtype=torch.float32),
         CONTROLS[1]: torch.tensor(count, dtype=torch.int32),

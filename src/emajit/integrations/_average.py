@@ -82,8 +82,20 @@ class Average(LitEma):
             raise ValueError(str(error)) from None
 
 
-def fingerprint(weights: Iterable[Tensor]) -> str:
-    """Of what this process has of some weights: it tells those of one training from another's."""
-    held = _shards.local([weight.detach() for weight in weights])
-    sums = [int(w.reshape(-1).view(torch.uint8).sum(dtype=torch.int64)) for w in held]
-    return f"{zlib.crc32(repr(sums).encode()):08x}"
+def fingerprint(weights: Iterable[Tensor], dtype: torch.dtype | None = None) -> str:
+    """Of what this process has of some weights, or of them in a dtype.
+
+    It tells the weights of one training from another's, by the sums of the bits, as integers, in
+    each row and in each column.
+    """
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+    code = 0
+    for weight in _shards.local([weight.detach() for weight in weights]):
+        if weight.numel():
+            cast = weight.to(dtype) if dtype and weight.is_floating_point() else weight
+            rows = cast.reshape(len(cast) if cast.ndim > 1 else 1, -1)
+            rows = rows.view(integers.get(cast.itemsize, torch.int64))
+            for dim in (0, 1):
+                sums = rows.sum(dim, dtype=torch.int64).tolist()
+                code = zlib.crc32(repr(sums).encode(), code)
+    return f"{code:08x}"

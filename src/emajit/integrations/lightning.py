@@ -17,7 +17,6 @@ from emajit.integrations._average import Average, checked, fingerprint
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.trainer.states import TrainerFn
 except ModuleNotFoundError as error:
     message = "emajit.integrations.lightning needs lightning; pip install lightning"
     raise ModuleNotFoundError(message, name=error.name) from None
@@ -70,7 +69,7 @@ class EMACallback(Callback):
         self._every, self._save = every, save
         self._average: Average | None = None
         # What the averages are of: the module, and a fingerprint of its weights after the training.
-        self._trained: tuple[weakref.ref[nn.Module], str] | None = None
+        self._trained: tuple[weakref.ref[nn.Module], set[str]] | None = None
         self._is_training = False
         self._loaded: dict[str, Any] | None = None
         self._averaged_at = 0
@@ -109,7 +108,7 @@ class EMACallback(Callback):
             return True
         if self._average is None:
             return False
-        same = self._trained is None or self._trained == _identity(module)
+        same = self._trained is None or _is(module, *self._trained)
         return trainer.strategy.reduce_boolean_decision(same)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -165,9 +164,8 @@ class EMACallback(Callback):
             self._inside.__enter__()
 
     def _is_for(self, trainer: Trainer, module: nn.Module) -> bool:
-        """Whether there are averages of the module, as `on_fit_start` has seen to in a training."""
-        is_fitting = trainer.state.fn == TrainerFn.FITTING and self._average is not None
-        return is_fitting or self._is_of(trainer, module)
+        """Whether there are averages of the module, as there are in a training."""
+        return self._is_training or self._is_of(trainer, module)
 
     def _leave(self, *_: Any, **__: Any) -> None:
         inside, self._inside = self._inside, None
@@ -187,15 +185,15 @@ class EMACallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Put trained and averaged weights into the checkpoint."""
-        if self._inside is None and not self._is_for(trainer, pl_module):
-            return
-        if self._inside is not None:  # in the middle of a validation
+        if self._inside is None:
+            scope.check_outside(pl_module.parameters())
+            if not self._is_for(trainer, pl_module):
+                return
+        else:  # in the middle of a validation
             self._leave()
             trained = trainer.strategy.lightning_module_state_dict()
             checkpoint["state_dict"] = {name: value.clone() for name, value in trained.items()}
             self._enter(trainer, pl_module)
-        else:
-            scope.check_outside(pl_module.parameters())
         state, raw = self._of(pl_module).state(), checkpoint["state_dict"]
         ours = checkpoint[_KEY] = {**state, "averaged_at": self._averaged_at}
         if self._save == "averaged":
@@ -225,9 +223,16 @@ class EMACallback(Callback):
             pl_module.load_state_dict(state, strict=pl_module.strict_loading)
 
 
-def _identity(module: nn.Module) -> tuple[weakref.ref[nn.Module], str]:
+def _identity(module: nn.Module) -> tuple[weakref.ref[nn.Module], set[str]]:
+    """A module and what its weights are: as they are, or cast, as for a Trainer's precision."""
     _shards.reshard(module)
-    return weakref.ref(module), fingerprint(module.parameters())
+    casts = None, torch.float16, torch.bfloat16, torch.float32, torch.float64
+    return weakref.ref(module), {fingerprint(module.parameters(), dtype) for dtype in casts}
+
+
+def _is(module: nn.Module, seen: weakref.ref[nn.Module], prints: set[str]) -> bool:
+    _shards.reshard(module)
+    return seen() is module and fingerprint(module.parameters()) in prints
 
 
 def _is_a(name: str, value: object) -> bool:
