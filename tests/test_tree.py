@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils import _pytree as pytree
 
 from emajit import _tree
 
@@ -15,6 +18,15 @@ def test_deinterleave_is_the_inverse(parts: int, size: int) -> None:
     mixed = _tree.interleave(tensors, parts)
     assert [int(t) for t in mixed] == [k * size + i for i in range(size) for k in range(parts)]
     assert _tree.deinterleave(mixed, parts) == tensors
+
+
+def test_paths_and_leaves_are_those_of_pytree() -> None:
+    w = torch.ones(1)
+    trees: list[Any] = [{"a.b": w, "c'd": None, 3: w}, {}, {"a": {"b": w}}, {"a": 1.0}, [{"a": w}]]
+    for tree in trees:
+        keys = [pytree.keystr(key) for key, _ in pytree.tree_flatten_with_path(tree)[0]]
+        assert _tree._paths(tree) == keys
+        assert _tree._leaves(tree) == pytree.tree_leaves(tree)
 
 
 def test_the_memos_are_bounded() -> None:

@@ -223,6 +223,8 @@ def _form(shadow: Tensor, param: Tensor) -> tuple[Hashable, ...]:
 
 def same(objects: Sequence[Any]) -> Hashable:
     """Which of the weights and tensors are one, and which device each is on, if any."""
+    if len({*map(id, objects)}) == 1:  # as the weights mostly are
+        return len(objects), getattr(objects[0], "device", None)
     different = {id(x): x for x in objects}
     places = {
         i: (place, getattr(x, "device", None)) for place, (i, x) in enumerate(different.items())
@@ -235,6 +237,8 @@ def scalars(work: Work) -> list[Tensor]:
 
     What is one object stays one: two decays may have the same value at one step, not at the next.
     """
+    if len({*map(id, work.weights)}) == 1:
+        return [_scalar(work.weights[0], work.device)] * len(work.weights)
     tensors = {i: _scalar(w, work.device) for i, w in {id(w): w for w in work.weights}.items()}
     return [tensors[id(w)] for w in work.weights]
 

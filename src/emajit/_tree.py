@@ -48,7 +48,7 @@ class Pairs(NamedTuple):
 
     def regions(self) -> list[_shards.Region | None]:
         """Which part of a leaf each of `shadows` is, if not all of it."""
-        leaves = pytree.tree_leaves(self.shadow)
+        leaves = _leaves(self.shadow)
         if not _shards.are_in(leaves):
             return [None] * len(self.shadows)
         return [_shards.region(leaf) for leaf in self._of_each(leaves)]
@@ -314,6 +314,14 @@ def _flat(shadow: PyTree, params: PyTree) -> tuple[list[Any], list[Any]] | None:
     return None
 
 
+def _is_flat(tree: PyTree) -> bool:
+    return type(tree) is dict and all(v is None or isinstance(v, Tensor) for v in tree.values())
+
+
+def _leaves(tree: PyTree) -> list[Any]:
+    return [*tree.values()] if _is_flat(tree) else pytree.tree_leaves(tree)
+
+
 def _local(shadows: list[Any], params: list[Any]) -> tuple[list[Any], list[Any]] | None:
     """The shards that are here, of leaves that are placed alike."""
     if _shards.placed(shadows) != _shards.placed(params):
@@ -370,6 +378,8 @@ def _check_writable(pairs: Pairs) -> None:
 
 def _paths(tree: PyTree) -> list[str]:
     """Where each leaf stands, as one would write it in Python."""
+    if _is_flat(tree):  # in a tenth of the time
+        return [f"[{name!r}]" for name in tree]
     try:
         return [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(tree)[0]]
     except ValueError:  # a node whose class was registered without names for its children
