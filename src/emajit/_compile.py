@@ -48,22 +48,6 @@ _WORTH_COMPILING = 2**20
 _NOISY_LEAVES = 32
 
 
-def is_traced() -> bool:
-    """Whether the call is part of somebody's `torch.compile` or of a `torch.func` transform.
-
-    Addresses mean nothing there, and `foreach` operators have no batching rule.
-    """
-    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
-
-
-def in_dispatch_mode() -> bool:
-    """Whether a `TorchDispatchMode` is on, such as one that counts or records operators.
-
-    Dynamo runs no graph inside of one; it raises after it has run the function as it is.
-    """
-    return torch._C._len_torch_dispatch_stack() > 0
-
-
 class Work(NamedTuple):
     """What is to be averaged: lists of one length, and how; `memo` as in `_tree.Pairs`."""
 
@@ -104,7 +88,7 @@ class Work(NamedTuple):
 
 def average(work: Work, backend: str) -> list[Tensor]:
     """`_kernels.average`, each leaf in the way that suits it."""
-    if is_traced():
+    if _memory.is_traced():
         return _kernels.average(*work[:4], work.keys())
     new: dict[int, Tensor] = {}
     for leaves, run in _plan(_PURE, work, backend):
@@ -114,7 +98,7 @@ def average(work: Work, backend: str) -> list[Tensor]:
 
 def average_(work: Work, backend: str) -> None:
     """`_kernels.average_`, each leaf in the way that suits it."""
-    if is_traced():
+    if _memory.is_traced():
         _kernels.average_(*work[:4], work.keys())
     else:
         for leaves, run in _plan(_IN_PLACE, work, backend):
@@ -137,7 +121,7 @@ Way = tuple[Sequence[int], Callable[[Work], Any]]  # some leaves, and what avera
 
 def _plan(kernels: Kernels, work: Work, backend: str) -> list[Way]:
     """How the leaves are averaged: where there is a memo, made once for each set of options."""
-    if in_dispatch_mode():
+    if _memory.in_dispatch_mode():
         backend = "eager"
     if backend in ("auto", "eager") and _kernels.lerps(work.dtypes, work.weights, work.skip):
         return [(range(len(work.shadows)), _foreach_way(kernels))]

@@ -1,4 +1,4 @@
-"""Where tensors lie: which are one and the same view, and which have bytes in common."""
+"""Where tensors lie, if anywhere: which are the same view, and which have bytes in common."""
 
 from __future__ import annotations
 
@@ -7,6 +7,22 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+
+def is_traced() -> bool:
+    """Whether the call is part of somebody's `torch.compile` or of a `torch.func` transform.
+
+    Addresses mean nothing there, and `foreach` operators have no batching rule.
+    """
+    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
+
+
+def in_dispatch_mode() -> bool:
+    """Whether a `TorchDispatchMode` is on, such as one that counts or records operators.
+
+    Dynamo runs no graph inside of one; it raises after it has run the function as it is.
+    """
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def identity(tensor: Tensor) -> Hashable:

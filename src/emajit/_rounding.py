@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from emajit import _memory
 from emajit._shards import Region
 
 SUPPORTED = torch.bfloat16, torch.float16, torch.complex32
@@ -89,13 +90,8 @@ class Noise(NamedTuple):
 
     def keys(self, device: torch.device) -> Keys:
         """Those of the leaves. A graph that was compiled or captured serves every step."""
-        # In a trace, in a mode, such as that of fake tensors, or in a transform of `torch.func`
-        # they are not what others want.
-        one_time = (
-            torch.compiler.is_compiling()
-            or torch._C._len_torch_dispatch_stack() > 0
-            or torch._C._functorch.maybe_current_level() is not None
-        )
+        # In a trace, or in a mode, such as that of fake tensors, they are not what others want.
+        one_time = _memory.is_traced() or _memory.in_dispatch_mode()
         if device not in self.mixed:
             mixed = _mixed_by_number if device.type == "cuda" and not one_time else _mixed
             self.mixed[device] = mixed(self.step, device)

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from emajit import _compile, _host, _offload, _tree, scope
+from emajit import _compile, _host, _memory, _offload, _tree, scope
 from emajit._kernels import Weight
 from emajit._rounding import Noise
 
@@ -185,7 +185,7 @@ def update_(
     >>> shadow
     {'w': tensor([0.2500])}
     """
-    writable = not _compile.is_traced()
+    writable = not _memory.is_traced()
     _, work = prepare(
         shadow, params, step, decay, rounding, nonfinite, writable=writable, on_host=True
     )
@@ -224,7 +224,7 @@ def prepare(
         noise = Noise(paths, regions, step, {})
     skip = nonfinite == "skip"
     work = _compile.Work(shadows, partners, repeated, skip, noise, pairs.memo)
-    if not _compile.is_traced():
+    if not _memory.is_traced():
         if noise is None and not work.dtypes <= _NEVER_STALL:
             _warn_of_stalls(work)
         scope.check_outside(partners)
@@ -307,7 +307,7 @@ def _weight(decay: Decay | Schedule, step: Step) -> Weight:
         if beta.ndim != 0 or not beta.is_floating_point():
             found = f"shape {tuple(beta.shape)} and {beta.dtype}"
             raise ValueError(f"decay: expected a 0-d floating-point tensor, found {found}")
-        if beta.device.type != "cpu" or _compile.is_traced():
+        if beta.device.type != "cpu" or _memory.is_traced():
             return 1.0 - beta.detach().to(torch.float64)
         beta = float(beta.detach())  # in host memory, so nothing waits for it
     if not isinstance(beta, Real | torch.SymFloat | torch.SymInt):

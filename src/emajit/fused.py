@@ -194,7 +194,7 @@ class FusedOptimizer:
         leaves = (*work.shadows, *work.params)
         scaled = [g for g in self._gradients() if g.layout is torch.strided] if is_scaled else []
         if (
-            _compile.in_dispatch_mode()
+            _memory.in_dispatch_mode()
             or _shards.are_in(self._weights())
             or any(leaf.is_complex() or leaf.is_neg() for leaf in leaves)
             or _compile.merged((*leaves, *self._weights(), *scaled))
