@@ -8,9 +8,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
+
 try:
     import typer
     from rich.console import Console
+
+    from emajit import conversion, reconstruction
 except ModuleNotFoundError as error:
     message = f"emajit: the command needs {error.name}; pip install typer rich"
     raise SystemExit(message) from None
@@ -52,9 +56,7 @@ def demo(
 ) -> None:
     """Train a small diffusion model on digits and show what averaging its weights is worth."""
     with _one_line():
-        import torch  # noqa: PLC0415, seconds that --help need not take
-
-        from emajit import demo as training  # noqa: PLC0415
+        from emajit import demo as training  # noqa: PLC0415, a second that others need not take
 
         torch.set_num_threads(1)  # for so small a model, others would wait more than they help
         device = device or training.default_device()
@@ -89,8 +91,6 @@ def reconstruct(
 ) -> None:
     """Average the weights of a finished run over another length, from its snapshots."""
     with _one_line():
-        from emajit import reconstruction  # noqa: PLC0415, seconds that --help need not take
-
         lengths = [*sigma_rel, *(more or [])]
         reconstruction.run(folder, lengths, out, step, dtype, plot, Console())
 
@@ -115,8 +115,6 @@ Names = Annotated[
 def inspect(file: Checkpoint, names: Names = None) -> None:
     """Show what averages a checkpoint has, in whose layout, how far from the trained weights."""
     with _one_line():
-        from emajit import conversion  # noqa: PLC0415, seconds that --help need not take
-
         conversion.inspect(file, names, Console())
 
 
@@ -167,8 +165,6 @@ def convert(
 ) -> None:
     """Write the averages of a checkpoint in another layout, to go on with them there."""
     with _one_line():
-        from emajit import conversion  # noqa: PLC0415, seconds that --help need not take
-
         conversion.extract(file, names, out, layout, decay, step, dtype, Console())
 
 
