@@ -18,11 +18,6 @@ def mlp() -> list[Shape]:
     return [s for i, o in pairwise(sizes) for s in ((o, i), (o,))]
 
 
-def tiny(tensors: int) -> list[Shape]:
-    """Tensors of 32 elements."""
-    return [(32,)] * tensors
-
-
 def resnet50() -> list[Shape]:
     """He et al., arXiv 1512.03385: 161 tensors, 25.6M elements."""
     shapes: list[Shape] = [(64, 3, 7, 7), (64,), (64,)]
@@ -95,8 +90,8 @@ def even(elements: int, tensors: int) -> list[Shape]:
 
 MODELS: dict[str, Callable[[], list[Shape]]] = {
     "MLP": mlp,
-    "200 x 32": partial(tiny, 200),
-    "1000 x 32": partial(tiny, 1000),
+    "200 x 32": partial(even, 200 * 32, 200),
+    "1000 x 32": partial(even, 1000 * 32, 1000),
     "ResNet-50": resnet50,
     "ViT-B": vit_b,
     "U-Net": unet,
