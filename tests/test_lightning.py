@@ -465,7 +465,7 @@ class Odd(Regression):
         tied.weight = inner.weight
         inner.forward = lambda x: nn.functional.linear(inner.module(x), inner.weight)
         self.net = nn.Sequential(inner, tied)
-        for name in ("_schedule", "step", "decay"):  # which the averages have themselves
+        for name in ("_schedule", "state", "decay"):  # which the averages have themselves
             self.register_parameter(name, nn.Parameter(torch.ones(())))
 
 

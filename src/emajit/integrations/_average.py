@@ -41,7 +41,7 @@ class Average(LitEma):
         super().__init__(model, dtype=dtype, buffers=buffers)
 
     def _decay_on_host(self) -> Any:
-        return self._decay_at(self.step)
+        return self._decay_at(int(self.num_updates))
 
     def _decay_on_device(self) -> Any:
         return self._decay_at(self.num_updates)
@@ -49,17 +49,12 @@ class Average(LitEma):
     def _decay_at(self, step: int | Tensor) -> Any:
         return self._schedule(step) if callable(self._schedule) else self._schedule
 
-    @property
-    def step(self) -> int:
-        """How many updates the averages have taken."""
-        return int(self.num_updates)
-
     def state(self) -> dict[str, Any]:
         """What `restore_state` goes on from, in whole tensors; to be called by all processes."""
         averages = self.named_averages()
         return {
             "shadow": {name: _shards.whole(average) for name, average in averages.items()},
-            "step": self.step,
+            "step": int(self.num_updates),
         }
 
     def restore_state(self, state: Mapping[str, Any]) -> None:
