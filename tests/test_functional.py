@@ -64,6 +64,13 @@ class TestUpdate:
         assert (found == nearest).float().mean() > 0.9999
         assert_close(found, nearest, rtol=2**-7, atol=0)
 
+    @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+    def test_complex_numbers_of_half_precision_are_rounded_once(self, backend: str) -> None:
+        s, p = torch.randn(2, 10_000, dtype=torch.complex64).to(torch.complex32)
+        exact = s.to(torch.complex128) * 0.9 + p.to(torch.complex128) * 0.1
+        found = emajit.update(s, p, 0, decay=0.9, backend=backend)
+        assert (found == exact.to(torch.complex32)).float().mean() > 0.999
+
     def test_float32_shadow_of_bfloat16_parameters_moves(self, backend: str) -> None:
         params = torch.ones(4, dtype=torch.bfloat16)
         shadow = emajit.init(torch.zeros(4, dtype=torch.bfloat16), dtype=torch.float32)
@@ -180,6 +187,11 @@ class TestNonfinite:
         bad = torch.tensor([math.nan, math.inf, -math.inf, math.nan])
         kept = emajit.update(s, bad, 0, decay=0.5, nonfinite="skip", backend=backend)
         assert torch.equal(kept.view(torch.int32), s.view(torch.int32))
+
+    def test_what_overflows_of_finite_numbers_is_not_skipped(self, backend: str) -> None:
+        s, p = torch.tensor([3e38, -3e38]), torch.tensor([-3e38, 3e38])
+        found = emajit.update(s, p, 0, decay=0.9, nonfinite="skip", backend=backend)
+        assert found.tolist() == [-math.inf, math.inf]
 
 
 class TestLowPrecision:

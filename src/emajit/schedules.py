@@ -95,6 +95,8 @@ def warmup(decay: Decay) -> Schedule:
     >>> schedule = warmup(0.9999)
     >>> [round(schedule(step), 4) for step in (0, 1, 2, 89_988, 89_989)]
     [0.1818, 0.25, 0.3077, 0.9999, 0.9999]
+    >>> warmup(torch.tensor(0.9, dtype=torch.float64))(0)
+    tensor(0.1818, dtype=torch.float64)
     """
     if not isinstance(decay, Tensor):
         _check_share("decay", decay)
