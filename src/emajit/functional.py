@@ -66,6 +66,8 @@ def init(
             optimizer of `torch.optim` waits on the device. For leaves that require no grad, such as
             buffers, the training waits at once. Before anything else writes the parameters, such as
             operators of your own or an optimizer in a CUDA graph, call `torch.cuda.synchronize()`.
+            PyTorch locks a power of two of bytes for each leaf, up to twice its size, unless told
+            otherwise (`PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:...`, where it knows that).
             Without a CUDA device this has no effect.
 
     Leaves that are tied in `params` are tied in the shadow. Strides of dense leaves are kept.
