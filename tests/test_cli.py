@@ -153,11 +153,29 @@ def test_help_is_there_and_light() -> None:
         assert option in done.stdout
 
 
-def test_without_the_extra_the_command_says_what_to_install() -> None:
-    code = "import sys; sys.modules['typer'] = None; import emajit.cli"
+@pytest.mark.parametrize("lacking", ["typer", "safetensors"])
+def test_without_the_extra_the_command_says_what_to_install(lacking: str) -> None:
+    code = f"import sys; sys.modules['{lacking}'] = None; import emajit.cli"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.strip() == "emajit: the command needs typer; pip install typer rich"
+    told = f"emajit: the command needs {lacking}; pip install rich safetensors typer"
+    assert done.stderr.strip() == told
+
+
+def test_without_the_extra_the_demo_says_what_to_install(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['sklearn'] = None; from emajit.cli import main; sys.exit(main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "demo", "--steps", "1", "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("emajit: this needs sklearn")
+    assert done.stderr.endswith("; pip install matplotlib numpy scikit-learn\n")
+    assert not [*tmp_path.iterdir()]
 
 
 class TestReconstruct:

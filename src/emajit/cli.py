@@ -16,7 +16,7 @@ try:
 
     from emajit import conversion, reconstruction
 except ModuleNotFoundError as error:
-    message = f"emajit: the command needs {error.name}; pip install typer rich"
+    message = f"emajit: the command needs {error.name}; pip install rich safetensors typer"
     raise SystemExit(message) from None
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -174,8 +174,7 @@ def _one_line() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        packages = "matplotlib numpy scikit-learn safetensors"
-        message = f"this command needs {error.name}; pip install {packages}"
+        message = f"this needs {error.name}; pip install matplotlib numpy scikit-learn"
         raise _Failure(message) from None
     except (ValueError, OSError) as error:
         raise _Failure(" ".join(str(error).split())) from None
