@@ -395,6 +395,7 @@ class TestTrouble:
         with pytest.raises(ValueError, match="'v': expected numbers up to 65504, found"):
             posthoc.reconstruct(posthoc.snapshots(tmp_path), 0.1, dtype=torch.float16)
 
+    @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
     def test_complex_numbers_in_half_precision(self, tmp_path: Path) -> None:
         for step in (4, 8):
             shadow = {"w": torch.full((2,), 1 + 2j)}
@@ -402,6 +403,17 @@ class TestTrouble:
         found = posthoc.reconstruct(posthoc.snapshots(tmp_path), 0.07, dtype=torch.float16)["w"]
         assert found.dtype == torch.complex32
         assert found.to(torch.complex64).tolist() == [1 + 2j] * 2
+
+    @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+    @pytest.mark.parametrize("number", [70000 + 1j, 1 + 70000j])
+    def test_a_complex_number_beyond_half_precision_is_refused(
+        self, tmp_path: Path, number: complex
+    ) -> None:
+        for step in (4, 8):
+            shadow = {"w": torch.tensor([1, number, 2j])}
+            posthoc.save(tmp_path, [shadow, shadow], step, sigma_rel=TRACKED)
+        with pytest.raises(ValueError, match="'w': expected numbers up to 65504, found a larger"):
+            posthoc.reconstruct(posthoc.snapshots(tmp_path), 0.07, dtype=torch.float16)
 
     def test_what_has_no_fraction_is_not_the_file(self, tmp_path: Path) -> None:
         def write(count: int) -> None:

@@ -136,12 +136,16 @@ def cast(where: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if narrow.dtype is not tensor.dtype and (tensor.is_floating_point() or tensor.is_complex()):
         largest = torch.finfo(dtype).max
         if largest < torch.finfo(tensor.dtype).max:
-            known = narrow if dtype.itemsize > 1 else narrow.to(torch.float32)
-            known = torch.view_as_real(known) if dtype is torch.complex32 else known
-            total = known.sum(dtype=None if dtype.is_complex else torch.float32)  # no temporary
-            if not total.isfinite() and bool((tensor.isfinite() & ~known.isfinite()).any()):
+            wide, known = _real(tensor), _real(narrow)
+            known = known if dtype.itemsize > 1 else known.to(torch.float32)
+            total = known.sum(dtype=torch.float32)  # no temporary
+            if not total.isfinite() and bool((wide.isfinite() & ~known.isfinite()).any()):
                 raise ValueError(f"{where}: expected numbers up to {largest:g}, found a larger one")
     return narrow
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def write_torch(path: Path, state: Any, tell: Callable[[int], object]) -> None:
