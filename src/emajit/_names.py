@@ -58,13 +58,15 @@ def match(names: Collection[str], others: Collection[str]) -> dict[str, str]:
         by_canonical.setdefault(canonical(name), []).append(name)
     partners: dict[str, str] = {}
     for other in others:
-        same = [other] if other in same_name else by_canonical.get(canonical(other), [])
-        if other not in same_name and same_name.issuperset(same):
+        if other in same_name:
+            partners[other] = other
+            continue
+        same = by_canonical.get(canonical(other), [])
+        if same_name.issuperset(same):
             continue
         if len(same) > 1:
             raise ValueError(f"{other}: expected one parameter of that name, found {same}")
-        if same:
-            partners[other] = same[0]
+        partners[other] = same[0]
     for name, count in Counter(partners.values()).items():
         if count > 1:
             claims = [other for other, partner in partners.items() if partner == name]
