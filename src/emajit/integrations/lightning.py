@@ -95,7 +95,8 @@ class EMACallback(Callback):
         with torch.inference_mode(False):
             if self._average is None or self._loaded is not None:
                 self._average = Average(module, **self._options)
-                self._trained = _identity(module)
+                if not self._is_training:  # the end of it tells
+                    self._trained = _identity(module)
             if self._loaded is not None:
                 self._average.restore_state(self._loaded)
                 self._averaged_at = self._loaded["averaged_at"]
@@ -144,8 +145,8 @@ class EMACallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from the module's weights, or go on."""
-        self._of(pl_module)
         self._is_training = True
+        self._of(pl_module)
         if not 0 <= trainer.global_step - self._averaged_at < self._every:  # of another run
             self._averaged_at = trainer.global_step
 
