@@ -360,16 +360,15 @@ def _check_writable(pairs: Pairs) -> None:
         for slot, s in enumerate(pairs.shadows):
             if s.numel() and _memory.repeats_itself(s.shape, s.stride()):
                 raise ValueError(
-                    f"{_path('shadow', pairs.shadow, pairs.slots.index(slot))}: expected memory "
-                    f"of its own for each element, found shape {tuple(s.shape)} with strides "
-                    f"{s.stride()}"
+                    f"shadow{pairs.paths()[slot]}: expected memory of its own for each element, "
+                    f"found shape {tuple(s.shape)} with strides {s.stride()}"
                 )
     if not torch.is_inference_mode_enabled():
         for slot, s in enumerate(pairs.shadows):
             if s.is_inference():
                 raise ValueError(
-                    f"{_path('shadow', pairs.shadow, pairs.slots.index(slot))}: expected a tensor "
-                    "that can be written here, found one that was made in torch.inference_mode()"
+                    f"shadow{pairs.paths()[slot]}: expected a tensor that can be written here, "
+                    "found one that was made in torch.inference_mode()"
                 )
     overlap = next(_memory.overlaps(leaves, len(pairs.shadows)), None)
     if overlap is not None:
@@ -481,6 +480,6 @@ def some(names: list[str]) -> str:
 def _overlap(pairs: Pairs, i: int, j: int) -> str:
     def path(k: int) -> str:
         name = "shadow" if k < len(pairs.shadows) else "params"
-        return _path(name, pairs.shadow, pairs.slots.index(k % len(pairs.shadows)))
+        return name + pairs.paths()[k % len(pairs.shadows)]
 
     return f"{path(i)}: expected memory of its own, found that it overlaps {path(j)}"
