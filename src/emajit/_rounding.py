@@ -95,12 +95,9 @@ class Noise(NamedTuple):
         if device not in self.mixed:
             mixed = _mixed_by_number if device.type == "cuda" and not one_time else _mixed
             self.mixed[device] = mixed(self.step, device)
-        if one_time:
-            words = _words.__wrapped__(tuple(self.paths), device)
-        else:
-            words = _words(tuple(self.paths), device)
-            if words.is_cuda and torch.cuda.is_current_stream_capturing():
-                _captured.append(words)
+        words = (_words.__wrapped__ if one_time else _words)(tuple(self.paths), device)
+        if not one_time and words.is_cuda and torch.cuda.is_current_stream_capturing():
+            _captured.append(words)
         return Keys(words ^ self.mixed[device], self.regions)
 
 
