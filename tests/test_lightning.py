@@ -417,6 +417,49 @@ class TestOfWhichWeights:
         trainer_of(tmp_path, alone).fit(expected, data())
         assert_equal(averages(callback, other), averages(alone, expected))
 
+    def test_what_was_loaded_and_not_used(self, tmp_path: Path) -> None:
+        """By a run that had ended before, and by one that failed."""
+        file, _, _ = saved(tmp_path)
+        for fails in (False, True):
+            callback, resumed = EMACallback(DECAY), model_of()
+            if fails:
+                with pytest.raises(TypeError), pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(resumed, "test_dataloader", lambda: 1 / "0")  # type: ignore[operator]
+                    trainer_of(tmp_path, callback).test(resumed, ckpt_path=file, verbose=False)
+            else:
+                trainer_of(tmp_path, callback).fit(resumed, data(), ckpt_path=file)
+            other, alone = model_of(1), EMACallback(DECAY)
+            trainer_of(tmp_path, callback).test(other, data(2), verbose=False)
+            assert_equal(other.seen["test"], weights(other))
+            trainer_of(tmp_path, callback).fit(other, data())
+            expected = model_of(1)
+            trainer_of(tmp_path, alone).fit(expected, data())
+            assert_equal(averages(callback, other), averages(alone, expected))
+
+    def test_what_was_loaded_is_for_its_module(self, tmp_path: Path) -> None:
+        file, before, model = saved(tmp_path)
+        callback, resumed = EMACallback(DECAY), model_of()
+        trainer_of(tmp_path, callback).fit(resumed, data(), ckpt_path=file)
+        trainer_of(tmp_path, callback).test(resumed, data(2), verbose=False)
+        assert_equal(resumed.seen["test"], averages(before, model))
+
+    def test_a_trainer_within_a_training(self, tmp_path: Path) -> None:
+        callback = EMACallback(DECAY)
+
+        class Nested(Regression):
+            def on_train_epoch_end(self) -> None:
+                outer = self.trainer
+                trainer_of(tmp_path, callback).validate(self, data(2), verbose=False)
+                assert_equal(self.seen["validation"], averages(callback, self))
+                self.trainer = outer
+
+        model = Nested()
+        trainer = trainer_of(tmp_path, callback)
+        trainer.fit(model, data(), data(2))
+        assert_equal(model.seen["validation"], averages(callback, model))
+        trainer.save_checkpoint(tmp_path / "nested.ckpt")
+        assert "emajit" in torch.load(tmp_path / "nested.ckpt")
+
     def test_weights_alone_are_evaluated_as_they_are(self, tmp_path: Path) -> None:
         _, callback, model = saved(tmp_path)
         trainer = trainer_of(tmp_path, callback)
@@ -548,6 +591,11 @@ def test_a_fingerprint_knows_places() -> None:
     assert fingerprint([w, w[0]]) != fingerprint([w[0], w])
     assert fingerprint([w]) == fingerprint([w.mT.contiguous().mT])
     assert fingerprint([w], torch.bfloat16) == fingerprint([w.bfloat16()])
+    for z in (
+        torch.randn(3, 4, dtype=torch.complex128).mT,
+        torch.randn(3, dtype=torch.cfloat).conj(),
+    ):
+        assert fingerprint([z]) == fingerprint([z.resolve_conj().contiguous()])
 
 
 def test_no_averages_yet() -> None:
@@ -608,3 +656,8 @@ def test_copied_and_pickled(tmp_path: Path) -> None:
     trainer_of(tmp_path, callback).fit(model, data())
     for other in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
         assert_equal(averages(other, model), averages(callback, model))
+        same, another = copy.deepcopy(model), model_of(1)
+        for tested in (same, another):
+            trainer_of(tmp_path, other).test(tested, data(2), verbose=False)
+        assert_equal(same.seen["test"], averages(callback, model))
+        assert_equal(another.seen["test"], weights(model_of(1)))

@@ -88,7 +88,8 @@ def fingerprint(weights: Iterable[Tensor], dtype: torch.dtype | None = None) -> 
     for weight in _shards.local([weight.detach() for weight in weights]):
         if weight.numel():
             cast = weight.to(dtype) if dtype and weight.is_floating_point() else weight
-            rows = cast.reshape(len(cast) if cast.ndim > 1 else 1, -1)
+            plain = cast.resolve_conj().resolve_neg().contiguous()
+            rows = plain.view(len(cast) if cast.ndim > 1 else 1, -1)
             rows = rows.view(integers.get(cast.itemsize, torch.int64))
             for dim in (0, 1):
                 sums = rows.sum(dim, dtype=torch.int64).tolist()

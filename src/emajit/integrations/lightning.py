@@ -69,14 +69,17 @@ class EMACallback(Callback):
         self._every, self._save = every, save
         self._average: Average | None = None
         # What the averages are of: the module, and a fingerprint of its weights after the training.
-        self._trained: tuple[weakref.ref[nn.Module], set[str]] | None = None
-        self._is_training = False
+        self._trained: tuple[weakref.ref[nn.Module] | None, set[str]] | None = None
+        self._training: weakref.ref[Trainer] | None = None
         self._loaded: dict[str, Any] | None = None
+        self._loaded_for: weakref.ref[nn.Module] | None = None
         self._averaged_at = 0
         self._inside: AbstractContextManager[None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_trained": None, "_is_training": False, "_inside": None}
+        trained = (None, self._trained[1]) if self._trained else None  # a copy is another module
+        gone = dict.fromkeys(("_training", "_loaded_for", "_inside"))
+        return {**vars(self), **gone, "_trained": trained}
 
     @contextmanager
     def averaged(self, module: nn.Module) -> Iterator[None]:
@@ -95,7 +98,7 @@ class EMACallback(Callback):
         with torch.inference_mode(False):
             if self._average is None or self._loaded is not None:
                 self._average = Average(module, **self._options)
-                if not self._is_training:  # the end of it tells
+                if self._training is None:  # its end tells
                     self._trained = _identity(module)
             if self._loaded is not None:
                 self._average.restore_state(self._loaded)
@@ -105,12 +108,12 @@ class EMACallback(Callback):
 
     def _is_of(self, trainer: Trainer, module: nn.Module) -> bool:
         """Whether there are averages, of the weights that the module has now in all processes."""
-        if self._loaded is not None:
+        if self._loaded is not None and self._loaded_for and self._loaded_for() is module:
             return True
-        if self._average is None:
+        self._loaded = None  # by a run of another module, which ended before it took them
+        if self._average is None or self._trained is None:
             return False
-        same = self._trained is None or _is(module, *self._trained)
-        return trainer.strategy.reduce_boolean_decision(same)
+        return trainer.strategy.reduce_boolean_decision(_is(module, *self._trained))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a second one, and warn of what would have no averages."""
@@ -145,7 +148,7 @@ class EMACallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from the module's weights, or go on."""
-        self._is_training = True
+        self._training = weakref.ref(trainer)
         self._of(pl_module)
         if not 0 <= trainer.global_step - self._averaged_at < self._every:  # of another run
             self._averaged_at = trainer.global_step
@@ -166,7 +169,7 @@ class EMACallback(Callback):
 
     def _is_for(self, trainer: Trainer, module: nn.Module) -> bool:
         """Whether there are averages of the module, as there are in a training."""
-        return self._is_training or self._is_of(trainer, module)
+        return self._training is not None or self._is_of(trainer, module)
 
     def _leave(self, *_: Any, **__: Any) -> None:
         inside, self._inside = self._inside, None
@@ -175,8 +178,8 @@ class EMACallback(Callback):
 
     def _end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         self._leave()
-        if self._is_training:
-            self._is_training, self._trained = False, _identity(pl_module)
+        if self._training is not None and self._training() is trainer:  # and not one within it
+            self._training, self._trained = None, _identity(pl_module)
 
     on_validation_start = on_test_start = on_predict_start = _enter
     on_validation_end = on_test_end = on_predict_end = _leave
@@ -209,7 +212,7 @@ class EMACallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Take the averages from the checkpoint, and for the module the trained weights."""
-        self._loaded = checkpoint.get(_KEY)
+        self._loaded, self._loaded_for = checkpoint.get(_KEY), weakref.ref(pl_module)
         if self._loaded is None:
             self._average = None
             if trainer.ckpt_path:  # and not one that Lightning has made for itself
@@ -231,9 +234,10 @@ def _identity(module: nn.Module) -> tuple[weakref.ref[nn.Module], set[str]]:
     return weakref.ref(module), {fingerprint(module.parameters(), dtype) for dtype in casts}
 
 
-def _is(module: nn.Module, seen: weakref.ref[nn.Module], prints: set[str]) -> bool:
+def _is(module: nn.Module, seen: weakref.ref[nn.Module] | None, prints: set[str]) -> bool:
     _shards.reshard(module)
-    return seen() is module and fingerprint(module.parameters()) in prints
+    is_it = seen is None or seen() is module
+    return is_it and fingerprint(module.parameters()) in prints
 
 
 def _is_a(name: str, value: object) -> bool:
