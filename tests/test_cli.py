@@ -377,6 +377,10 @@ class TestCheckpoints:
         assert emajit(monkeypatch, "inspect", "ema.pt", "--names", "names.txt") == 0
         assert emajit(monkeypatch, "extract", "ema.pt", "--names", "names.txt", "-o", "out") == 0
         assert load_file("out").keys() == {"weight", "bias"}
+        torch.save({"shadow_params": [torch.ones(1)] * 2, "num_updates": 3}, tmp_path / "listed.pt")
+        (tmp_path / "names.txt").write_text("\ufeffa weight\r\n\n bias \n", encoding="utf-8")
+        assert emajit(monkeypatch, "extract", "listed.pt", "--names", "names.txt", "-o", "out") == 0
+        assert load_file("out").keys() == {"a weight", "bias"}
         (tmp_path / "names.txt").write_bytes(b"\x80")
         assert emajit(monkeypatch, "inspect", "ema.pt", "--names", "names.txt") == 2
         assert "--names: expected a text file" in capsys.readouterr().err

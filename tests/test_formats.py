@@ -7,6 +7,7 @@ import collections
 import contextlib
 import copy
 import io
+import json
 import math
 import pickle
 import tempfile
@@ -181,10 +182,33 @@ class TestLitEma:
             assert other.load_state_dict(load_file(tmp_path / "out")) == ([], [])
             for name, value in host.state_dict().items():
                 assert torch.equal(other.state_dict()[name], value), name
+            again = checkpoint.read(tmp_path / "out")
+            assert not again.raw_only
+            assert torch.equal(again.weights["model.1.weight"], averages["0.weight"])
             names = [f"model.{name}" for name in averages]
             checkpoint.write(tmp_path / "out", found, layout="torch-ema", names=names)
             again = checkpoint.read(tmp_path / "out", names=names)
             assert_average(again, {f"model.{name}": value for name, value in averages.items()})
+
+    def test_ties_that_a_header_tells(self, tmp_path: Path) -> None:
+        host: Any = nn.Module()
+        host.model = nn.Linear(2, 2)
+        host.model_ema = LitEma(host.model)
+        host.other = nn.Parameter(host.model.weight.detach().clone())
+        for told, is_tied in (
+            ({"other": "model.weight"}, True),
+            ({"model.bias": "model.weight"}, False),
+            ({"nowhere": "model.weight"}, None),
+            ([], None),
+        ):
+            header = {"emajit.tied": json.dumps(told)}
+            save_file(host.state_dict(), tmp_path / "file", metadata=header)
+            if is_tied is None:
+                with pytest.raises(ValueError, match="file: expected names that are tied, found"):
+                    checkpoint.read(tmp_path / "file")
+            else:
+                found = checkpoint.read(tmp_path / "file")
+                assert found.raw_only == (() if is_tied else ("other",))
 
     def test_half_precision_files_are_distrusted(self) -> None:
         state = {key: value.half() for key, value in Host().state_dict().items()}
@@ -542,11 +566,50 @@ class TestRefused:
         listed = {"shadow_params": [torch.ones(2)] * 3, "num_updates": 1}
         with pytest.raises(ValueError, match=r"torch_ema: .* found twice \['a'\]"):
             checkpoint.read(listed, names=["a", "a", "b"])
+        for pairs in (net().named_parameters(), [1]):
+            wrong = pairs
+            with pytest.raises(TypeError, match="names: expected strings, or the model itself, f"):
+                checkpoint.read(listed, names=wrong)
         with pytest.raises(ValueError, match=r"'0.weight': expected an average of shape \(3, 5\)"):
             checkpoint.read(
                 {"shadow_params": [torch.ones(2), torch.ones(3)], "num_updates": 1},
                 names=nn.Sequential(nn.Linear(5, 3)),
             )
+
+    @pytest.mark.parametrize("shape", [(1, 4), (2, 4)])
+    def test_averages_of_other_shapes(self, shape: tuple[int, ...]) -> None:
+        raw, average = {"w": torch.ones(3, 4)}, {"w": torch.ones(shape)}
+        composer = {"EMA": {"ema_model": {"named_parameters_dict": raw}, "ema_weights_active": 1}}
+        for tree in (
+            {"state_dict": raw, "state_dict_ema": average},
+            {"initted": torch.tensor(True), "step": torch.tensor(3), "online_model.w": raw["w"]}
+            | {"ema_model.w": average["w"]},
+            {"current_model_state": raw, "state_dict": average},
+            {"ema_state_dict": {"module.w": raw["w"]}, "state_dict": average},
+            {"state": {"algorithms": composer, "model": average}},
+            {"ema_state": average, "model": raw},
+        ):
+            with pytest.raises(
+                ValueError, match=r"'w': expected an average of shape \(3, 4\), fou"
+            ):
+                checkpoint.read(tree)
+
+    @pytest.mark.parametrize("step", [math.inf, 1j, [1, 2]])
+    def test_steps_that_are_none(self, step: Any) -> None:
+        state = {"n_averaged": torch.tensor(step), "module.w": torch.ones(1)}
+        with pytest.raises(ValueError, match=r"step: expected a whole number, found tensor\("):
+            checkpoint.read(state)
+
+    def test_a_key_that_is_no_text(self) -> None:
+        state = {"w": torch.ones(1)}
+        tree: dict[Any, Any] = {"state_dict": state, "state_dict_ema": state, 0: 1}
+        assert checkpoint.read(tree).layout == "timm"
+
+    def test_a_dtype_that_torch_lacks(self, tmp_path: Path) -> None:
+        header = b'{"w":{"dtype":"F6_E2M3","shape":[4],"data_offsets":[0,3]}}'
+        (tmp_path / "f6").write_bytes(len(header).to_bytes(8, "little") + header + bytes(3))
+        with pytest.raises(ValueError, match="f6: 'w': expected a dtype of torch, found"):
+            checkpoint.read(tmp_path / "f6")
 
     def test_no_file(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError):
@@ -813,6 +876,7 @@ class TestWritten:
             ({"layout": "litema"}, "litema: expected the trained weights beside the av"),
             ({"layout": "onnx"}, "layout: expected state_dict or litema or"),
             ({"dtype": torch.int8}, "dtype: expected a floating-point dtype, found torch.int8"),
+            ({"dtype": torch.float8_e8m0fnu}, "dtype: expected a floating-point dtype, found torc"),
         ]
         for layout in ("diffusers-ema", "torch-ema"):
             options: dict[str, Any] = {"layout": layout, "decay": 0.9}
@@ -840,6 +904,10 @@ class TestWritten:
         for wrong, message in (
             ({"decay": 1.5}, "decay: expected a number in .0, 1., found 1.5"),
             ({"step": -1}, "step: expected the number of updates so far, >= 0, found -1"),
+            (
+                {"step": 2**63},
+                "step: expected a number of updates below .*, found 9223372036854775",
+            ),
         ):
             with pytest.raises(ValueError, match=message):
                 checkpoint.write(tmp_path / "out", found, **wrong)
@@ -946,6 +1014,15 @@ class TestWritten:
         checkpoint.write(path, found, layout="litema")
         assert "model_ema.decay" in torch.load(path, weights_only=True)["state_dict"]
         assert_average(checkpoint.read(path), found.weights)
+
+    def test_empty_tensors_of_a_file(self, tmp_path: Path) -> None:
+        shadow = {"w": torch.ones(4), "empty": torch.empty(0), "h": torch.ones(3).half()}
+        checkpoint.save(tmp_path / "ours", shadow, 3)
+        save_file(Host().state_dict() | {"empty": torch.empty(0)}, tmp_path / "litema")
+        for name in ("ours", "litema"):
+            found = checkpoint.read(tmp_path / name)
+            checkpoint.write(tmp_path / "out.pt", found)
+            assert torch.load(tmp_path / "out.pt")["empty"].shape == (0,)
 
     def test_the_trained_weights_and_the_rest(self) -> None:
         raw, averages = net().state_dict(), net().state_dict()

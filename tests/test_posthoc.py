@@ -318,7 +318,11 @@ class TestArguments:
         for wrong in ("0.1", None, [[0.1]], ["0.1"]):
             with pytest.raises(TypeError, match="sigma_rel: expected a number, or a list of numb"):
                 posthoc.reconstruct(found, wrong)
-        for wrong in (str(tmp_path), [tmp_path]):
+        whole = posthoc.reconstruct(found, 0.1)
+        length: Any = torch.tensor(0.1)
+        listed: Any = iter(found)
+        assert posthoc.reconstruct(listed, length) == whole
+        for wrong in (str(tmp_path), [tmp_path], None):
             with pytest.raises(TypeError, match="snapshots: expected a list from posthoc"):
                 posthoc.reconstruct(wrong, 0.1)
         wrong = "1"

@@ -59,9 +59,13 @@ class Pairs(NamedTuple):
         return [leaves[firsts[slot]] for slot in range(len(self.shadows))]
 
 
+_SCALES = torch.float8_e8m0fnu, torch.float4_e2m1fn_x2  # without a sign, and two to an element
+
+
 def check_dtype(dtype: Any) -> None:
     """Raise ValueError for what is neither None nor a real floating-point dtype."""
-    if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
+    is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    if not (dtype is None or is_float) or dtype in _SCALES:
         raise ValueError(f"dtype: expected a floating-point dtype, found {dtype}")
 
 

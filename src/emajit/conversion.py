@@ -38,10 +38,15 @@ def inspect(path: Path, names: Path | None, console: Console) -> None:
 
 def _sizes(tensors: dict[str, Tensor]) -> str:
     numbers = sum(tensor.numel() for tensor in tensors.values())
-    size = sum(tensor.nbytes for tensor in tensors.values()) / 2**20
+    size = sum(map(_nbytes, tensors.values())) / 2**20
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
     kinds = f", {' and '.join(dtypes)}" if dtypes else ""
     return f"{len(tensors):,} tensors, {numbers:,} numbers, {size:,.1f} MiB{kinds}"
+
+
+def _nbytes(tensor: Tensor) -> int:
+    """As a dense one has, which a sparse one does not tell."""
+    return tensor.numel() * tensor.element_size()
 
 
 def _distances(averages: dict[str, Tensor], found: Averaged) -> Table:
@@ -110,7 +115,7 @@ def extract(
 def _told(found: Averaged, layout: str, console: Console) -> Iterator[Callable[[int], None]]:
     """A bar of the bytes that are written, from the first on."""
     parts = [found.weights, *([found.raw] if layout == "litema" else [])]
-    total = sum(tensor.nbytes for part in parts for tensor in part.values())
+    total = sum(_nbytes(tensor) for part in parts for tensor in part.values())
     columns = TextColumn("writing"), BarColumn(), DownloadColumn()
     progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     task = progress.add_task("", total=total)
@@ -128,6 +133,7 @@ def _told(found: Averaged, layout: str, console: Console) -> Iterator[Callable[[
 
 def _lines(names: Path | None) -> list[str] | None:
     try:
-        return None if names is None else names.read_text().split()
+        text = "" if names is None else names.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"--names: expected a text file, one name a line, found {names}") from None
+    return None if names is None else [name for line in text.splitlines() if (name := line.strip())]

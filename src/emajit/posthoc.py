@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from itertools import groupby, pairwise
 from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, TypeGuard, overload
 
 import torch
 from torch import Tensor
@@ -118,15 +118,17 @@ def save(
 
 def _listed(sigma_rel: float | Sequence[float]) -> tuple[list[float], bool]:
     """The lengths, and whether they came as several."""
-    if isinstance(sigma_rel, Real):
+    if _is_number(sigma_rel):
         return [float(sigma_rel)], False
     if isinstance(sigma_rel, Iterable) and not isinstance(sigma_rel, str):
         listed = [*sigma_rel]
-        if all(
-            isinstance(one, Real) or (isinstance(one, Tensor) and not one.ndim) for one in listed
-        ):
+        if all(map(_is_number, listed)):
             return [float(one) for one in listed], True
     raise TypeError(f"sigma_rel: expected a number, or a list of numbers, found {sigma_rel!r}")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, Real) or (isinstance(value, Tensor) and not value.ndim)
 
 
 def _check_range(which: str, shadow: Any, dtype: torch.dtype | None) -> None:
@@ -278,8 +280,9 @@ def reconstruct(
     the error of the profile or the rounding of the files would show, with the expected error.
     """
     lengths, several = _listed(sigma_rel)
-    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype: expected a floating-point dtype, found {dtype!r}")
+    if dtype is None:
+        raise ValueError("dtype: expected a floating-point dtype, found None")
+    _tree.check_dtype(dtype)
     results = summed(*plan(snapshots, lengths, step), dtype)
     return results if several else results[0]
 
@@ -288,7 +291,9 @@ def plan(
     snapshots: Sequence[Snapshot], sigma_rels: Sequence[float], step: int | None
 ) -> tuple[list[Snapshot], list[Solution]]:
     """The snapshots to use, and how to sum them for each length; raises and warns."""
-    if isinstance(snapshots, str | Path) or not all(isinstance(s, Snapshot) for s in snapshots):
+    if isinstance(snapshots, Iterable):
+        snapshots = [*snapshots]
+    if not (isinstance(snapshots, list) and all(isinstance(s, Snapshot) for s in snapshots)):
         raise TypeError("snapshots: expected a list from posthoc.snapshots(folder), found others")
     if not snapshots:
         raise ValueError("snapshots: expected some of emajit.posthoc.save, found none")

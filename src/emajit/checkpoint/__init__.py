@@ -7,6 +7,7 @@ its own names. A shadow of DTensors goes into a folder of `torch.distributed.che
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ __all__ = ["Averaged", "load", "load_sharded", "read", "save", "save_sharded", "
 
 Tree = TypeVar("Tree")
 _SHADOW = "shadow."
+_TIED = "emajit.tied"
 _OF_TORCH = ".ckpt", ".pt", ".pth", ".bin"
 
 
@@ -242,6 +244,7 @@ def read(
         ValueError: no average is there, or more than one; two parameters have the same flattened
             name; `names` are missing or of another number; an average has another shape than its
             parameter; the file is broken, or holds pickled objects.
+        TypeError: `source` or `names` is of another type.
         OSError: the file cannot be read.
     """
     if isinstance(source, Mapping):
@@ -277,7 +280,14 @@ def _listed(names: Iterable[str] | torch.nn.Module | None) -> list[str] | None:
         raise TypeError(f"names: expected a list of names, or the model, found {names!r}")
     if isinstance(names, torch.nn.Module):
         return [name for name, _ in names.named_parameters()]
-    return None if names is None else [*names]
+    if names is None:
+        return None
+    listed = [*names]
+    for name in listed:
+        if not isinstance(name, str):
+            found = type(name).__qualname__
+            raise TypeError(f"names: expected strings, or the model itself, found {found}")
+    return listed
 
 
 def write(
@@ -329,7 +339,7 @@ def write(
     if decay is not None:
         if not 0 <= decay <= 1:
             raise ValueError(f"decay: expected a number in [0, 1], found {decay}")
-        averaged = averaged._replace(decay=decay)
+        averaged = averaged._replace(decay=float(decay))
     if step is not None:
         averaged = averaged._replace(step=count(step))
     if isinstance(names, torch.nn.Module) and layout in formats.BY_POSITION:
@@ -343,7 +353,7 @@ def write(
     state = formats.written(averaged, layout, _listed(names))
     if as_safetensors:
         weights = {name: v for name, v in state.items() if name not in formats.CONTROLS}
-        casts, header = _casts(weights, dtype), {"format": "pt"}
+        casts, header = _casts(weights, dtype), {"format": "pt", **_ties(state)}
         files.write_tensors(path, state, lambda *_: header, casts=casts, tell=tell)
     else:
         files.write_torch(path, {"state_dict": state} if layout == "litema" else state, tell)
@@ -356,6 +366,24 @@ def _parameters(averaged: Averaged, model: torch.nn.Module) -> Averaged:
         weights={name: v for name, v in averaged.weights.items() if name not in buffers},
         raw_only=tuple(name for name in averaged.raw_only if name not in params),
     )
+
+
+def _ties(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """For the header of a file, which names are of one tensor: safetensors itself keeps copies."""
+    first: dict[Hashable, str] = {}
+    names = {name: first.setdefault(_memory.identity(v), name) for name, v in state.items()}
+    tied = {name: other for name, other in names.items() if name != other}
+    return {_TIED: json.dumps(tied)} if tied else {}
+
+
+def _tie(path: Path, held: dict[str, Tensor], ties: str) -> None:
+    """Make one tensor of those that `_ties` tells, where they still have the same numbers."""
+    try:
+        for name, other in json.loads(ties).items():
+            if torch.equal(held[name], held[other]):
+                held[name] = held[other]
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        raise ValueError(f"{path}: expected names that are tied, found {ties:.200}") from None
 
 
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -376,11 +404,20 @@ def _held(path: Path) -> Any:
     if not files.is_safetensors(path):
         return files.load_torch(path)
     with files.opened(path) as file:
-        if KEY not in (file.metadata() or {}):
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = file.metadata() or {}
+        if KEY not in header:
+            names = file.keys()
+            held = {name: _apart(files.tensor(path, file, name)) for name in names}
+            _tie(path, held, header.get(_TIED, "{}"))
+            return held
         saved = Saved(path, file)
-        shadow = {name: saved.read(name) for name in saved.names()}
+        shadow = {name: _apart(saved.read(name)) for name in saved.names()}
         return {"shadow": shadow, "step": saved.record.step}
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    """An empty tensor of a file has the address of the next one, which `torch.save` refuses."""
+    return tensor if tensor.numel() else torch.empty_like(tensor)
 
 
 def _of_folder(path: Path) -> dict[str, Any]:

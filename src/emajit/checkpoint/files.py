@@ -315,3 +315,11 @@ def form(file: Any, name: str) -> Form:
     part = file.get_slice(name)
     code = part.get_dtype()
     return Form(tuple(part.get_shape()), _DTYPES.get(code, code))
+
+
+def tensor(path: Path, file: Any, name: str) -> Tensor:
+    """A tensor in the file; ValueError, with the path, for a dtype that torch lacks."""
+    try:
+        return file.get_tensor(name)  # type: ignore[no-any-return]
+    except SafetensorError as error:
+        raise ValueError(f"{path}: {name!r}: expected a dtype of torch, found {error}") from None

@@ -60,7 +60,7 @@ def recognise(tree: Any, names: Names) -> Averaged:
         )
     try:
         found = [averaged for reader in _READERS if (averaged := reader(tree, names)) is not None]
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"expected averages in a layout that is known, found {error!r}") from None
     if not found:
         keys = _tree.some([str(key) for key in tree])
@@ -85,6 +85,14 @@ def _pickled(leaves: Sequence[Any]) -> str:
     return f", beside what is not unpickled: {_tree.some(names)}" if names else ""
 
 
+def _step(value: Any) -> int | None:
+    """A number of updates, which a file may not tell."""
+    try:
+        return None if value is None else int(value)
+    except (OverflowError, RuntimeError, TypeError, ValueError):
+        raise ValueError(f"step: expected a whole number, found {value!r:.100}") from None
+
+
 def _check_values(found: Averaged) -> None:
     broken = [name for name, value in found.weights.items() if not isinstance(value, Tensor)]
     if broken:
@@ -95,6 +103,10 @@ def _check_values(found: Averaged) -> None:
             raise ValueError(  # noqa: TRY004, it is a broken file, not a wrong argument
                 f"{found.layout}: {what}: expected a number, found {told}"
             )
+    for name in found.weights.keys() & found.raw.keys():
+        expected, shape = (tuple(part[name].shape) for part in (found.raw, found.weights))
+        if shape != expected:
+            raise ValueError(f"{name!r}: expected an average of shape {expected}, found {shape}")
 
 
 def _check_beside(tree: Any, used: set[int]) -> None:
@@ -132,9 +144,9 @@ def _lit_ema(tree: Mapping[str, Any], names: Names) -> Averaged | None:
     if not flat:
         raise ValueError(f"LitEma: expected averages beside {prefix}decay, found none")
     trusted = min(decay.dtype.itemsize, updates.dtype.itemsize) >= 4  # in 16 bits, 0.9999 is 1
-    count = int(updates) if trusted else -1
+    count = _step(updates) if trusted else None
     layout = f"LitEma at {prefix.rstrip('.')}" if prefix else "LitEma"
-    step = count if count >= 0 else None
+    step = None if count is None or count < 0 else count
     share = _decay.decimal(float(decay)) if trusted else None
     raw = {key: v for key, v in state.items() if not key.startswith(prefix)} if prefix else {}
     if not raw and names is None:
@@ -224,7 +236,7 @@ def _averaged_model(tree: Mapping[str, Any], _: Names) -> Averaged | None:
     state = _state(tree)
     if "n_averaged" not in state:
         return None
-    return Averaged(_below("module.", state), "AveragedModel", int(state["n_averaged"]))
+    return Averaged(_below("module.", state), "AveragedModel", _step(state["n_averaged"]))
 
 
 def _timm(tree: Mapping[str, Any], _: Names) -> Averaged | None:
@@ -248,7 +260,7 @@ def _ema_pytorch(tree: Mapping[str, Any], _: Names) -> Averaged | None:
         state = _below(f"ema_models.{several[0]}.", state)
     if not {"initted", "step"} <= state.keys():
         return None
-    step = None if state["step"].is_floating_point() else int(state["step"])  # float16 overflows
+    step = None if state["step"].is_floating_point() else _step(state["step"])  # float16 overflows
     online = any(key.startswith("online_model.") for key in state)
     raw = _below("online_model.", state) if online else {}
     return Averaged(_below("ema_model.", state), "ema-pytorch", step, raw=raw)
@@ -274,8 +286,7 @@ def _lightning(tree: Mapping[str, Any], _: Names) -> Averaged | None:
     """Lightning's weight averaging: `state_dict` is the average, the raw one stands aside."""
     if "current_model_state" not in tree:
         return None
-    count = tree.get("averaging_state", {}).get("n_averaged")
-    step = None if count is None else int(count)
+    step = _step(tree.get("averaging_state", {}).get("n_averaged"))
     raw = _state(tree["current_model_state"])
     return Averaged(_state(tree["state_dict"]), "Lightning weight averaging", step, raw=raw)
 
@@ -288,7 +299,7 @@ def _emajit_lightning(tree: Mapping[str, Any], _: Names) -> Averaged | None:
     raw = _state(tree["state_dict"]) | _state(ours.get("raw", {}))
     partners = _names.match(raw, ours["shadow"])
     averages = {partners.get(name, name): v for name, v in _state(ours["shadow"]).items()}
-    return _merged(averages, raw, "emajit in Lightning", int(ours["step"]))
+    return _merged(averages, raw, "emajit in Lightning", _step(ours["step"]))
 
 
 def _nemo(tree: Mapping[str, Any], names: Names) -> Averaged | None:
@@ -315,8 +326,7 @@ def _mmengine(tree: Mapping[str, Any], _: Names) -> Averaged | None:
     """mmengine swaps on saving: `state_dict` is the average, `ema_state_dict` the raw weights."""
     if "ema_state_dict" not in tree:
         return None
-    steps = tree["ema_state_dict"].get("steps")
-    step = None if steps is None else int(steps)
+    step = _step(tree["ema_state_dict"].get("steps"))
     raw = _below("module.", _state(tree["ema_state_dict"]))
     return Averaged(_state(tree["state_dict"]), "mmengine", step, raw=raw)
 
@@ -338,7 +348,7 @@ def _composer(tree: Mapping[str, Any], _: Names) -> Averaged | None:
 def _torchtitan(tree: Mapping[str, Any], _: Names) -> Averaged | None:
     """torchtitan: `state.NAME.ema_params`."""
     begin, end = "state.", ".ema_params"
-    keys = [key for key in tree if key.startswith(begin) and key.endswith(end)]
+    keys = [key for key in map(str, tree) if key.startswith(begin) and key.endswith(end)]
     if not keys:
         return None
     weights = {key.removeprefix(begin).removesuffix(end): tree[key] for key in keys}
@@ -351,7 +361,7 @@ def _emajit(tree: Mapping[str, Any], _: Names) -> Averaged | None:
         return None
     named = _tree.named_leaves("shadow", tree["shadow"])
     _check_different("emajit", [name for _, name, _ in named])
-    return Averaged({name: leaf for _, name, leaf in named}, "emajit", int(tree["step"]))
+    return Averaged({name: leaf for _, name, leaf in named}, "emajit", _step(tree["step"]))
 
 
 _READERS: list[Callable[[Mapping[str, Any], Names], Averaged | None]] = [
@@ -416,10 +426,6 @@ def _merged(
     decay: float | None = None,
 ) -> Averaged:
     """Averages, under all names of what is tied, and the raw values of what has none."""
-    for name, average in averages.items():
-        if name in raw and raw[name].shape != average.shape:
-            expected, found = tuple(raw[name].shape), tuple(average.shape)
-            raise ValueError(f"{name!r}: expected an average of shape {expected}, found {found}")
     tied = {
         _memory.identity(raw[name]): average for name, average in averages.items() if name in raw
     }

@@ -54,6 +54,8 @@ def count(step: Any) -> int:
         raise TypeError(f"step: expected an int or a 0-d integer tensor, found {step!r}") from None
     if number < 0:
         raise ValueError(f"step: expected the number of updates so far, >= 0, found {number}")
+    if number >= 2**63:
+        raise ValueError(f"step: expected a number of updates below 2**63, found {number}")
     return number
 
 
