@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import logging
 import math
@@ -972,6 +973,57 @@ class TestBuffers:
             assert_close(export.state_dict(), averaged, rtol=0, atol=0)
             model(torch.randn(8, 2))
             training = copy.deepcopy(model.state_dict())
+
+    @pytest.mark.parametrize(
+        "wrapped", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")]
+    )
+    def test_copied_to_a_wrapper_that_is_gone(self, wrapped: Any) -> None:
+        model = self.model()
+        ema = LitEma(model, 0.75, use_num_upates=False, buffers="average")
+        self.train(model, ema)
+        training = copy.deepcopy(model.state_dict())
+        ema.store(model.parameters())
+        ema.copy_to(wrapped(model))
+        ema.copy_to(model)
+        gc.collect()
+        ema.restore(model.parameters())
+        assert_close(model.state_dict(), training, rtol=0, atol=0)
+
+    def test_restored_in_a_copy(self) -> None:
+        model = self.model()
+        ema = LitEma(model, 0.75, use_num_upates=False, buffers="average")
+        self.train(model, ema)
+        training = copy.deepcopy(model.state_dict())
+        ema.store(model.parameters())
+        ema.copy_to(model)
+        other, its = pickle.loads(pickle.dumps((model, ema)))
+        its.restore(other.parameters())
+        assert_close(other.state_dict(), training, rtol=0, atol=0)
+
+    def test_restored_by_data_of_two_models(self) -> None:
+        models = self.model(), self.model()
+        models[1][0] = models[0][0]
+        ema = LitEma(models[0], 0.75, use_num_upates=False, buffers="average")
+        for model in models:
+            self.train(model, ema)
+        training = [copy.deepcopy(model.state_dict()) for model in models]
+        parameters = [p.data for model in models for p in model.parameters()]
+        ema.store(parameters)
+        for model in models:
+            ema.copy_to(model)
+        ema.restore(parameters)
+        for model, expected in zip(models, training, strict=True):
+            assert_close(model.state_dict(), expected, rtol=0, atol=0)
+
+    def test_a_buffer_of_another_shape_stays(self) -> None:
+        model = self.model()
+        ema = LitEma(model, 0.75, use_num_upates=False, buffers="average")
+        self.train(model, ema)
+        ema.store(model.parameters())
+        ema.copy_to(model)
+        model[1].running_mean = torch.zeros(2, len(model.get_buffer("1.running_mean")))
+        ema.restore(model.parameters())
+        assert not model.get_buffer("1.running_mean").any()
 
     def test_ignored_as_in_the_original(self) -> None:
         model = self.model()

@@ -125,8 +125,8 @@ class LitEma(nn.Module):
         # Keys of buffers that are copied.
         self._copied: set[str] = set()
         self._takes_buffers, self._is_sharded = bool(kept), _shards.are_in(params.values())
-        # Models that `copy_to` has written since `store`, weakly, and what their buffers held.
-        self._overwritten: list[tuple[weakref.ref[nn.Module], dict[str, Tensor]]] = []
+        # Models that `copy_to` has written since `store`, and what their buffers held.
+        self._overwritten: list[tuple[nn.Module, dict[str, Tensor]]] = []
         # The model seen last, weakly, if it is sharded.
         self._seen = weakref.ref(model) if self._is_sharded else None
         # Of the model seen last: the names of its parameters, and the key of each one's average.
@@ -255,9 +255,9 @@ class LitEma(nn.Module):
         """
         averages, params = self._pairs(model)
         _check_shapes(averages, params)
-        if self.collected_params and not any(seen() is model for seen, _ in self._overwritten):
+        if self.collected_params and not any(seen is model for seen, _ in self._overwritten):
             buffers = {n: p.clone() for n, p in params.items() if not isinstance(p, nn.Parameter)}
-            self._overwritten.append((weakref.ref(model), buffers))
+            self._overwritten.append((model, buffers))
         _copy([params[name] for name in averages], [*averages.values()])
 
     def store(self, parameters: Iterable[Tensor]) -> None:
@@ -299,15 +299,16 @@ class LitEma(nn.Module):
         self.collected_params, self._overwritten = [], []
 
     def _overwritten_beside(self, parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """The buffers of the model of these parameters, and what they held at `store`."""
-        passed = {*map(id, parameters)}
-        for seen, values in self._overwritten:
-            model = seen()
-            if model is not None and not passed.isdisjoint(map(id, model.parameters())):
-                buffers = dict(model.named_buffers())
-                names = values.keys() & buffers.keys()
-                return [buffers[n] for n in names], [values[n] for n in names]
-        return [], []
+        """The buffers of the models of these parameters, and what they held at `store`."""
+        passed = {*map(_memory.identity, _shards.local(parameters))}
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for model, values in self._overwritten:
+            theirs = map(_memory.identity, _shards.local(model.parameters()))
+            if not passed.isdisjoint(theirs):
+                for name, buffer in model.named_buffers():
+                    if name in values and values[name].shape == buffer.shape:
+                        found.setdefault(id(buffer), (buffer, values[name]))
+        return [buffer for buffer, _ in found.values()], [value for _, value in found.values()]
 
     @contextmanager
     def ema_scope(self, model: nn.Module, context: str | None = None) -> Iterator[None]:
@@ -405,7 +406,7 @@ class LitEma(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without weak references, which cannot be pickled."""
-        return {**vars(self), "_seen": None, "_overwritten": []}
+        return {**vars(self), "_seen": None}
 
     def _match(self, names: list[str]) -> dict[str, str]:
         """The key of the average for each parameter of a model that has one."""
