@@ -267,3 +267,11 @@ def test_integers_of_numpy() -> None:
     np = pytest.importorskip("numpy", reason="numpy is not installed")
     assert schedules.cosine(0.0, 1.0, np.int64(2))(1) == 0.5
     assert schedules.every(schedules.constant(0.5), np.int32(2))(0) == 0.25
+    warm = schedules.warmup(0.9999)
+    assert schedules.every(warm, np.int16(10))(5000) == schedules.every(warm, 10)(5000)
+    assert schedules.delay(warm, np.uint8(10))(300) == schedules.delay(warm, 10)(300)
+    found, expected = (
+        emajit.update(torch.zeros(1), torch.ones(1), step, decay=schedules.every(warm, 10))
+        for step in (np.int16(5000), 5000)
+    )
+    assert found == expected

@@ -6,6 +6,7 @@ parameters.
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -296,7 +297,7 @@ def _places(pairs: _tree.Pairs) -> tuple[list[str], list[Any]]:
 
 
 def _weights(decay: Decay | Schedule | list[Any], step: Step) -> list[Weight]:
-    _check_step(step)
+    step = _checked_step(step)
     if isinstance(decay, list):
         return [_weight(one, step) for one in decay]
     return [_weight(decay, step)]
@@ -320,16 +321,21 @@ def _weight(decay: Decay | Schedule, step: Step) -> Weight:
     return 1.0 - float(beta)
 
 
-def _check_step(step: Step) -> None:
+def _checked_step(step: Step) -> Step:
+    """The step; one of NumPy's, in which a product may overflow, as an int."""
     if isinstance(step, Tensor):
         integer = not (step.is_floating_point() or step.is_complex() or step.dtype == torch.bool)
         if step.ndim != 0 or not integer:
             found = f"shape {tuple(step.shape)} and {step.dtype}"
             raise ValueError(f"step: expected an int or a 0-d integer tensor, found {found}")
-    elif not (isinstance(step, int | torch.SymInt) or hasattr(step, "__index__")):
-        raise TypeError(f"step: expected an int or a 0-d integer tensor, found {step!r}")
-    elif step < 0:
+        return step
+    if not isinstance(step, int | torch.SymInt):
+        if not hasattr(step, "__index__"):
+            raise TypeError(f"step: expected an int or a 0-d integer tensor, found {step!r}")
+        step = operator.index(step)
+    if step < 0:
         raise ValueError(f"step: expected the number of updates so far, >= 0, found {step}")
+    return step
 
 
 def check_decay(decay: Any) -> None:

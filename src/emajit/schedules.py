@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, overload
 
@@ -349,7 +350,7 @@ def delay(schedule: Schedule, start: int) -> Schedule:
     [0.0, 0.0, 0.99, 0.99]
     """
     _check_schedule(schedule)
-    _check_integer("start", start, 0)
+    start = _integer("start", start, 0)
 
     def delayed(step: Step) -> Decay:
         if isinstance(step, Tensor):
@@ -377,7 +378,7 @@ def every(schedule: Schedule, interval: int) -> Schedule:
     [0.9044, 0.9044, 0.9044]
     """
     _check_schedule(schedule)
-    _check_integer("interval", interval, 1)
+    interval = _integer("interval", interval, 1)
 
     def product(step: Step) -> Decay:
         if isinstance(step, Tensor):
@@ -419,9 +420,10 @@ def _check(holds: bool, name: str, expected: str, found: object) -> None:
         raise ValueError(f"{name}: expected {expected}, found {found}")
 
 
-def _check_integer(name: str, number: int, least: int) -> None:
+def _integer(name: str, number: int, least: int) -> int:
     integer = hasattr(number, "__index__") and not isinstance(number, Tensor)
     _check(integer and number >= least, name, f"an integer >= {least}", repr(number))
+    return operator.index(number)
 
 
 def _check_schedule(schedule: Schedule) -> None:
@@ -435,4 +437,4 @@ def _check_share(name: str, share: float) -> None:
 def _check_ramp(start: float, end: float, steps: int) -> None:
     _check_share("start", start)
     _check_share("end", end)
-    _check_integer("steps", steps, 1)
+    _integer("steps", steps, 1)
