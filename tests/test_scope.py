@@ -157,6 +157,12 @@ def test_a_graph_does_not_cross_the_boundary_unnoticed() -> None:
             torch.autograd.grad(before, x, retain_graph=True)
     assert gradient.item() == 10
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(inside, x, retain_graph=True)
+    shadow["w"].fill_(20.0)
+    with (
+        emajit.ema_scope(model, shadow),
+        pytest.raises(RuntimeError, match="modified by an inplace operation"),
+    ):
         torch.autograd.grad(inside, x)
     assert torch.autograd.grad(before, x)[0].item() == 3
 

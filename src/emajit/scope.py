@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
@@ -13,6 +14,7 @@ from emajit import _host, _names, _shards
 # The scopes that are entered now, in that order, and the parameters and buffers in each, which the
 # scope keeps alive. A dict has no state between two operations, whatever thread or signal comes.
 _inside: dict[object, set[int]] = {}
+_entered = itertools.count()
 
 
 def check_outside(tensors: Iterable[Tensor], *, before: object = None) -> None:
@@ -105,7 +107,8 @@ def _move_to_another_version(tensors: Iterable[Tensor], undo: ExitStack) -> None
     tracked = tuple(tensor for tensor in tensors if not tensor.is_inference())
     versions = tuple(tensor._version for tensor in tracked)
     undo.callback(set_versions, tracked, versions)
-    set_versions(tracked, tuple(version + 2**30 for version in versions))
+    entered = 2**30 + next(_entered) % 2**14 * 2**16
+    set_versions(tracked, tuple(version + entered for version in versions))
 
 
 def _averages(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> list[tuple[Tensor, Tensor]]:
