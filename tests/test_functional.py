@@ -552,6 +552,14 @@ class TestErrors:
             emajit.update_(shadow, params, 0, decay=0.5)
         assert not shadow["a"].any()
 
+    def test_a_negated_view(self) -> None:
+        shadow = {"a": torch.zeros(2), "b": (1j * torch.ones(2)).conj().imag}
+        assert shadow["b"].is_neg()
+        params = {"a": torch.ones(2, dtype=torch.bfloat16), "b": torch.ones(2)}
+        with pytest.raises(ValueError, match=r"shadow\['b'\]: .* found a negated view"):
+            emajit.update_(shadow, params, 0, decay=0.5)
+        assert not shadow["a"].any()
+
     @pytest.mark.parametrize(
         ("shadow", "params", "message"),
         [

@@ -374,6 +374,12 @@ def _check_writable(pairs: Pairs) -> None:
                     f"shadow{pairs.paths()[slot]}: expected a tensor that can be written here, "
                     "found one that was made in torch.inference_mode()"
                 )
+    for slot, s in enumerate(pairs.shadows):
+        if s.is_neg():  # which foreach refuses after others were written
+            raise ValueError(
+                f"shadow{pairs.paths()[slot]}: expected a tensor that can be written, found a "
+                "negated view; pass its resolve_neg()"
+            )
     overlap = next(_memory.overlaps(leaves, len(pairs.shadows)), None)
     if overlap is not None:
         raise ValueError(_overlap(pairs, *overlap))
