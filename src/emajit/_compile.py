@@ -82,6 +82,10 @@ class Work(NamedTuple):
     def regions(self) -> tuple[Region | None, ...] | None:
         return tuple(self.noise.regions) if self.noise else None
 
+    def arguments(self) -> tuple[list[Tensor], list[Tensor], list[Weight], bool, Keys | None]:
+        """Those of a `Kernel`."""
+        return self.shadows, self.params, self.weights, self.skip, self.keys()
+
     def keys(self) -> Keys | None:
         return self.noise.keys(self.device) if self.noise and self.shadows else None
 
@@ -89,7 +93,7 @@ class Work(NamedTuple):
 def average(work: Work, backend: str) -> list[Tensor]:
     """`_kernels.average`, each leaf in the way that suits it."""
     if _memory.is_traced():
-        return _kernels.average(*work[:4], work.keys())
+        return _kernels.average(*work.arguments())
     new: dict[int, Tensor] = {}
     for leaves, run in _plan(_PURE, work, backend):
         new |= zip(leaves, run(work.part(leaves)), strict=True)
@@ -99,7 +103,7 @@ def average(work: Work, backend: str) -> list[Tensor]:
 def average_(work: Work, backend: str) -> None:
     """`_kernels.average_`, each leaf in the way that suits it."""
     if _memory.is_traced():
-        _kernels.average_(*work[:4], work.keys())
+        _kernels.average_(*work.arguments())
     else:
         for leaves, run in _plan(_IN_PLACE, work, backend):
             run(work.part(leaves))
@@ -141,7 +145,7 @@ def _new_plan(kernels: Kernels, work: Work, backend: str) -> list[Way]:
         if way == "foreach":
             plan.append((leaves, _foreach_way(kernels)))
         elif way == "eager" or (backend == "auto" and not _pays(part)):
-            plan.append((leaves, lambda part: kernels.eager(*part[:4], part.keys())))
+            plan.append((leaves, lambda part: kernels.eager(*part.arguments())))
         else:
             plan += [
                 (group, _compiled_way(kernels, work.part(group), backend))

@@ -13,9 +13,10 @@ def decimal(held: float, written: float | None = None) -> float:
     >>> decimal(0.9998999834060669)
     0.9999
     """
+    if written is not None and float32(written) == held:
+        return written
     short = round(held, 7)
-    numbers = (short,) if written is None else (written, short)
-    return next((number for number in numbers if float32(number) == held), held)
+    return short if float32(short) == held else held
 
 
 def float32(number: float) -> float:

@@ -130,26 +130,35 @@ def align(shadow: PyTree, params: PyTree, *, writable: bool = False, repeats: in
         flat = None
     if flat is not None and _shards.are_in(chain(*flat)):
         flat = _local(*flat)
-    leaves = flat[0] + flat[1][: len(flat[1]) // max(1, repeats)] if flat is not None else []
-    addresses = _addresses(leaves) if writable and flat is not None else None
-    memo = _memos.get((repeats, addresses)) if addresses is not None else None
-    if flat is not None and memo is not None and memo.fits(leaves):
-        if len(memo.first) == len(flat[0]):
-            return Pairs(shadow, *flat, memo.slots, memo)
-        shadows, partners = ([tree[i] for i in memo.first] for tree in flat)
-        return Pairs(shadow, shadows, partners, memo.slots, memo)
+    if flat is None or not writable:
+        return _paired(shadow, params, flat, writable=writable)
+    leaves = flat[0] + flat[1][: len(flat[1]) // max(1, repeats)]
+    addresses = _addresses(leaves)
+    if addresses is None:
+        return _paired(shadow, params, flat, writable=True)
+    memo = _memos.get((repeats, addresses))
+    if memo is None or not memo.fits(leaves):
+        pairs = _paired(shadow, params, flat, writable=True)
+        if len(_memos) >= 64:
+            _memos.clear()
+        memo = _memos[repeats, addresses] = _memo(leaves, pairs)
+        return pairs._replace(memo=memo)
+    if len(memo.first) == len(flat[0]):
+        return Pairs(shadow, *flat, memo.slots, memo)
+    shadows, partners = ([tree[i] for i in memo.first] for tree in flat)
+    return Pairs(shadow, shadows, partners, memo.slots, memo)
+
+
+def _paired(
+    shadow: PyTree, params: PyTree, flat: tuple[list[Any], list[Any]] | None, *, writable: bool
+) -> Pairs:
+    """`align` without a memo: in bulk if all leaves fit, else leaf by leaf."""
     if flat is not None and _fit(*flat):
         pairs = Pairs(shadow, *flat, range(len(flat[0])))
     else:
         pairs = _align_leaf_by_leaf(shadow, params)
     if writable:
         _check_writable(pairs)
-        if addresses is not None:
-            memo = _memo(leaves, pairs)
-            if len(_memos) >= 64:
-                _memos.clear()
-            _memos[repeats, addresses] = memo
-            return pairs._replace(memo=memo)
     return pairs
 
 
@@ -223,10 +232,9 @@ class Memo(NamedTuple):
 
     def fits(self, leaves: list[Tensor]) -> bool:
         """Whether the leaves at these addresses are still of the same form, and as often there."""
-        for i, j in self.twins:
-            if leaves[i] is not leaves[j]:
-                return False
         if self.twins:
+            if any(leaves[i] is not leaves[j] for i, j in self.twins):
+                return False
             leaves = [leaves[i] for i in self.singles]
         return bool(self.guards.check(*leaves))
 

@@ -476,15 +476,19 @@ class LitEma(nn.Module):
         return super().load_state_dict(state_dict, strict, assign)
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
         state = _names.unwrap_flat_keys(state_dict, [prefix + key for key in self._buffers])
         controls = {prefix + "decay": self.decay, prefix + "num_updates": self.num_updates}
-        broken = [
-            key
-            for key in controls
-            if isinstance(state.get(key), Tensor) and state[key].dtype.itemsize < 4
-        ]
+        held = {key: state[key] for key in controls if isinstance(state.get(key), Tensor)}
+        broken = [key for key, value in held.items() if value.dtype.itemsize < 4]
         if broken:
             warnings.warn(
                 f"{' and '.join(broken)} were saved in {state[broken[0]].dtype}, which cannot hold "
@@ -498,14 +502,15 @@ class LitEma(nn.Module):
             if prefix + key in state and (misfit := _misfit(key, state[prefix + key], buffer))
         ]
         if misfits:
-            error_msgs: list[str] = args[-1]
             error_msgs += misfits
             return
-        if args[0].get("assign_to_params_buffers"):
+        if local_metadata.get("assign_to_params_buffers"):
             for key in [prefix + key for key in self._buffers if prefix + key in state]:
                 own = torch.empty_like(state[key], requires_grad=False).copy_(state[key].detach())
                 state[key] = own.to(controls[key].dtype) if key in controls else own
-        super()._load_from_state_dict(state, prefix, *args, **kwargs)
+        super()._load_from_state_dict(
+            state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         self._untouched = {key for key in self._untouched if prefix + key not in state}
         self._orphans = set(self._untouched)
         if self._orphans:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from emajit import _tree, checkpoint
 from emajit.checkpoint import files
@@ -212,11 +212,9 @@ def solve_coefficients(
     a = step * _inner(t[:, None], g[:, None], t, g)
     b = step * _inner(t, g, end, exponent)
     size = step * _inner(end, exponent, end, exponent)
-    ones = torch.ones(len(t), 1, dtype=torch.float64)
-    system = torch.cat(
-        [torch.cat([a, ones], 1), torch.cat([ones.T, torch.zeros_like(a[:1, :1])], 1)]
-    )
-    right = torch.cat([b, ones[0]])[:, None]
+    system = nn.functional.pad(a, (0, 1, 0, 1), value=1.0)
+    system[-1, -1] = 0.0
+    right = nn.functional.pad(b, (0, 1), value=1.0)[:, None]
     x = torch.linalg.lstsq(system, right, driver="gelsd").solution[:-1, 0]
     square = float((x @ a @ x - 2 * x @ b + size) / size)
     return Solution(x, math.sqrt(max(0.0, square)))

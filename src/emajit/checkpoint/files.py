@@ -133,7 +133,7 @@ def write_tensors(
 def cast(where: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """`tensor` in `dtype`; ValueError, which tells `where`, if one of its numbers overflows."""
     narrow = tensor.to(dtype)
-    if narrow.dtype is not tensor.dtype and (tensor.is_floating_point() or tensor.is_complex()):
+    if tensor.is_floating_point() or tensor.is_complex():
         largest = torch.finfo(dtype).max
         if largest < torch.finfo(tensor.dtype).max:
             wide, known = _real(tensor), _real(narrow)

@@ -198,12 +198,12 @@ def _unflatten(flat: State, names: Mapping[str, str]) -> dict[str, str]:
     for name, full in names.items():
         for spelling in _spellings(name):
             by_spelling.setdefault(spelling, []).append(full)
-    slashed = {key.rstrip("/").replace("/", ".") for key in flat if "/" in key}
-    apart = {names[name] for name in slashed if name in names}
+    slashed = {key: key.rstrip("/").replace("/", ".") for key in flat if "/" in key}
+    apart = {names[name] for name in slashed.values() if name in names}
     found = {}
     for key in flat:
-        if "/" in key:
-            fitting = [names[name] for name in [key.rstrip("/").replace("/", ".")] if name in names]
+        if key in slashed:
+            fitting = [names[slashed[key]]] if slashed[key] in names else []
         else:
             fitting = by_spelling.get(key) or by_spelling.get(_names.bare(key), [])
             fitting = [full for full in fitting if full not in apart]
