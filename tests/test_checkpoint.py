@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 import emajit
 from emajit import LitEma, checkpoint, schedules
 from emajit.checkpoint import files
+from emajit.checkpoint.saved import Record
 from tests import strategies
 
 ROOT = Path(__file__).parents[1]
@@ -300,6 +301,26 @@ class TestRefused:
         header = {"emajit": json.dumps(whole)}
         save_file({"w": torch.zeros(1)}, path, metadata=header)
         with pytest.raises(ValueError, match=r"record\.safetensors: "):
+            checkpoint.load(path, {"w": torch.zeros(1)})
+
+    @pytest.mark.parametrize(
+        ("record", "more"),
+        [
+            (Record(-1, {}, {}), {}),
+            (Record(1, {"w": "w"}, {}), {}),
+            (Record(1, {"v": "u"}, {}), {}),
+            (Record(1, {}, {}), {"another": 1}),
+        ],
+    )
+    def test_a_record_that_cannot_be(
+        self, path: Path, record: Record, more: dict[str, int]
+    ) -> None:
+        def header(*known: Any) -> dict[str, str]:
+            told = record.header(*known)
+            return told | {"emajit": json.dumps(json.loads(told["emajit"]) | more)}
+
+        files.write_tensors(path, {"w": torch.zeros(1)}, header, record.seed())
+        with pytest.raises(ValueError, match="expected a step and a checksum of each tensor"):
             checkpoint.load(path, {"w": torch.zeros(1)})
 
     def test_a_record_without_end(self, path: Path) -> None:

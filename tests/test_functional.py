@@ -531,6 +531,21 @@ class TestErrors:
                 update(self.SHADOW, params, 0, decay=0.5)
             assert not any(leaf.any() for leaf in tensors(self.SHADOW))
 
+    @pytest.mark.parametrize(
+        ("param", "message"),
+        [
+            (torch.zeros(2, 3, device="meta"), "expected device cpu as in shadow, found meta"),
+            (torch.zeros(3, 2), r"expected shape \(2, 3\) as in shadow, found \(3, 2\)"),
+            (torch.zeros(2, 3) * 1j, "expected a number that torch.float32"),
+        ],
+    )
+    def test_mismatch_in_a_flat_dict(self, param: Tensor, message: str) -> None:
+        shadow = {"v": torch.zeros(1), "w": torch.zeros(2, 3)}
+        for update in (emajit.update, emajit.update_):
+            with pytest.raises(ValueError, match=rf"params\['w'\]: {message}"):
+                update(shadow, {"v": torch.ones(1), "w": param}, 0, decay=0.5)
+            assert not shadow["v"].any()
+
     def test_missing_leaf(self) -> None:
         params = {"w": torch.ones(2, 3), "list": [torch.ones(2)]}
         with pytest.raises(ValueError, match=r"found that it lacks \['n'\]"):

@@ -324,6 +324,8 @@ class TestDefects:
         ema, held = LitEma(small(), 0.5, use_num_upates=False), torch.tensor(2 ** (-1 / 1234567))
         ema.decay.copy_(held)
         assert ema._decay_on_host() == ema._decay_on_device().item() == held.item()
+        ema.decay.fill_(0.9999123)  # of as many as are told
+        assert ema._decay_on_host() == ema._decay_on_device().item() == 0.9999123
 
     def test_6_the_decay_is_the_one_that_was_written(self) -> None:
         for decay in (1 - 6.36e-6, 0.99999001, 2 ** (-1 / 1234567)):

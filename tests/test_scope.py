@@ -167,6 +167,18 @@ def test_a_graph_does_not_cross_the_boundary_unnoticed() -> None:
     assert torch.autograd.grad(before, x)[0].item() == 3
 
 
+def test_a_graph_from_inside_after_a_step_of_the_optimizer() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    shadow = emajit.init(dict(model.named_parameters()))
+    model(torch.ones(2)).sum().backward()
+    with emajit.ema_scope(model, shadow):
+        inside = model(torch.ones(2)).sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        inside.backward()
+
+
 def test_a_buffer_that_the_forward_replaces() -> None:
     class Counter(nn.Module):
         seen: Tensor
