@@ -123,6 +123,11 @@ class TestLitEma:
             found = checkpoint.read(source, names=names)
             assert_average(found, averages)
         assert (found.layout, found.step, found.decay) == ("LitEma", None, 0.5)
+        model = nn.Sequential(model, nn.BatchNorm1d(3))
+        for buffers in ("ignore", "copy", "average"):
+            ema = LitEma(model, buffers=buffers)
+            found = checkpoint.read(ema.state_dict(), names=model)
+            assert_average(found, ema.named_averages())
         with pytest.raises(ValueError, match="LitEma: expected names, which its keys do not tell"):
             checkpoint.read(source)
         with pytest.raises(ValueError, match=r"LitEma: '0\w+': expected one parameter of that"):

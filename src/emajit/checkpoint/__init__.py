@@ -261,7 +261,7 @@ def read(
 
 
 def _recognised(tree: Any, names: Iterable[str] | torch.nn.Module | None) -> Averaged:
-    found = formats.recognise(tree, _listed(names))
+    found = formats.recognise(tree, _listed(names), _buffers(names))
     if isinstance(names, torch.nn.Module):
         for name, p in names.named_parameters():
             average = found.weights.get(name)
@@ -271,6 +271,12 @@ def _recognised(tree: Any, names: Iterable[str] | torch.nn.Module | None) -> Ave
                     f"{name!r}: expected an average of shape {expected}, found {shape}"
                 )
     return found
+
+
+def _buffers(names: Iterable[str] | torch.nn.Module | None) -> list[str]:
+    if isinstance(names, torch.nn.Module):
+        return [name for name, _ in names.named_buffers()]
+    return []
 
 
 def _listed(names: Iterable[str] | torch.nn.Module | None) -> list[str] | None:

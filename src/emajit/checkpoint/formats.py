@@ -45,8 +45,11 @@ class Averaged(NamedTuple):
     others: int = 0
 
 
-def recognise(tree: Any, names: Names) -> Averaged:
-    """The one average that is in `tree`; ValueError for none, for two, and for a broken one."""
+def recognise(tree: Any, names: Names, buffers: Sequence[str]) -> Averaged:
+    """The one average that is in `tree`; ValueError for none, for two, and for a broken one.
+
+    Only a `LitEma` on its own, whose keys are flattened names, may have averages of `buffers`.
+    """
     try:
         leaves = pytree.tree_leaves(tree)
     except RecursionError:
@@ -59,7 +62,11 @@ def recognise(tree: Any, names: Names) -> Averaged:
             f"expected a mapping of names, found {found_type}{_pickled(leaves)}"
         )
     try:
-        found = [averaged for reader in _READERS if (averaged := reader(tree, names)) is not None]
+        candidates = [
+            *(reader(tree, names) for reader in _READERS),
+            _lit_ema(tree, names and [*names, *buffers]),
+        ]
+        found = [averaged for averaged in candidates if averaged is not None]
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"expected averages in a layout that is known, found {error!r}") from None
     if not found:
@@ -367,7 +374,6 @@ def _emajit(tree: Mapping[str, Any], _: Names) -> Averaged | None:
 _READERS: list[Callable[[Mapping[str, Any], Names], Averaged | None]] = [
     _emajit,
     _emajit_lightning,
-    _lit_ema,
     _averaged_model,
     _timm,
     _ema_pytorch,
