@@ -221,7 +221,10 @@ class TestReconstruct:
         ("arguments", "line"),
         [
             (["nowhere", "--sigma-rel", "0.1", "-o", "x"], "No such file or directory: 'nowhere'"),
-            (["empty", "--sigma-rel", "0.1", "-o", "x"], "expected some of emajit.posthoc.save"),
+            (
+                ["empty", "--sigma-rel", "0.1", "-o", "x"],
+                "empty: expected snapshots of emajit.posthoc.save",
+            ),
             (["broken", "--sigma-rel", "0.1", "-o", "x"], "expected a whole safetensors file"),
             (["run", "--sigma-rel", "0.5", "-o", "x"], "sigma_rel: expected 0 < sigma_rel"),
             (["run", "--sigma-rel", "much", "-o", "x"], "'--sigma-rel'"),

@@ -74,15 +74,15 @@ def reconstruct(
     folder: Annotated[Path, typer.Argument(metavar="SNAPSHOT_DIR", help="With the snapshots.")],
     sigma_rel: Annotated[
         list[float],
-        typer.Option(help="The length that is wanted, relative to the run; or several."),
+        typer.Option(
+            help="The length that is wanted, relative to the run; or several, behind SNAPSHOT_DIR."
+        ),
     ],
     out: Annotated[
         Path,
         typer.Option("--out", "-o", help="The file to write; the folder, for several lengths."),
     ],
-    more: Annotated[
-        list[float] | None, typer.Argument(metavar="[SIGMA_REL]...", hidden=True)
-    ] = None,
+    more: Annotated[list[float] | None, typer.Argument(metavar="SIGMA_REL", hidden=True)] = None,
     step: Annotated[int | None, typer.Option(help="Default: that of the last snapshot.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights in the file.")] = "float32",
     plot: Annotated[

@@ -69,7 +69,7 @@ class Settings:
         try:
             torch.zeros(1, device=self.device).item()
         except (RuntimeError, AssertionError, ModuleNotFoundError) as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).splitlines()[0][:200]
             message = f"--device: expected a usable device, found {self.device!r}: {reason}"
             raise ValueError(message) from None
         try:
@@ -99,8 +99,9 @@ def processes() -> Iterator[tuple[int, int]]:
 
 @dataclass
 class History:
-    """Held-out losses at some steps, the seconds of each step and of its average, the snapshots."""
+    """Held-out losses at some steps, the seconds of each step and of its averages, snapshots."""
 
+    averages: int = 1
     steps: list[int] = field(default_factory=list)
     raw: list[float] = field(default_factory=list)
     averaged: list[float] = field(default_factory=list)
@@ -206,7 +207,7 @@ def train(
     shadow, *tracked = shadows
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     parallel = model if trial.ranks == 1 else DistributedDataParallel(model)
-    history = History()
+    history = History(len(decays))
     interval = max(1, settings.steps // 60)
     for step in range(settings.steps):
         began = clock(device)
@@ -287,6 +288,7 @@ def table(history: History) -> Table:
     step, average = (
         statistics.median(seconds) for seconds in (history.step_seconds, history.average_seconds)
     )
+    several = f" for {history.averages}" if history.averages > 1 else ""
     shown = Table(title=f"After {history.steps[-1]} steps")
     shown.add_column("weights")
     shown.add_column("held-out loss", justify="right")
@@ -297,7 +299,7 @@ def table(history: History) -> Table:
         "averaged",
         f"{history.averaged[-1]:.4f}",
         f"{-history.gain:+.1%}",
-        f"+ {1e3 * average:.3f} ms ({average / (step - average):.1%})",
+        f"+ {1e3 * average:.3f} ms ({average / (step - average):.1%}){several}",
     )
     return shown
 

@@ -170,7 +170,8 @@ def update_(
 ) -> Tree:
     """`update` written into the shadow's own memory; returns `shadow`.
 
-    The results are those of `update`. Everything is checked before the first leaf is written. One
+    The shadow comes first: the other way round, the weights are written. The results are those of
+    `update`. Everything is checked before the first leaf is written. One
     operator then writes all leaves of one kind: float32 and float64 with parameters of the same
     dtype, or what is compiled (with stochastic rounding on the CPU at most 32 leaves at a time).
     Between two operators, and in eager mode between two leaves of any other dtype, Ctrl-C or a lack
@@ -268,7 +269,7 @@ def _warn_of_stall(dtype: torch.dtype) -> None:
         "rounding to nearest loses nearly every step; an average in float32 does not"
     )
     if dtype.itemsize > 1:
-        message += ", nor does rounding='stochastic'"
+        message += ", nor does rounding='stochastic' of emajit.update_"
     warnings.warn(message, UserWarning, stacklevel=6)
 
 

@@ -315,7 +315,9 @@ class LitEma(nn.Module):
         """Inside, `model` computes with the averages; afterwards its training weights are back.
 
         They are never written, and the averages are copied only where their dtype or device is
-        another than the parameter's. With `context` both switches are logged under that name.
+        another than the parameter's. What writes parameters or buffers inside writes the averages:
+        call `model.eval()` before, if buffers are averaged. With `context` both switches are logged
+        under that name.
 
         Raises RuntimeError if the model is inside of a scope already, and ValueError as `forward`.
         """

@@ -34,6 +34,8 @@ def run(
     if len(set(map(_name, sigma_rels))) < len(sigma_rels):
         raise ValueError(f"--sigma-rel: expected different lengths, found {sigma_rels}")
     found = posthoc.snapshots(folder)
+    if not found:
+        raise ValueError(f"{folder}: expected snapshots of emajit.posthoc.save, found none")
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         chosen, solutions = posthoc.plan(found, sigma_rels, step)
