@@ -171,11 +171,11 @@ def update_(
     """`update` written into the shadow's own memory; returns `shadow`.
 
     The shadow comes first: the other way round, the weights are written. The results are those of
-    `update`. Everything is checked before the first leaf is written. One
-    operator then writes all leaves of one kind: float32 and float64 with parameters of the same
-    dtype, or what is compiled (with stochastic rounding on the CPU at most 32 leaves at a time).
-    Between two operators, and in eager mode between two leaves of any other dtype, Ctrl-C or a lack
-    of memory can leave some averaged and some not.
+    `update`. Everything is checked before the first leaf is written. One operator then writes all
+    leaves of one kind: float32 and float64 with parameters of the same dtype, or what is compiled
+    (with stochastic rounding on the CPU at most 32 leaves at a time). Between two operators, and in
+    eager mode between two leaves of any other dtype, Ctrl-C or a lack of memory can leave some
+    averaged and some not.
 
     Raises:
         ValueError: as `update`; also where a leaf of the shadow overlaps the memory of another
