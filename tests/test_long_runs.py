@@ -90,7 +90,7 @@ def test_nothing_grows(make: Callable[[], Callable[[int], object]]) -> None:
     # What leaks grows in both; what another thread makes once, such as Inductor's, in one.
     assert min(b - a for a, b in pairwise(objects)) < 100
     # 8,000 leaks of 1000 numbers would be 32 MB.
-    assert min(b - a for a, b in pairwise(memory)) < 2 * 2**20
+    assert min(b - a for a, b in pairwise(memory)) < 1.5 * 2**20
     assert _compile._compiled.cache_info().currsize == graphs
 
 
