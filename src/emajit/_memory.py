@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -41,6 +41,18 @@ def identity(tensor: Tensor) -> Hashable:
         return id(tensor)
     bits = tensor.is_conj(), tensor.is_neg()
     return address, tensor.shape, tensor.stride(), tensor.dtype, bits
+
+
+def ties(named: Mapping[str, Tensor]) -> dict[str, str]:
+    """Of the names that one tensor has, each but the first, with the first.
+
+    >>> w = torch.ones(1)
+    >>> ties({"a": w, "b": torch.ones(1), "c": w.detach()})
+    {'c': 'a'}
+    """
+    first: dict[Hashable, str] = {}
+    firsts = {name: first.setdefault(identity(tensor), name) for name, tensor in named.items()}
+    return {name: other for name, other in firsts.items() if name != other}
 
 
 def tied(a: Tensor, b: Tensor) -> bool:

@@ -71,20 +71,15 @@ def save(
             raise TypeError(f"metadata: expected strings, found {key!r}: {value!r}")
         if key in ("format", KEY):
             raise ValueError(f"metadata: expected keys of your own, found {key!r}")
-    kept: dict[Hashable, str] = {}
-    tensors: dict[str, Tensor] = {}
-    tied: dict[str, str] = {}
-    for name, leaf in _named("shadow", shadow).items():
+    named = _named("shadow", shadow)
+    for name, leaf in named.items():
         if _shards.is_one(leaf):
             found = _shards.described(leaf)
             raise ValueError(
                 f"{name!r}: expected a whole tensor, found {found}; save_sharded writes those"
             )
-        first = kept.setdefault(_memory.identity(leaf), name)
-        if first == name:
-            tensors[name] = leaf
-        else:
-            tied[name] = first
+    tied = _memory.ties(named)
+    tensors = {name: leaf for name, leaf in named.items() if name not in tied}
     record = Record(taken, tied, own)
     casts = _casts(tensors, dtype)
     files.write_tensors(Path(path), tensors, record.header, record.seed(), casts=casts)
@@ -280,14 +275,12 @@ def _buffers(names: Iterable[str] | torch.nn.Module | None) -> list[str]:
 
 
 def _listed(names: Iterable[str] | torch.nn.Module | None) -> list[str] | None:
-    if isinstance(names, str) or not (
-        names is None or isinstance(names, Iterable | torch.nn.Module)
-    ):
-        raise TypeError(f"names: expected a list of names, or the model, found {names!r}")
-    if isinstance(names, torch.nn.Module):
-        return [name for name, _ in names.named_parameters()]
     if names is None:
         return None
+    if isinstance(names, torch.nn.Module):
+        return [name for name, _ in names.named_parameters()]
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise TypeError(f"names: expected a list of names, or the model, found {names!r}")
     listed = [*names]
     for name in listed:
         if not isinstance(name, str):
@@ -359,7 +352,9 @@ def write(
     state = formats.written(averaged, layout, _listed(names))
     if as_safetensors:
         weights = {name: v for name, v in state.items() if name not in formats.CONTROLS}
-        casts, header = _casts(weights, dtype), {"format": "pt", **_ties(state)}
+        casts, header = _casts(weights, dtype), {"format": "pt"}
+        if tied := _memory.ties(state):  # of which safetensors itself keeps copies
+            header[_TIED] = json.dumps(tied)
         files.write_tensors(path, state, lambda *_: header, casts=casts, tell=tell)
     else:
         files.write_torch(path, {"state_dict": state} if layout == "litema" else state, tell)
@@ -374,16 +369,8 @@ def _parameters(averaged: Averaged, model: torch.nn.Module) -> Averaged:
     )
 
 
-def _ties(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """For the header of a file, which names are of one tensor: safetensors itself keeps copies."""
-    first: dict[Hashable, str] = {}
-    names = {name: first.setdefault(_memory.identity(v), name) for name, v in state.items()}
-    tied = {name: other for name, other in names.items() if name != other}
-    return {_TIED: json.dumps(tied)} if tied else {}
-
-
 def _tie(path: Path, held: dict[str, Tensor], ties: str) -> None:
-    """Make one tensor of those that `_ties` tells, where they still have the same numbers."""
+    """Make one tensor of those that were tied, where they still have the same numbers."""
     try:
         for name, other in json.loads(ties).items():
             if torch.equal(held[name], held[other]):

@@ -538,11 +538,9 @@ def written(averaged: Averaged, layout: str, names: Names) -> dict[str, Any]:
 
 def _averages(averaged: Averaged) -> dict[str, Tensor]:
     """The averages, of what is tied under its first name."""
-    first: dict[Any, str] = {}
-    for name, value in averaged.weights.items():
-        if name not in averaged.raw_only:
-            first.setdefault(_memory.identity(value), name)
-    return {name: averaged.weights[name] for name in first.values()}
+    named = {n: v for n, v in averaged.weights.items() if n not in averaged.raw_only}
+    tied = _memory.ties(named)
+    return {name: value for name, value in named.items() if name not in tied}
 
 
 def _known(what: str, layout: str, averaged: Averaged) -> Any:
