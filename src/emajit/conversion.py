@@ -132,8 +132,10 @@ def _told(found: Averaged, layout: str, console: Console) -> Iterator[Callable[[
 
 
 def _lines(names: Path | None) -> list[str] | None:
+    if names is None:
+        return None
     try:
-        text = "" if names is None else names.read_text(encoding="utf-8-sig")
+        text = names.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"--names: expected a text file, one name a line, found {names}") from None
-    return None if names is None else [name for line in text.splitlines() if (name := line.strip())]
+    return [name for line in text.splitlines() if (name := line.strip())]

@@ -101,7 +101,7 @@ def processes() -> Iterator[tuple[int, int]]:
 class History:
     """Held-out losses at some steps, the seconds of each step and of its averages, snapshots."""
 
-    averages: int = 1
+    averages: int
     steps: list[int] = field(default_factory=list)
     raw: list[float] = field(default_factory=list)
     averaged: list[float] = field(default_factory=list)
