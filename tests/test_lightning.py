@@ -310,6 +310,16 @@ def saved(folder: Path, save: Any = "raw") -> tuple[Path, EMACallback, Regressio
     return folder / "saved.ckpt", callback, model
 
 
+def assert_begins_anew(folder: Path, callback: EMACallback, other: Regression) -> None:
+    """`other`, which is `model_of(1)`, is tested as it is, and fit as with a new callback."""
+    trainer_of(folder, callback).test(other, data(2), verbose=False)
+    assert_equal(other.seen["test"], weights(other))
+    trainer_of(folder, callback).fit(other, data())
+    alone, expected = EMACallback(DECAY), model_of(1)
+    trainer_of(folder, alone).fit(expected, data())
+    assert_equal(averages(callback, other), averages(alone, expected))
+
+
 class TestOfWhichWeights:
     def test_another_module_is_evaluated_as_it_is(self, tmp_path: Path) -> None:
         file, callback, _ = saved(tmp_path)
@@ -406,16 +416,11 @@ class TestOfWhichWeights:
 
     def test_a_training_that_does_not_begin(self, tmp_path: Path) -> None:
         _, callback, _ = saved(tmp_path)
-        other, alone = model_of(1), EMACallback(DECAY)
+        other = model_of(1)
         with pytest.raises(TypeError), pytest.MonkeyPatch.context() as patch:
             patch.setattr(other, "configure_optimizers", lambda: 1 / "0")  # type: ignore[operator]
             trainer_of(tmp_path, callback).fit(other, data())
-        trainer_of(tmp_path, callback).test(other, data(2), verbose=False)
-        assert_equal(other.seen["test"], weights(other))
-        trainer_of(tmp_path, callback).fit(other, data())
-        expected = model_of(1)
-        trainer_of(tmp_path, alone).fit(expected, data())
-        assert_equal(averages(callback, other), averages(alone, expected))
+        assert_begins_anew(tmp_path, callback, other)
 
     def test_what_was_loaded_and_not_used(self, tmp_path: Path) -> None:
         """By a run that had ended before, and by one that failed."""
@@ -428,13 +433,7 @@ class TestOfWhichWeights:
                     trainer_of(tmp_path, callback).test(resumed, ckpt_path=file, verbose=False)
             else:
                 trainer_of(tmp_path, callback).fit(resumed, data(), ckpt_path=file)
-            other, alone = model_of(1), EMACallback(DECAY)
-            trainer_of(tmp_path, callback).test(other, data(2), verbose=False)
-            assert_equal(other.seen["test"], weights(other))
-            trainer_of(tmp_path, callback).fit(other, data())
-            expected = model_of(1)
-            trainer_of(tmp_path, alone).fit(expected, data())
-            assert_equal(averages(callback, other), averages(alone, expected))
+            assert_begins_anew(tmp_path, callback, model_of(1))
 
     def test_what_was_loaded_is_for_its_module(self, tmp_path: Path) -> None:
         file, before, model = saved(tmp_path)

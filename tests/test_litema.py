@@ -945,14 +945,19 @@ class TestBuffers:
         ema.copy_to(start.eval())
         assert torch.equal(start(x), inside)
 
-    @pytest.mark.parametrize("buffers", ["copy", "average"])
-    def test_stored_and_restored(self, buffers: Any) -> None:
+    def stored(self, buffers: Any) -> tuple[nn.Sequential, LitEma, dict[str, Tensor]]:
+        """A model whose statistics moved on after the last update, and its state at `store`."""
         model = self.model()
         ema = LitEma(model, 0.75, use_num_upates=False, buffers=buffers)
         self.train(model, ema)
         model(torch.randn(8, 2) + 5)
         training = copy.deepcopy(model.state_dict())
         ema.store(model.parameters())
+        return model, ema, training
+
+    @pytest.mark.parametrize("buffers", ["copy", "average"])
+    def test_stored_and_restored(self, buffers: Any) -> None:
+        model, ema, training = self.stored(buffers)
         for _ in range(2):
             ema.copy_to(model)
             assert not torch.equal(model.state_dict()["1.running_mean"], training["1.running_mean"])
@@ -980,11 +985,7 @@ class TestBuffers:
         "wrapped", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")]
     )
     def test_copied_to_a_wrapper_that_is_gone(self, wrapped: Any) -> None:
-        model = self.model()
-        ema = LitEma(model, 0.75, use_num_upates=False, buffers="average")
-        self.train(model, ema)
-        training = copy.deepcopy(model.state_dict())
-        ema.store(model.parameters())
+        model, ema, training = self.stored("average")
         ema.copy_to(wrapped(model))
         ema.copy_to(model)
         gc.collect()
@@ -992,11 +993,7 @@ class TestBuffers:
         assert_close(model.state_dict(), training, rtol=0, atol=0)
 
     def test_restored_in_a_copy(self) -> None:
-        model = self.model()
-        ema = LitEma(model, 0.75, use_num_upates=False, buffers="average")
-        self.train(model, ema)
-        training = copy.deepcopy(model.state_dict())
-        ema.store(model.parameters())
+        model, ema, training = self.stored("average")
         ema.copy_to(model)
         other, its = pickle.loads(pickle.dumps((model, ema)))
         its.restore(other.parameters())
@@ -1018,10 +1015,7 @@ class TestBuffers:
             assert_close(model.state_dict(), expected, rtol=0, atol=0)
 
     def test_a_buffer_of_another_shape_stays(self) -> None:
-        model = self.model()
-        ema = LitEma(model, 0.75, use_num_upates=False, buffers="average")
-        self.train(model, ema)
-        ema.store(model.parameters())
+        model, ema, _ = self.stored("average")
         ema.copy_to(model)
         model[1].running_mean = torch.zeros(2, len(model.get_buffer("1.running_mean")))
         ema.restore(model.parameters())
