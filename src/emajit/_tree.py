@@ -128,25 +128,17 @@ def align(shadow: PyTree, params: PyTree, *, writable: bool = False, repeats: in
     flat = _flat(shadow, params)
     if flat is not None and _host.are_in(flat[0]):
         flat = None
+    # Plain leaves first: whether some are shards takes as long to ask as what is known of them.
+    known = writable and flat and _known(shadow, flat, repeats)
+    if known:
+        return known
     if flat is not None and _shards.are_in(chain(*flat)):
         flat = _local(*flat)
-    if flat is None or not writable:
-        return _paired(shadow, params, flat, writable=writable)
-    leaves = flat[0] + flat[1][: len(flat[1]) // max(1, repeats)]
-    addresses = _addresses(leaves)
-    if addresses is None:
-        return _paired(shadow, params, flat, writable=True)
-    memo = _memos.get((repeats, addresses))
-    if memo is None or not memo.fits(leaves):
-        pairs = _paired(shadow, params, flat, writable=True)
-        if len(_memos) >= 64:
-            _memos.clear()
-        memo = _memos[repeats, addresses] = _memo(leaves, pairs)
-        return pairs._replace(memo=memo)
-    if len(memo.first) == len(flat[0]):
-        return Pairs(shadow, *flat, memo.slots, memo)
-    shadows, partners = ([tree[i] for i in memo.first] for tree in flat)
-    return Pairs(shadow, shadows, partners, memo.slots, memo)
+        known = writable and flat and _known(shadow, flat, repeats)
+        if known:
+            return known
+    pairs = _paired(shadow, params, flat, writable=writable)
+    return _remembered(pairs, flat, repeats) if writable and flat else pairs
 
 
 def _paired(
@@ -239,7 +231,35 @@ class Memo(NamedTuple):
         return bool(self.guards.check(*leaves))
 
 
-_memos: dict[tuple[int, tuple[int, ...]], Memo] = {}
+_memos: dict[tuple[int, tuple[int, ...] | None], Memo] = {}
+
+
+def _known(shadow: PyTree, flat: tuple[list[Any], list[Any]], repeats: int) -> Pairs | None:
+    """The pairs as an earlier call has found them of the same memory."""
+    leaves = _different(flat, repeats)
+    memo = _memos.get((repeats, _addresses(leaves)))
+    if memo is None or not memo.fits(leaves):
+        return None
+    if len(memo.first) == len(flat[0]):
+        return Pairs(shadow, *flat, memo.slots, memo)
+    shadows, params = ([tree[i] for i in memo.first] for tree in flat)
+    return Pairs(shadow, shadows, params, memo.slots, memo)
+
+
+def _remembered(pairs: Pairs, flat: tuple[list[Any], list[Any]], repeats: int) -> Pairs:
+    leaves = _different(flat, repeats)
+    addresses = _addresses(leaves)
+    if addresses is None:
+        return pairs
+    if len(_memos) >= 64:
+        _memos.clear()
+    memo = _memos[repeats, addresses] = _memo(leaves, pairs)
+    return pairs._replace(memo=memo)
+
+
+def _different(flat: tuple[list[Any], list[Any]], repeats: int) -> list[Any]:
+    shadows, params = flat
+    return shadows + params[: len(params) // max(1, repeats)]
 
 
 def _addresses(leaves: list[Any]) -> tuple[int, ...] | None:

@@ -220,7 +220,8 @@ def prepare(
     if _host.is_used() and not (on_host and writable):
         _host.refuse(pairs.shadows, pairs.params)
     several = len(weights)
-    shadows, partners = (_tree.interleave(t, several) for t in (pairs.shadows, pairs.params))
+    shadows = _tree.interleave(pairs.shadows, several)
+    partners = _tree.interleave(pairs.params, several)
     repeated = weights * (len(shadows) // max(1, several))
     noise = None
     if rounding == "stochastic":
@@ -297,6 +298,11 @@ def _places(pairs: _tree.Pairs) -> tuple[list[str], list[Any]]:
     return paths, pairs.regions()
 
 
+# `float` first: to ask `Real` takes longer, and so does to make a union in each call.
+_INTEGERS = int, torch.SymInt
+_NUMBERS = float, Real, torch.SymFloat, torch.SymInt
+
+
 def _weights(decay: Decay | Schedule | list[Any], step: Step) -> list[Weight]:
     step = _checked_step(step)
     if isinstance(decay, list):
@@ -314,7 +320,7 @@ def _weight(decay: Decay | Schedule, step: Step) -> Weight:
         if beta.device.type != "cpu" or _memory.is_traced():
             return 1.0 - beta.detach().to(torch.float64)
         beta = float(beta.detach())  # in host memory, so nothing waits for it
-    if not isinstance(beta, Real | torch.SymFloat | torch.SymInt):
+    if not isinstance(beta, _NUMBERS):
         found = getattr(beta, "__qualname__", type(beta).__qualname__)
         raise TypeError(f"decay: expected a number, a 0-d tensor or a schedule, found {found}")
     if not 0.0 <= beta <= 1.0:
@@ -330,7 +336,7 @@ def _checked_step(step: Step) -> Step:
             found = f"shape {tuple(step.shape)} and {step.dtype}"
             raise ValueError(f"step: expected an int or a 0-d integer tensor, found {found}")
         return step
-    if not isinstance(step, int | torch.SymInt):
+    if not isinstance(step, _INTEGERS):
         if not hasattr(step, "__index__"):
             raise TypeError(f"step: expected an int or a 0-d integer tensor, found {step!r}")
         step = operator.index(step)

@@ -34,17 +34,18 @@ _RANGES = {"decay": (0, 1), "num_updates": (-1, 2**31 - 1)}
 _warmup = functools.lru_cache(schedules.warmup)
 
 
-def _is_on_host(tensor: Tensor) -> bool:
-    """Whether it may be read: nothing waits for it, and it is no part of a trace."""
-    return tensor.is_cpu and not torch.compiler.is_compiling()
-
-
-def _check_not_captured() -> None:
-    if torch.cuda.is_current_stream_capturing():
+def _check_not_captured(averages: dict[str, Tensor]) -> None:
+    on_gpu = averages and next(iter(averages.values())).is_cuda
+    if on_gpu and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "num_updates: expected it on the device of a CUDA graph, which would repeat a step of "
             "the warm-up for ever, found it on cpu; move the LitEma there before"
         )
+
+
+def step_of(updates: int | Tensor) -> int | Tensor:
+    """The step of an update: of a count that stays at -1, without warm-up, it is 0."""
+    return updates if isinstance(updates, Tensor) else max(0, updates)
 
 
 class LitEma(nn.Module):
@@ -160,7 +161,8 @@ class LitEma(nn.Module):
         has a trainable one that is not averaged, or a shape differs; TypeError for what is no
         module, and RuntimeError inside of a scope.
         """
-        averages, params, step, decay = self._due(model)
+        averages, params, updates, decay = self._due(model)
+        step = step_of(updates)
         try:
             functional.update_(averages, params, step, decay=decay, backend=self.backend)
         except ValueError:  # to ask each tensor for its device before takes as long as to update it
@@ -171,12 +173,12 @@ class LitEma(nn.Module):
             if all(there[name] is p for name, p in params.items()):
                 raise
             functional.update_(averages, there, step, decay=decay, backend=self.backend)
-        self._done(model)
+        self._done(model, updates)
 
     def _due(
         self, model: nn.Module
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], int | Tensor, float | Tensor]:
-        """The next update: the averages, their parameters, the step and the decay."""
+        """The next update: the averages, their parameters, the updates so far and the decay."""
         averages, params = self._pairs(model)
         if self._copied:
             copies = self._copies()
@@ -185,20 +187,23 @@ class LitEma(nn.Module):
                 {name: tensor for name, tensor in tensors.items() if name not in copies}
                 for tensors in (averages, params)
             )
+        updates = self._updates()
+        if isinstance(updates, int) and updates >= 0:
+            _check_not_captured(averages)
+        return averages, params, updates, self._decay_at(updates)
+
+    def _updates(self) -> int | Tensor:
+        """How many there were, -1 without warm-up; a tensor where that must not be read."""
         updates = self._control("num_updates")
-        if not _is_on_host(updates):
-            return averages, params, updates, self._decay_on_device()
-        step = int(updates)
-        if step >= 0 and averages and next(iter(averages.values())).is_cuda:
-            _check_not_captured()
-        return averages, params, max(0, step), self._decay_on_host()
+        on_host = updates.is_cpu and not torch.compiler.is_compiling()
+        return int(updates) if on_host else updates
 
     def _copies(self) -> dict[str, Tensor]:
         """The copies of buffers, under the names of the model seen last."""
         names = [name for name, key in self._keys.items() if key in self._copied]
         return {name: self.get_buffer(self._keys[name]) for name in names}
 
-    def _done(self, model: nn.Module, unless: Tensor | None = None) -> None:
+    def _done(self, model: nn.Module, updates: int | Tensor, unless: Tensor | None = None) -> None:
         """Copy buffers and count an update; a flag on the device may say that it was left out."""
         if self._copied:
             copies, buffers = self._copies(), dict(model.named_buffers())
@@ -207,16 +212,15 @@ class LitEma(nn.Module):
                 pairs = zip(copies.values(), values, strict=True)
                 values = [torch.where(unless, old, new) for old, new in pairs]
             _copy([*copies.values()], values)
-        updates = self._control("num_updates")
         if unless is not None:  # only the device knows, so that is where the updates are counted
             self.decay, self.num_updates = (
                 control.to(unless.device) for control in (self.decay, self.num_updates)
             )
             self.num_updates.add_((self.num_updates >= 0) & ~unless)
-        elif not _is_on_host(updates):
+        elif isinstance(updates, Tensor):
             updates.add_(updates >= 0)
-        elif int(updates) >= 0:
-            updates.add_(1)
+        elif updates >= 0:
+            self._control("num_updates").add_(1)
         self._untouched.clear()
         vars(self)["_is_updated"] = True  # past the checks of Module.__setattr__, a microsecond
 
@@ -228,11 +232,12 @@ class LitEma(nn.Module):
     # Another one, from a checkpoint, is taken for the number of 7 decimals that has this float32,
     # if there is one: 1 minus the float32 of 0.9999 is 1.7e-4 of itself above 1e-4.
 
-    def _decay_on_host(self) -> float:
+    def _decay_at(self, updates: int | Tensor) -> float | Tensor:
         """In Python numbers, which take a tenth of the time of a dozen 0-d tensor operators."""
-        step, held = int(self._control("num_updates")), float(self._control("decay"))
-        decay = _decay.decimal(held, self._written_decay)
-        return decay if step < 0 else float(_warmup(decay)(step))
+        if isinstance(updates, Tensor):
+            return self._decay_on_device()
+        decay = _decay.decimal(float(self._control("decay")), self._written_decay)
+        return decay if updates < 0 else float(_warmup(decay)(updates))
 
     def _decay_on_device(self) -> Tensor:
         """In tensors that are never read back."""
@@ -530,12 +535,12 @@ def _named_parameters(model: nn.Module) -> dict[str, Tensor]:
     That asks of each parameter whether it was there before; here ties are looked for once.
     """
     if getattr(model.named_parameters, "__func__", None) is nn.Module.named_parameters:
-        params = {
-            f"{prefix}.{name}" if prefix else name: p
-            for prefix, module in model.named_modules()
-            for name, p in module._parameters.items()
-            if p is not None
-        }
+        params = {}
+        for prefix, module in model.named_modules():
+            start = prefix and f"{prefix}."
+            for name, p in module._parameters.items():
+                if p is not None:
+                    params[start + name] = p
         if len(set(map(id, params.values()))) == len(params):
             return params
     return dict(model.named_parameters())

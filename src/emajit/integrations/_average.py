@@ -40,14 +40,8 @@ class Average(LitEma):
         vars(self)["_schedule"] = decay  # before LitEma chooses keys that nothing has
         super().__init__(model, dtype=dtype, buffers=buffers)
 
-    def _decay_on_host(self) -> Any:
-        return self._decay_at(int(self.num_updates))
-
-    def _decay_on_device(self) -> Any:
-        return self._decay_at(self.num_updates)
-
-    def _decay_at(self, step: int | Tensor) -> Any:
-        return self._schedule(step) if callable(self._schedule) else self._schedule
+    def _decay_at(self, updates: int | Tensor) -> Any:
+        return self._schedule(updates) if callable(self._schedule) else self._schedule
 
     def state(self) -> dict[str, Any]:
         """What `restore_state` goes on from, in whole tensors; to be called by all processes."""
