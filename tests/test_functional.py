@@ -345,6 +345,47 @@ class TestRepeatedUpdates:
         with pytest.raises(ValueError, match=message):
             emajit.update_(shadow, params, 2, decay=0.5)
 
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("decay", 1.5),
+            ("decay", -0.5),
+            ("decay", math.nan),
+            ("step", -1),
+            ("rounding", "up"),
+            ("nonfinite", "ignore"),
+            ("backend", "fast"),
+        ],
+    )
+    def test_what_is_wrong_later_is_told(self, name: str, value: Any) -> None:
+        shadow, params = {"w": torch.zeros(4)}, {"w": torch.ones(4)}
+        given: dict[str, Any] = {"step": 2, "decay": 0.5}
+        for _ in range(2):
+            emajit.update_(shadow, params, **given)
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            emajit.update_(shadow, params, **{**given, name: value})
+        assert shadow["w"].tolist() == [0.75] * 4
+
+    def test_an_option_that_is_given_later_counts(self) -> None:
+        shadow, params = {"w": torch.zeros(2)}, {"w": torch.ones(2)}
+        for step in range(2):
+            emajit.update_(shadow, params, step, decay=0.5)
+        params["w"][0] = math.nan
+        emajit.update_(shadow, params, 2, decay=0.5, nonfinite="skip")
+        assert shadow["w"].tolist() == [0.75, 0.875]
+        emajit.update_(shadow, params, 3, decay=0.5)
+        assert shadow["w"][0].isnan()
+
+    def test_inside_of_a_scope_each_call_is_refused(self) -> None:
+        model = nn.Linear(2, 2)
+        params, other = dict(model.named_parameters()), emajit.init(dict(model.named_parameters()))
+        shadow = {name: torch.zeros_like(p) for name, p in other.items()}
+        with emajit.ema_scope(model, other):
+            for step in range(3):
+                with pytest.raises(RuntimeError, match="outside of ema_scope"):
+                    emajit.update_(shadow, params, step, decay=0.5)
+        assert not any(leaf.any() for leaf in shadow.values())
+
     def test_one_tensor_twice_becomes_a_part_of_itself(self) -> None:
         shadow, both = {"a": torch.zeros(4), "b": torch.zeros(4)}, torch.ones(4)
         for step in range(2):

@@ -71,6 +71,11 @@ class Work(NamedTuple):
         )
 
     @property
+    def is_traced(self) -> bool:
+        """As `_memory.is_traced`; a trace has no memo."""
+        return self.memo is None and _memory.is_traced()
+
+    @property
     def device(self) -> torch.device:
         return self.shadows[0].device if self.shadows else torch.device("cpu")
 
@@ -92,7 +97,7 @@ class Work(NamedTuple):
 
 def average(work: Work, backend: str) -> list[Tensor]:
     """`_kernels.average`, each leaf in the way that suits it."""
-    if _memory.is_traced():
+    if work.is_traced:
         return _kernels.average(*work.arguments())
     if _is_one_lerp(work, backend):
         return [*map(_laid_out_as, work.shadows, _kernels.foreach_average(*work[:3]))]
@@ -104,7 +109,7 @@ def average(work: Work, backend: str) -> list[Tensor]:
 
 def average_(work: Work, backend: str) -> None:
     """`_kernels.average_`, each leaf in the way that suits it."""
-    if _memory.is_traced():
+    if work.is_traced:
         _kernels.average_(*work.arguments())
     elif _is_one_lerp(work, backend):
         _kernels.foreach_average_(*work[:3])

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Region(NamedTuple):
@@ -32,8 +32,8 @@ def is_one(leaf: Any) -> bool:
 
 def are_in(leaves: Iterable[Any]) -> bool:
     """Whether a DTensor is among the leaves."""
-    kind = _kind()
-    return bool(kind) and any(issubclass(other, kind) for other in set(map(type, leaves)))
+    others = set(map(type, leaves)) - {Tensor, nn.Parameter}
+    return bool(others) and any(issubclass(other, _kind()) for other in others)
 
 
 def local(leaves: Iterable[Any]) -> list[Any]:

@@ -128,17 +128,19 @@ def align(shadow: PyTree, params: PyTree, *, writable: bool = False, repeats: in
     flat = _flat(shadow, params)
     if flat is not None and _host.are_in(flat[0]):
         flat = None
-    # Plain leaves first: whether some are shards takes as long to ask as what is known of them.
-    known = writable and flat and _known(shadow, flat, repeats)
-    if known:
-        return known
     if flat is not None and _shards.are_in(chain(*flat)):
         flat = _local(*flat)
-        known = writable and flat and _known(shadow, flat, repeats)
-        if known:
-            return known
-    pairs = _paired(shadow, params, flat, writable=writable)
-    return _remembered(pairs, flat, repeats) if writable and flat else pairs
+    if flat is None or not writable:
+        return _paired(shadow, params, flat, writable=writable)
+    leaves = flat[0] + flat[1][: len(flat[1]) // max(1, repeats)]
+    pairs = _known(shadow, flat, leaves)
+    return pairs or _remembered(_paired(shadow, params, flat, writable=True), leaves)
+
+
+def known(shadow: PyTree, params: PyTree) -> Pairs | None:
+    """`align` of plain leaves that it has found writable, if all is as it was then; else None."""
+    flat = _flat(shadow, params)
+    return flat and _known(shadow, flat, flat[0] + flat[1])
 
 
 def _paired(
@@ -234,32 +236,25 @@ class Memo(NamedTuple):
 _memos: dict[tuple[int, tuple[int, ...] | None], Memo] = {}
 
 
-def _known(shadow: PyTree, flat: tuple[list[Any], list[Any]], repeats: int) -> Pairs | None:
+def _known(shadow: PyTree, flat: tuple[list[Any], list[Any]], leaves: list[Any]) -> Pairs | None:
     """The pairs as an earlier call has found them of the same memory."""
-    leaves = _different(flat, repeats)
-    memo = _memos.get((repeats, _addresses(leaves)))
+    memo = _memos.get((len(flat[0]), _addresses(leaves)))
     if memo is None or not memo.fits(leaves):
         return None
     if len(memo.first) == len(flat[0]):
-        return Pairs(shadow, *flat, memo.slots, memo)
+        return Pairs(shadow, flat[0], flat[1], memo.slots, memo)
     shadows, params = ([tree[i] for i in memo.first] for tree in flat)
     return Pairs(shadow, shadows, params, memo.slots, memo)
 
 
-def _remembered(pairs: Pairs, flat: tuple[list[Any], list[Any]], repeats: int) -> Pairs:
-    leaves = _different(flat, repeats)
+def _remembered(pairs: Pairs, leaves: list[Any]) -> Pairs:
     addresses = _addresses(leaves)
     if addresses is None:
         return pairs
     if len(_memos) >= 64:
         _memos.clear()
-    memo = _memos[repeats, addresses] = _memo(leaves, pairs)
+    memo = _memos[len(pairs.slots), addresses] = _memo(leaves, pairs)
     return pairs._replace(memo=memo)
-
-
-def _different(flat: tuple[list[Any], list[Any]], repeats: int) -> list[Any]:
-    shadows, params = flat
-    return shadows + params[: len(params) // max(1, repeats)]
 
 
 def _addresses(leaves: list[Any]) -> tuple[int, ...] | None:
