@@ -7,14 +7,12 @@ from functools import lru_cache
 
 
 @lru_cache
-def decimal(held: float, written: float | None = None) -> float:
-    """The one written, if it has that float32, else one of 7 decimals, or what is held itself.
+def decimal(held: float) -> float:
+    """The number of 7 decimals that has this float32, if there is one, or what is held itself.
 
     >>> decimal(0.9998999834060669)
     0.9999
     """
-    if written is not None and float32(written) == held:
-        return written
     short = round(held, 7)
     return short if float32(short) == held else held
 

@@ -20,7 +20,7 @@ from emajit import _compile, _host, _kernels, _memory, _shards, functional, scop
 from emajit._compile import Work
 from emajit._rounding import Keys
 from emajit.functional import Decay, Schedule, Step
-from emajit.litema import LitEma, step_of
+from emajit.litema import LitEma
 
 _GRAPHS = 8
 
@@ -139,7 +139,7 @@ class FusedOptimizer:
         if not graph or not self._run(graph, key, work, scale, skipped):
             self._one_after_the_other(work, scale, skipped)
         if isinstance(self._ema, LitEma):
-            self._ema._done(self._params, self._ema._updates(), unless=skipped)
+            self._ema._done(self._params, self._ema.num_updates, unless=skipped)
 
     def _skipped(self) -> Tensor | None:
         """A flag on the device, whether the step is to be left out; None without GradScaler."""
@@ -159,7 +159,8 @@ class FusedOptimizer:
             if step is not None:
                 raise TypeError(f"step: expected none, since a LitEma counts, found {step}")
             shadow, params, updates, decay = shadow._due(params)
-            step, options = step_of(updates), (decay, "nearest", "propagate")
+            step = updates if isinstance(updates, Tensor) else max(0, updates)
+            options = (decay, "nearest", "propagate")
         elif step is None:
             raise TypeError("step: expected the number of updates so far, found None")
         _, work = functional.prepare(shadow, params, step, *options, writable=True)

@@ -43,11 +43,6 @@ def _check_not_captured(averages: dict[str, Tensor]) -> None:
         )
 
 
-def step_of(updates: int | Tensor) -> int | Tensor:
-    """The step of an update: of a count that stays at -1, without warm-up, it is 0."""
-    return updates if isinstance(updates, Tensor) else max(0, updates)
-
-
 class LitEma(nn.Module):
     """Averages of a model's trainable parameters, held as the buffers of a module.
 
@@ -117,7 +112,8 @@ class LitEma(nn.Module):
         self.backend = backend
         self.m_name2s_name: dict[str, str] = {}
         self.collected_params: list[Tensor] = []
-        self._written_decay, self._first_update = float(decay), 0 if use_num_upates else -1
+        self._written_decay = float(decay), _decay.float32(decay)
+        self._first_update = 0 if use_num_upates else -1
         self._is_updated = False
         # Keys of averages that were neither updated nor loaded, and of those among them that are
         # to start from the model at the next use.
@@ -162,7 +158,7 @@ class LitEma(nn.Module):
         module, and RuntimeError inside of a scope.
         """
         averages, params, updates, decay = self._due(model)
-        step = step_of(updates)
+        step = updates if isinstance(updates, Tensor) else max(0, updates)
         try:
             functional.update_(averages, params, step, decay=decay, backend=self.backend)
         except ValueError:  # to ask each tensor for its device before takes as long as to update it
@@ -178,7 +174,10 @@ class LitEma(nn.Module):
     def _due(
         self, model: nn.Module
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], int | Tensor, float | Tensor]:
-        """The next update: the averages, their parameters, the updates so far and the decay."""
+        """The next update: the averages, their parameters, the updates so far and the decay.
+
+        The number of updates is -1 without warm-up, and a tensor where it must not be read.
+        """
         averages, params = self._pairs(model)
         if self._copied:
             copies = self._copies()
@@ -187,16 +186,12 @@ class LitEma(nn.Module):
                 {name: tensor for name, tensor in tensors.items() if name not in copies}
                 for tensors in (averages, params)
             )
-        updates = self._updates()
-        if isinstance(updates, int) and updates >= 0:
-            _check_not_captured(averages)
+        updates: Any = self._buffers["num_updates"]
+        if updates.is_cpu and not torch.compiler.is_compiling():
+            updates = updates.item()
+            if updates >= 0:
+                _check_not_captured(averages)
         return averages, params, updates, self._decay_at(updates)
-
-    def _updates(self) -> int | Tensor:
-        """How many there were, -1 without warm-up; a tensor where that must not be read."""
-        updates = self._control("num_updates")
-        on_host = updates.is_cpu and not torch.compiler.is_compiling()
-        return int(updates) if on_host else updates
 
     def _copies(self) -> dict[str, Tensor]:
         """The copies of buffers, under the names of the model seen last."""
@@ -220,13 +215,9 @@ class LitEma(nn.Module):
         elif isinstance(updates, Tensor):
             updates.add_(updates >= 0)
         elif updates >= 0:
-            self._control("num_updates").add_(1)
+            self.num_updates.add_(1)
         self._untouched.clear()
         vars(self)["_is_updated"] = True  # past the checks of Module.__setattr__, a microsecond
-
-    def _control(self, name: str) -> Tensor:
-        buffers: dict[str, Any] = self._buffers
-        return buffers[name]  # type: ignore[no-any-return]  # past Module.__getattr__, half a us
 
     # The decay that was given counts as it was written, while the float32 buffer still holds it.
     # Another one, from a checkpoint, is taken for the number of 7 decimals that has this float32,
@@ -236,20 +227,23 @@ class LitEma(nn.Module):
         """In Python numbers, which take a tenth of the time of a dozen 0-d tensor operators."""
         if isinstance(updates, Tensor):
             return self._decay_on_device()
-        decay = _decay.decimal(float(self._control("decay")), self._written_decay)
+        buffer: Any = self._buffers["decay"]
+        held = buffer.item()
+        written, as_held = self._written_decay
+        decay = written if held == as_held else _decay.decimal(held)
         return decay if updates < 0 else float(_warmup(decay)(updates))
 
     def _decay_on_device(self) -> Tensor:
         """In tensors that are never read back."""
+        written, as_held = self._written_decay
         if not (self._is_updated or torch.compiler.is_compiling()):
             averaged = {*self.m_name2s_name.values()} - self._copied
             dtypes = {self.get_buffer(key).dtype for key in averaged}
-            functional.warn_of_stalls(dtypes, 1.0 - self._written_decay)
+            functional.warn_of_stalls(dtypes, 1.0 - written)
         held = self.decay.to(torch.float64)
         decimal = torch.round(held, decimals=7)
         decay = torch.where(decimal.to(torch.float32) == self.decay, decimal, held)
-        given = self.decay == _decay.float32(self._written_decay)
-        decay = torch.where(given, self._written_decay, decay)
+        decay = torch.where(self.decay == as_held, written, decay)
         warm = torch.as_tensor(schedules.warmup(decay)(self.num_updates))
         return torch.where(self.num_updates < 0, decay, warm)
 
@@ -437,7 +431,7 @@ class LitEma(nn.Module):
             if self.get_buffer(key).is_meta:
                 continue
             if key in _RANGES:
-                first = self._written_decay if key == "decay" else self._first_update
+                first = self._written_decay[0] if key == "decay" else self._first_update
                 self.get_buffer(key).fill_(first)
             else:
                 self._orphans.add(key)
