@@ -108,7 +108,7 @@ def eager_average_(
             s.copy_(blend(s, p, w, skip, key))
 
 
-_FULL = {(dtype, dtype) for dtype in (torch.float32, torch.float64)}
+FULL = {(dtype, dtype) for dtype in (torch.float32, torch.float64)}
 
 
 def lerps(
@@ -118,7 +118,7 @@ def lerps(
 
     It is not for a weight that is a tensor, for which it launches one kernel a leaf.
     """
-    return not skip and dtypes <= _FULL and set(map(type, weights)) == {float}
+    return not skip and dtypes <= FULL and set(map(type, weights)) == {float}
 
 
 def foreach_average(

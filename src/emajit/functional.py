@@ -215,14 +215,11 @@ def _repeat_(shadow: Any, params: Any, step: Any, decay: Any) -> bool:
     if not (type(decay) is float and 0.0 <= decay <= 1.0 and type(step) is int and step >= 0):
         return False
     pairs = _tree.known(shadow, params)
-    if pairs is None or pairs.memo is None:
-        return False
-    weights: list[Weight] = [1.0 - decay] * len(pairs.shadows)
-    if not _kernels.lerps(pairs.memo.dtypes, weights, skip=False):
+    if not (pairs and pairs.memo and pairs.shadows and pairs.memo.dtypes <= _kernels.FULL):
         return False
     scope.check_outside(pairs.params)
     with torch.set_grad_enabled(False):
-        _kernels.foreach_average_(pairs.shadows, pairs.params, weights)
+        torch._foreach_lerp_(pairs.shadows, pairs.params, 1.0 - decay)
     return True
 
 
