@@ -99,8 +99,6 @@ def average(work: Work, backend: str) -> list[Tensor]:
     """`_kernels.average`, each leaf in the way that suits it."""
     if work.is_traced:
         return _kernels.average(*work.arguments())
-    if _is_one_lerp(work, backend):
-        return [*map(_laid_out_as, work.shadows, _kernels.foreach_average(*work[:3]))]
     new: dict[int, Tensor] = {}
     for leaves, run in _plan(_PURE, work, backend):
         new |= zip(leaves, run(work.part(leaves)), strict=True)
@@ -111,16 +109,9 @@ def average_(work: Work, backend: str) -> None:
     """`_kernels.average_`, each leaf in the way that suits it."""
     if work.is_traced:
         _kernels.average_(*work.arguments())
-    elif _is_one_lerp(work, backend):
-        _kernels.foreach_average_(*work[:3])
     else:
         for leaves, run in _plan(_IN_PLACE, work, backend):
             run(work.part(leaves))
-
-
-def _is_one_lerp(work: Work, backend: str) -> bool:
-    """Whether one `foreach` operator is the whole update, so that there is nothing to plan."""
-    return backend in ("auto", "eager") and _kernels.lerps(work.dtypes, work.weights, work.skip)
 
 
 def _laid_out_as(shadow: Tensor, average: Tensor) -> Tensor:
@@ -141,6 +132,8 @@ def _plan(kernels: Kernels, work: Work, backend: str) -> list[Way]:
     """How the leaves are averaged: where there is a memo, made once for each set of options."""
     if _memory.in_dispatch_mode():
         backend = "eager"
+    if backend in ("auto", "eager") and _kernels.lerps(work.dtypes, work.weights, work.skip):
+        return [(range(len(work.shadows)), _foreach_way(kernels))]
     if work.memo is None:
         return _new_plan(kernels, work, backend)
     options = backend, work.skip, torch.get_num_threads()

@@ -122,16 +122,16 @@ def lerps(
 
 
 def foreach_average(
-    shadows: list[Tensor], params: list[Tensor], weights: list[Weight]
+    shadows: list[Tensor], params: list[Tensor], weights: list[float]
 ) -> list[Tensor]:
     """`average` of leaves that `lerps`, in one call."""
     return list(torch._foreach_lerp(shadows, params, _one_or_all(weights)))
 
 
-def foreach_average_(shadows: list[Tensor], params: list[Tensor], weights: list[Weight]) -> None:
+def foreach_average_(shadows: list[Tensor], params: list[Tensor], weights: list[float]) -> None:
     """`average_` of leaves that `lerps`, in one call."""
     torch._foreach_lerp_(shadows, params, _one_or_all(weights))
 
 
-def _one_or_all(weights: list[Weight]) -> Any:
+def _one_or_all(weights: list[float]) -> Any:
     return weights[0] if weights.count(weights[0]) == len(weights) else weights

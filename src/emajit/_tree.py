@@ -139,7 +139,7 @@ def align(shadow: PyTree, params: PyTree, *, writable: bool = False, repeats: in
 
 def known(shadow: PyTree, params: PyTree) -> Pairs | None:
     """`align` of plain leaves that it has found writable, if all is as it was then; else None."""
-    flat = _flat(shadow, params)
+    flat = None if _host.is_used() else _flat(shadow, params)
     return flat and _known(shadow, flat, flat[0] + flat[1])
 
 
