@@ -366,6 +366,49 @@ class TestRepeatedUpdates:
             emajit.update_(shadow, params, **{**given, name: value})
         assert shadow["w"].tolist() == [0.75] * 4
 
+    @pytest.mark.parametrize("read_once", [False, True])
+    def test_several_are_what_each_is(
+        self, monkeypatch: pytest.MonkeyPatch, read_once: bool
+    ) -> None:
+        monkeypatch.setattr(functional, "_READ_ONCE", 0 if read_once else 10**9)
+        params = {"a": torch.randn(3, 4), "b": torch.randn(5)}
+        decays: list[Any] = [0.5, schedules.uniform(), torch.tensor(0.75).double()]
+        shadows = [emajit.init(params) for _ in decays]
+        alone = [emajit.init(params) for _ in decays]
+        for step in range(4):
+            for p in params.values():
+                p.add_(1)
+            emajit.update_(shadows, params, step, decay=decays)
+            for shadow, decay in zip(alone, decays, strict=True):
+                emajit.update_(shadow, params, step, decay=decay)
+            assert_equal(alone, shadows)
+
+    @pytest.mark.parametrize(
+        ("decay", "message"),
+        [
+            ([0.5], "^shadow: expected a list of 1, as decay, found a list of 2"),
+            ([], "^shadow: expected a list of 0, as decay, found a list of 2"),
+            ([0.5] * 3, "^shadow: expected a list of 3, as decay, found a list of 2"),
+            ([0.5, 1.5], "^decay: expected a number"),
+            (0.5, "^params: expected the structure of shadow"),
+        ],
+    )
+    def test_another_list_of_decays_is_told(self, decay: Any, message: str) -> None:
+        shadows, params = [{"w": torch.zeros(4)} for _ in range(2)], {"w": torch.ones(4)}
+        for step in range(2):
+            emajit.update_(shadows, params, step, decay=[0.5, 0.5])
+        with pytest.raises(ValueError, match=message):
+            emajit.update_(shadows, params, 2, decay=decay)
+        assert [s["w"].tolist() for s in shadows] == [[0.75] * 4] * 2
+
+    def test_several_with_other_ties_are_refused_each_time(self) -> None:
+        a, b, c = torch.zeros(2), torch.zeros(2), torch.zeros(2)
+        shadows, one = [{"in": a, "out": b}, {"in": c, "out": c}], torch.ones(2)
+        for step in range(3):
+            with pytest.raises(ValueError, match="found another tie"):
+                emajit.update_(shadows, {"in": one, "out": one}, step, decay=[0.5, 0.5])
+        assert not any(leaf.any() for leaf in (a, b, c))
+
     def test_an_option_that_is_given_later_counts(self) -> None:
         shadow, params = {"w": torch.zeros(2)}, {"w": torch.ones(2)}
         for step in range(2):

@@ -49,7 +49,7 @@ _NOISY_LEAVES = 32
 
 
 class Work(NamedTuple):
-    """What is to be averaged: lists of one length, and how; `memo` as in `_tree.Pairs`."""
+    """What is to be averaged, as lists for `_kernels`, and how; `memo` as in `_tree.Pairs`."""
 
     shadows: list[Tensor]
     params: list[Tensor]
@@ -65,10 +65,14 @@ class Work(NamedTuple):
         return Work(
             [self.shadows[i] for i in leaves],
             [self.params[i] for i in leaves],
-            [self.weights[i] for i in leaves],
+            self.weights if len(self.weights) == 1 else [self.weights[i] for i in leaves],
             self.skip,
             self.noise and self.noise.part(leaves),
         )
+
+    def each_weight(self) -> Sequence[Weight]:
+        """The weight of each leaf."""
+        return _kernels.each(self.weights, self.shadows)
 
     @property
     def is_traced(self) -> bool:
@@ -132,6 +136,8 @@ def _plan(kernels: Kernels, work: Work, backend: str) -> list[Way]:
     """How the leaves are averaged: where there is a memo, made once for each set of options."""
     if _memory.in_dispatch_mode():
         backend = "eager"
+    if not work.shadows:
+        return []
     if backend in ("auto", "eager") and _kernels.lerps(work.dtypes, work.weights, work.skip):
         return [(range(len(work.shadows)), _foreach_way(kernels))]
     if work.memo is None:
@@ -169,7 +175,9 @@ def _in_graphs(leaves: Sequence[int], work: Work) -> list[Sequence[int]]:
     if work.noise is None or work.device.type != "cpu":
         return [leaves]
     forms: dict[tuple[Any, ...], list[int]] = {}
-    rows = zip(leaves, *work[:3], work.noise.regions, strict=True)
+    rows = zip(
+        leaves, work.shadows, work.params, work.each_weight(), work.noise.regions, strict=True
+    )
     for leaf, s, p, w, region in rows:
         form = s.numel(), _form(s, p), id(w), region
         forms.setdefault(form, []).append(leaf)
@@ -230,8 +238,6 @@ def scalars(work: Work) -> list[Tensor]:
 
     What is one object stays one: two decays may have the same value at one step, not at the next.
     """
-    if len({*map(id, work.weights)}) == 1:
-        return [_scalar(work.weights[0], work.device)] * len(work.weights)
     tensors = {i: _scalar(w, work.device) for i, w in {id(w): w for w in work.weights}.items()}
     return [tensors[id(w)] for w in work.weights]
 
@@ -248,7 +254,8 @@ def _ways(work: Work, backend: str) -> dict[Hashable, list[int]]:
     foreach = backend in ("auto", "eager")
     compilable = _compilable(work) if backend != "eager" else set()
     ways: dict[Hashable, list[int]] = {}
-    for i, (s, p, w) in enumerate(zip(*work[:3], strict=True)):
+    rows = zip(work.shadows, work.params, work.each_weight(), strict=True)
+    for i, (s, p, w) in enumerate(rows):
         way: Hashable
         if foreach and _kernels.lerps({(s.dtype, p.dtype)}, [w], work.skip):
             way = "foreach"

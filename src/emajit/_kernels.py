@@ -1,8 +1,9 @@
 """The arithmetic of the average, on flat lists of tensors.
 
-Nothing here knows a tree, a schedule or a compiler. Shadows, params and weights are lists of one
-length; where several averages of a parameter follow each other, it is read once. A weight is
-`w = 1 - beta`: a Python float, or a 0-d float64 tensor that is never read back.
+Nothing here knows a tree, a schedule or a compiler. Shadows and params are lists of one length;
+where several averages of a parameter follow each other, it is read once. Weights are one for all of
+them, or one for each: `w = 1 - beta`, a Python float, or a 0-d float64 tensor that is never read
+back.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from functools import cache
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -60,10 +62,24 @@ def _at_least_32_bits(tensor: Tensor) -> torch.dtype:
     return tensor.dtype if tensor.dtype.itemsize >= 4 else torch.float32
 
 
-def _each(keys: Keys | None, shadows: Sequence[Tensor]) -> Sequence[Key | None]:
+def _keys_of(keys: Keys | None, shadows: Sequence[Tensor]) -> Sequence[Key | None]:
     if keys is None:
         return [None] * len(shadows)
     return [*zip(keys.words.unbind(), keys.regions, strict=True)]
+
+
+def each(weights: Sequence[Weight], shadows: Sequence[Tensor]) -> Sequence[Weight]:
+    """The weight of each leaf."""
+    return weights if len(weights) == len(shadows) else [*weights] * len(shadows)
+
+
+def _rows(
+    shadows: Sequence[Tensor],
+    params: Sequence[Tensor],
+    weights: Sequence[Weight],
+    keys: Keys | None,
+) -> Iterable[tuple[Tensor, Tensor, Weight, Key | None]]:
+    return zip(shadows, params, each(weights, shadows), _keys_of(keys, shadows), strict=True)
 
 
 def average(
@@ -74,8 +90,7 @@ def average(
     keys: Keys | None = None,
 ) -> list[Tensor]:
     """Blend every leaf; the form to compile and to trace."""
-    rows = zip(shadows, params, weights, _each(keys, shadows), strict=True)
-    return [blend(s, p, w, skip, key) for s, p, w, key in rows]
+    return [blend(s, p, w, skip, key) for s, p, w, key in _rows(shadows, params, weights, keys)]
 
 
 def average_(
@@ -86,7 +101,7 @@ def average_(
     keys: Keys | None = None,
 ) -> None:
     """Blend every leaf in place; the form to compile and to trace."""
-    for s, p, w, key in zip(shadows, params, weights, _each(keys, shadows), strict=True):
+    for s, p, w, key in _rows(shadows, params, weights, keys):
         # torch.compile loses a write to a 0-d float64 input (2.11 to 2.13), not to a view of it.
         target = s.view(1) if s.ndim == 0 else s
         target.copy_(blend(s, p, w, skip, key))
@@ -101,7 +116,7 @@ def eager_average_(
 ) -> None:
     """`average_` with half the temporaries for a shadow that needs no rounding."""
     at = cache(_at)
-    for s, p, w, key in zip(shadows, params, weights, _each(keys, shadows), strict=True):
+    for s, p, w, key in _rows(shadows, params, weights, keys):
         if p.is_floating_point() and s.dtype == _precision(s, p) and not skip:
             s.lerp_(p.to(s.dtype), at(w, s.device, s.dtype))
         else:
@@ -122,16 +137,23 @@ def lerps(
 
 
 def foreach_average(
-    shadows: list[Tensor], params: list[Tensor], weights: list[float]
+    shadows: list[Tensor], params: list[Tensor], weights: list[Weight]
 ) -> list[Tensor]:
     """`average` of leaves that `lerps`, in one call."""
-    return list(torch._foreach_lerp(shadows, params, _one_or_all(weights)))
+    return list(torch._foreach_lerp(shadows, params, _scalars(weights)))
 
 
-def foreach_average_(shadows: list[Tensor], params: list[Tensor], weights: list[float]) -> None:
+def foreach_average_(shadows: list[Tensor], params: list[Tensor], weights: list[Weight]) -> None:
     """`average_` of leaves that `lerps`, in one call."""
-    torch._foreach_lerp_(shadows, params, _one_or_all(weights))
+    torch._foreach_lerp_(shadows, params, _scalars(weights))
 
 
-def _one_or_all(weights: list[float]) -> Any:
-    return weights[0] if weights.count(weights[0]) == len(weights) else weights
+def foreach_averages_(shadows: list[Tensor], params: list[Tensor], weights: list[Weight]) -> None:
+    """One average after the other, each of the same params; for Ctrl-C it is one call."""
+    size = len(params) // len(weights)
+    each = [shadows[i : i + size] for i in range(0, len(shadows), size)]
+    [*map(torch._foreach_lerp_, each, repeat(params[:size]), weights)]  # type: ignore[arg-type]
+
+
+def _scalars(weights: list[Weight]) -> Any:
+    return weights[0] if len(weights) == 1 else weights

@@ -101,4 +101,4 @@ def _slices(work: Work, leaf: int) -> Iterator[_Slice]:
 def _of(work: Work, slices: list[_Slice]) -> Work:
     leaves, shadows, params, regions = map(list, zip(*slices, strict=True))
     noise = work.noise and work.noise.part(leaves)._replace(regions=regions)
-    return Work(shadows, params, [work.weights[i] for i in leaves], work.skip, noise)
+    return Work(shadows, params, work.part(leaves).weights, work.skip, noise)

@@ -132,7 +132,7 @@ def align(shadow: PyTree, params: PyTree, *, writable: bool = False, repeats: in
         flat = _local(*flat)
     if flat is None or not writable:
         return _paired(shadow, params, flat, writable=writable)
-    leaves = flat[0] + flat[1][: len(flat[1]) // max(1, repeats)]
+    leaves = _once(flat, repeats)
     pairs = _known(shadow, flat, leaves)
     return pairs or _remembered(_paired(shadow, params, flat, writable=True), leaves)
 
@@ -141,6 +141,18 @@ def known(shadow: PyTree, params: PyTree) -> Pairs | None:
     """`align` of plain leaves that it has found writable, if all is as it was then; else None."""
     flat = None if _host.is_used() else _flat(shadow, params)
     return flat and _known(shadow, flat, flat[0] + flat[1])
+
+
+def known_several(shadows: Any, params: PyTree, several: int) -> Pairs | None:
+    """`align_several` of so many shadows, as `known`; those with ties are left to that."""
+    flat = None if _host.is_used() else _flat(shadows, [params] * several)
+    pairs = flat and _known(shadows, flat, _once(flat, several))
+    return pairs if pairs and isinstance(pairs.slots, range) else None
+
+
+def _once(flat: tuple[list[Any], list[Any]], repeats: int) -> list[Any]:
+    """The leaves of both, of params that are so many times the same those of one."""
+    return flat[0] + flat[1][: len(flat[1]) // max(1, repeats)]
 
 
 def _paired(
@@ -213,7 +225,7 @@ class Memo(NamedTuple):
     """What `update_` has found once need not be found again for the same memory.
 
     The guards know addresses' shapes, strides and dtypes, and no tensor: nothing is kept alive.
-    `plans` is for what others derive of it.
+    `elements` is how many the shadows have; `plans` is for what others derive of it.
     """
 
     guards: Any
@@ -222,6 +234,7 @@ class Memo(NamedTuple):
     slots: Sequence[int | None]
     first: list[int]
     dtypes: Dtypes
+    elements: int
     plans: dict[Hashable, Any]
 
     def fits(self, leaves: list[Tensor]) -> bool:
@@ -277,7 +290,8 @@ def _memo(leaves: list[Tensor], pairs: Pairs) -> Memo:
     guards = torch._C._dynamo.guards.TensorGuards(
         *[leaves[i] for i in singles], dynamic_dims_sizes=None, dynamic_dims_strides=None
     )
-    return Memo(guards, singles, twins, pairs.slots, first, dtypes(*pairs[1:3]), {})
+    elements = sum(map(Tensor.numel, pairs.shadows))
+    return Memo(guards, singles, twins, pairs.slots, first, dtypes(*pairs[1:3]), elements, {})
 
 
 def dtypes(shadows: list[Tensor], params: list[Tensor]) -> Dtypes:
@@ -330,12 +344,11 @@ def _flat(shadow: PyTree, params: PyTree) -> tuple[list[Any], list[Any]] | None:
     if type(shadow) is list and type(params) is list and len(shadow) == len(params):
         if not shadow or type(shadow[0]) is not dict:
             return shadow, params
-        parts = [_flat(s, p) for s, p in zip(shadow, params, strict=True)]
-        if None in parts:
+        parts = [part for part in map(_flat, shadow, params) if part]
+        if len(parts) < len(shadow):
             return None
-        return [leaf for part in parts if part for leaf in part[0]], [
-            leaf for part in parts if part for leaf in part[1]
-        ]
+        shadows, others = zip(*parts, strict=True)
+        return [*chain(*shadows)], [*chain(*others)]
     if type(shadow) is dict and type(params) is dict and list(shadow) == list(params):
         return list(shadow.values()), list(params.values())
     return None
