@@ -80,6 +80,24 @@ def of_inference(_: dict[str, Tensor], params: dict[str, Tensor]) -> None:
         params["0"] = params["0"].clone()
 
 
+@pytest.mark.parametrize("several", [1, 2])
+def test_groups_of_a_large_model_share_a_graph(
+    monkeypatch: pytest.MonkeyPatch, several: int
+) -> None:
+    monkeypatch.setattr(_compile, "_WORTH_A_CALL", 1)
+    params = {f"{i}": torch.randn(2 + i % 3).bfloat16() for i in range(80)}
+    shadows = [emajit.init(params, dtype=torch.float32) for _ in range(several)]
+    params = {name: p + 1 for name, p in params.items()}
+    decays: Any = [0.5, 0.75][:several]
+    expected = emajit.update(shadows, params, 0, decay=decays, backend="eager")
+    made = _compile._compiled.cache_info().misses
+    found = emajit.update(shadows, params, 0, decay=decays, backend="aot_eager")
+    assert _compile._compiled.cache_info().misses == made + 2  # for those alike, for the rest
+    assert_close(found, expected)
+    emajit.update_(shadows, params, 0, decay=decays, backend="aot_eager")
+    assert_close(shadows, expected)
+
+
 @pytest.mark.parametrize(
     "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)]
 )

@@ -134,8 +134,8 @@ def update(
             "skip" an element whose parameter is NaN or infinite keeps its old average.
         backend: "eager" uses a `torch._foreach` operator for the leaves that need no temporary, and
             takes the others one by one; "inductor" (or the name of another `torch.compile` backend)
-            is one compiled kernel; "auto" takes for each leaf the faster. Inside your own
-            `torch.compile` the call is traced and `backend` has no effect.
+            compiles all; "auto" takes for each leaf the faster. Inside your own `torch.compile` the
+            call is traced and `backend` has no effect.
 
     Raises:
         ValueError: structure, shape or device differ, or the shadow's dtype cannot hold the
@@ -173,9 +173,9 @@ def update_(
     The shadow comes first: the other way round, the weights are written. The results are those of
     `update`. Everything is checked before the first leaf is written. One operator then writes all
     leaves of one kind: float32 and float64 with parameters of the same dtype, or what is compiled
-    (with stochastic rounding on the CPU at most 32 leaves at a time). Between two operators, and in
-    eager mode between two leaves of any other dtype, Ctrl-C or a lack of memory can leave some
-    averaged and some not.
+    (on the CPU in groups of leaves, with stochastic rounding or of more than 2**26 elements).
+    Between two operators, and in eager mode between two leaves of any other dtype, Ctrl-C or a lack
+    of memory can leave some averaged and some not.
 
     Raises:
         ValueError: as `update`; also where a leaf of the shadow overlaps the memory of another
