@@ -499,5 +499,5 @@ def test_memory_does_not_grow_with_the_snapshots(tmp_path: Path) -> None:
         chosen, solutions, torch.float32, lambda _: peaks.append(own_memory() - before)
     )
     assert len(peaks) == len(weights)
-    assert max(peaks) < (2 * 8 + 4) * 2**20
+    assert max(peaks) < (8 + 2) * 2**20
     assert_close(result["7"], weights["7"])
