@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import lru_cache
 from itertools import chain
 from operator import itemgetter
@@ -73,9 +73,10 @@ class Work(NamedTuple):
             self.noise and self.noise.part(leaves),
         )
 
-    def each_weight(self) -> Sequence[Weight]:
-        """The weight of each leaf."""
-        return _kernels.each(self.weights, self.shadows)
+    def rows(self) -> Iterable[tuple[Tensor, Tensor, Weight]]:
+        """Shadow, parameter and weight of each leaf."""
+        weights = _kernels.each(self.weights, self.shadows)
+        return zip(self.shadows, self.params, weights, strict=True)
 
     @property
     def is_traced(self) -> bool:
@@ -179,15 +180,12 @@ def _in_graphs(leaves: Sequence[int], work: Work) -> list[Sequence[int]]:
     if work.device.type != "cpu":
         return [leaves]
     regions = work.regions or [None] * len(leaves)
-    rows = zip(leaves, work.shadows, work.params, work.each_weight(), regions, strict=True)
     forms: dict[tuple[Any, ...], list[int]] = {}
-    for leaf, s, p, w, region in rows:
+    for leaf, (s, p, w), region in zip(leaves, work.rows(), regions, strict=True):
         form = s.numel(), _form(s, p), id(w), region
         forms.setdefault(form, []).append(leaf)
     columns = [(form[0], forms[form]) for form in sorted(forms, key=itemgetter(0))]
     least = 1 if work.noise else _WORTH_A_CALL
-    if _times(columns, least) == 1 and not work.noise:
-        return [leaves]
     most = _NOISY_LEAVES if work.noise else len(leaves)
     groups: list[Sequence[int]] = []
     while columns:
@@ -198,7 +196,7 @@ def _in_graphs(leaves: Sequence[int], work: Work) -> list[Sequence[int]]:
             groups += [group[i : i + most] for i in range(0, len(group), most)]
         rests = [(size, c[len(c) // times * times :]) for size, c in columns]
         columns = [(size, rest) for size, rest in rests if rest]
-    return groups
+    return groups if work.noise or len(groups) > 1 else [leaves]
 
 
 def _times(columns: list[tuple[int, list[int]]], elements: int) -> int:
@@ -265,8 +263,7 @@ def _ways(work: Work, backend: str) -> dict[Hashable, list[int]]:
     foreach = backend in ("auto", "eager")
     compilable = _compilable(work) if backend != "eager" else set()
     ways: dict[Hashable, list[int]] = {}
-    rows = zip(work.shadows, work.params, work.each_weight(), strict=True)
-    for i, (s, p, w) in enumerate(rows):
+    for i, (s, p, w) in enumerate(work.rows()):
         way: Hashable
         if foreach and _kernels.lerps({(s.dtype, p.dtype)}, [w], work.skip):
             way = "foreach"

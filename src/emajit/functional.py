@@ -305,8 +305,7 @@ _RESOLUTION = {
 
 
 def _warn_of_stalls(work: _compile.Work) -> None:
-    rows = zip(work.shadows, work.params, work.each_weight(), strict=True)
-    for s, p, w in {(s.dtype, p.dtype, w) for s, p, w in rows if isinstance(w, float)}:
+    for s, p, w in {(s.dtype, p.dtype, w) for s, p, w in work.rows() if isinstance(w, float)}:
         if p.is_floating_point:
             warn_of_stalls([s], w)
 
