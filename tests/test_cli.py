@@ -8,7 +8,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from emajit import LitEma, checkpoint, cli, demo, pictures, posthoc, schedules, update_
+from emajit import LitEma, checkpoint, cli, posthoc, schedules, update_
 from emajit import init as emajit_init
 from emajit.checkpoint import files, formats
+from emajit.cli import demo, pictures
 
 
 def emajit(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -340,8 +341,13 @@ class TestCheckpoints:
         told = "with 2 that are none: first_stage.weight" in shown
         assert told == (layout != "diffusers-ema")
 
-    def test_all_layouts_are_offered(self) -> None:
-        assert get_args(cli.Layout) == formats.LAYOUTS
+    def test_all_layouts_are_offered(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for command, option in (("extract", "--format"), ("convert", "--to")):
+            assert emajit(monkeypatch, command, "file", "-o", "out", option, "onnx") == 2
+            told = capsys.readouterr().err
+            assert all(f"'{layout}'" in told for layout in formats.LAYOUTS)
 
     def test_convert(
         self, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

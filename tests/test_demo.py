@@ -13,7 +13,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import distributed as dist
 
-from emajit import demo, posthoc
+from emajit import posthoc
+from emajit.cli import demo
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,4 +1,4 @@
-"""`emajit reconstruct`: the averages of other lengths, from the snapshots of a run, in files."""
+"""`emajit reconstruct`: averages of other lengths, from the snapshots of a run, into files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from emajit.checkpoint import files
 from emajit.checkpoint.saved import opened
 
 
-def run(
+def reconstruct_averages(
     folder: Path,
     sigma_rels: list[float],
     out: Path,
@@ -61,7 +61,7 @@ def run(
     by_length = dict(zip(sigma_rels, solutions, strict=True))
     console.print(_table(paths, by_length, end, len(chosen)))
     if plot:
-        from emajit import pictures  # noqa: PLC0415, matplotlib is for this alone
+        from emajit.cli import pictures  # noqa: PLC0415, only this needs matplotlib
 
         picture = out / "profiles.png" if len(paths) > 1 else _beside(out)
         files.write(picture, lambda file: pictures.draw_profiles(chosen, by_length, end, file))
@@ -80,7 +80,7 @@ def _table(
 
 
 def _paths(out: Path, sigma_rels: list[float]) -> list[Path]:
-    """The files to write, after a look whether one can write there."""
+    """The files to write; ValueError, before anything is written, if one cannot be."""
     one = len(sigma_rels) == 1
     if one and out.is_dir():
         raise ValueError(f"--out: expected a file to write, found a folder: {out}")
@@ -100,7 +100,7 @@ def _beside(out: Path) -> Path:
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder, or the first above it that exists."""
+    """`folder`, or the nearest of its parents that exists."""
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 

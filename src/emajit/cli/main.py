@@ -1,4 +1,4 @@
-"""The `emajit` command."""
+"""The commands of `emajit`, their options, and how an error becomes one line and an exit code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ try:
     import typer
     from rich.console import Console
 
-    from emajit import conversion, reconstruction
+    from emajit.cli.convert import write_averages
+    from emajit.cli.inspect import show_averages
+    from emajit.cli.reconstruct import reconstruct_averages
 except ModuleNotFoundError as error:
     message = f"emajit: the command needs {error.name}; pip install rich safetensors typer"
     raise SystemExit(message) from None
@@ -55,10 +57,10 @@ def demo(
     ] = False,
 ) -> None:
     """Train a small diffusion model on digits and show what averaging its weights is worth."""
-    with _one_line():
-        from emajit import demo as training  # noqa: PLC0415, a second that others need not take
+    with _errors_in_one_line():
+        from emajit.cli import demo as training  # noqa: PLC0415, only the demo needs this second
 
-        torch.set_num_threads(1)  # for so small a model, others would wait more than they help
+        torch.set_num_threads(1)  # more threads slow down so small a model
         device = device or training.default_device()
         training.run(training.Settings(steps, decay, seed, device, out, posthoc), Console())
 
@@ -90,9 +92,9 @@ def reconstruct(
     ] = False,
 ) -> None:
     """Average the weights of a finished run over another length, from its snapshots."""
-    with _one_line():
+    with _errors_in_one_line():
         lengths = [*sigma_rel, *(more or [])]
-        reconstruction.run(folder, lengths, out, step, dtype, plot, Console())
+        reconstruct_averages(folder, lengths, out, step, dtype, plot, Console())
 
 
 Checkpoint = Annotated[
@@ -113,9 +115,9 @@ Names = Annotated[
 
 @app.command()
 def inspect(file: Checkpoint, names: Names = None) -> None:
-    """Show what averages a checkpoint has, in whose layout, how far from the trained weights."""
-    with _one_line():
-        conversion.inspect(file, names, Console())
+    """Show the averages in a checkpoint: layout, step, decay, distance to the trained weights."""
+    with _errors_in_one_line():
+        show_averages(file, names, Console())
 
 
 Out = Annotated[
@@ -164,13 +166,13 @@ def convert(
     dtype: Cast = None,
 ) -> None:
     """Write the averages of a checkpoint in another layout, to go on with them there."""
-    with _one_line():
-        conversion.extract(file, names, out, layout, decay, step, dtype, Console())
+    with _errors_in_one_line():
+        write_averages(file, names, out, layout, decay, step, dtype, Console())
 
 
 @contextmanager
-def _one_line() -> Iterator[None]:
-    """What goes wrong inside, as one line and an exit code."""
+def _errors_in_one_line() -> Iterator[None]:
+    """Turn an expected error inside into a `_Failure`."""
     try:
         yield
     except ModuleNotFoundError as error:

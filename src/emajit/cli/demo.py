@@ -32,8 +32,9 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 import emajit
-from emajit import checkpoint, pictures, posthoc, schedules
+from emajit import checkpoint, posthoc, schedules
 from emajit.checkpoint import files
+from emajit.cli import pictures
 
 BATCH = 64
 LEARNING_RATE = 2e-3

@@ -1,0 +1,73 @@
+"""`emajit extract` and `emajit convert`: the averages of a checkpoint, written into a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+from emajit import checkpoint
+from emajit.checkpoint import Averaged, formats
+from emajit.cli.inspect import names_in, nbytes
+
+
+def write_averages(
+    path: Path,
+    names: Path | None,
+    out: Path,
+    layout: str,
+    decay: float | None,
+    step: int | None,
+    dtype: str | None,
+    console: Console,
+) -> None:
+    """Write the averages of a checkpoint into a file, in a layout of `checkpoint.write`.
+
+    Raises ValueError and OSError as `checkpoint.read` and `checkpoint.write`.
+    """
+    if out.exists() and path.exists() and out.samefile(path):
+        raise ValueError(f"--out: expected another file than the checkpoint, found {out}")
+    listed = names_in(names)
+    found = checkpoint.read(path, names=listed)
+    with _progress(found, layout, console) as tell:
+        checkpoint.write(
+            out,
+            found,
+            layout=layout,
+            names=listed,
+            decay=decay,
+            step=step,
+            dtype=None if dtype is None else getattr(torch, dtype),
+            tell=tell,
+        )
+    count = len(found.weights) - len(found.raw_only)
+    written = f"{found.layout}: {count:,} averages, written into {out}"
+    console.print(written, highlight=False, markup=False)
+    if found.raw_only and layout not in formats.BY_POSITION:
+        shown = ", ".join(found.raw_only[:5]) + (", ..." if len(found.raw_only) > 5 else "")
+        none = f"with {len(found.raw_only):,} that are none: {shown}"
+        console.print(none, highlight=False, markup=False)
+
+
+@contextmanager
+def _progress(found: Averaged, layout: str, console: Console) -> Iterator[Callable[[int], None]]:
+    """A bar of the bytes written, which appears with the first of them."""
+    parts = [found.weights, *([found.raw] if layout == "litema" else [])]
+    total = sum(nbytes(tensor) for part in parts for tensor in part.values())
+    columns = TextColumn("writing"), BarColumn(), DownloadColumn()
+    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = progress.add_task("", total=total)
+
+    def tell(size: int) -> None:
+        progress.start()
+        progress.advance(task, size)
+
+    try:
+        yield tell
+    finally:
+        if progress.live.is_started:
+            progress.stop()
