@@ -19,7 +19,8 @@ from torch import nn
 
 from emajit import LitEma, checkpoint, cli, posthoc, schedules, update_
 from emajit import init as emajit_init
-from emajit.checkpoint import files, formats
+from emajit.checkpoint import files
+from emajit.checkpoint.layouts import WRITERS
 from emajit.cli import demo, pictures
 
 
@@ -347,7 +348,7 @@ class TestCheckpoints:
         for command, option in (("extract", "--format"), ("convert", "--to")):
             assert emajit(monkeypatch, command, "file", "-o", "out", option, "onnx") == 2
             told = capsys.readouterr().err
-            assert all(f"'{layout}'" in told for layout in formats.LAYOUTS)
+            assert all(f"'{layout}'" in told for layout in WRITERS)
 
     def test_convert(
         self, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import pickle
+import pkgutil
 import tempfile
 import warnings
 from importlib.util import find_spec
@@ -28,7 +29,8 @@ from torch.testing import assert_close
 
 from bench import contestants
 from emajit import LitEma, checkpoint
-from emajit.checkpoint import formats
+from emajit.checkpoint import layouts
+from emajit.checkpoint.layouts import WRITERS
 from tests import reference
 from tests.counting import own_memory, tells_memory
 
@@ -233,7 +235,8 @@ class TestLitEma:
             checkpoint.read(state)
         colliding = {
             "model_ema.abc": torch.ones(1),
-            **dict.fromkeys(formats.CONTROLS, torch.ones(())),
+            "model_ema.decay": torch.ones(()),
+            "model_ema.num_updates": torch.ones(()),
         }
         for names in (["a.bc", "ab.c"], ["a.bc", "ab.c", "teacher.a.bc"]):
             raw = {f"model.{name}": torch.zeros(1) for name in names}
@@ -506,6 +509,10 @@ class TestPickledBeside:
             checkpoint.read(path)
 
 
+def test_every_module_of_a_layout_is_listed() -> None:
+    assert len(layouts.LAYOUTS) == len([*pkgutil.iter_modules(layouts.__path__)])
+
+
 class TestRefused:
     def test_no_average(self, written: Any) -> None:
         with pytest.raises(ValueError, match=r"expected averages in a layout .* none among 0"):
@@ -743,7 +750,7 @@ class TestWritten:
         found = checkpoint.read(source)
         names = [f"model.{i}.w" for i in range(16)]
         options: Any = {"layout": layout, "tell": tell, "names": names}
-        if layout in formats.OF_SAFETENSORS:
+        if WRITERS[layout].safetensors:
             options["dtype"] = torch.float16
         checkpoint.write(tmp_path / "out", found, **options)
         assert len(peaks) > 16
@@ -853,14 +860,14 @@ class TestWritten:
             one.update(model)
         assert_close(second.module.state_dict(), ema.module.state_dict(), rtol=0, atol=0)
 
-    @pytest.mark.parametrize("layout", formats.LAYOUTS)
+    @pytest.mark.parametrize("layout", WRITERS)
     def test_dtype(self, tmp_path: Path, layout: str) -> None:
         _, found = self.found()
         sizes: list[int] = []
         names = [name for name in found.weights if name not in found.raw_only]
         options: Any = {"dtype": torch.float16, "tell": sizes.append, "names": names}
         checkpoint.write(tmp_path / "out", found, layout=layout, **options)
-        if layout not in formats.OF_SAFETENSORS:
+        if not WRITERS[layout].safetensors:
             again = checkpoint.read(tmp_path / "out", names=names)
             assert {again.weights[name].dtype for name in names} == {torch.float16}
             assert again.step == (None if layout == "timm" else found.step)
@@ -916,8 +923,8 @@ class TestWritten:
         ):
             with pytest.raises(ValueError, match=message):
                 checkpoint.write(tmp_path / "out", found, **wrong)
-        for layout in formats.LAYOUTS:
-            if layout not in formats.OF_SAFETENSORS:
+        for layout, writer in WRITERS.items():
+            if not writer.safetensors:
                 with pytest.raises(
                     ValueError, match=rf"expected a name with .ckpt or .* for {layout}"
                 ):
@@ -973,7 +980,7 @@ class TestWritten:
         again = checkpoint.read(tmp_path / "out", names=["w"])
         assert (again.step, again.decay) == (7, 0.9)
 
-    @pytest.mark.parametrize("layout", formats.BY_POSITION)
+    @pytest.mark.parametrize("layout", [name for name, w in WRITERS.items() if w.by_position])
     def test_the_parameters_of_a_model(self, tmp_path: Path, layout: str) -> None:
         """Of a state with buffers, as timm has it; and of one where a parameter is frozen."""
         model = net()

@@ -130,6 +130,13 @@ def write_tensors(
     write(path, fill)
 
 
+def float_casts(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """`dtype` for the name of each floating-point tensor; nothing where it is None."""
+    if dtype is None:
+        return {}
+    return {name: dtype for name, tensor in tensors.items() if tensor.is_floating_point()}
+
+
 def cast(where: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """`tensor` in `dtype`; ValueError, which tells `where`, if one of its numbers overflows."""
     narrow = tensor.to(dtype)

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from emajit.checkpoint import files
 
-KEY = "emajit"
+# Keys in the header of a safetensors file: of one that `save` writes, and of one that `write` does.
+KEY, TIED = "emajit", "emajit.tied"
+SHADOW = "shadow."  # before the names of the leaves in a folder of `save_sharded`
 
 
 class Record(NamedTuple):

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from emajit import checkpoint
-from emajit.checkpoint import Averaged, formats
+from emajit.checkpoint import Averaged
+from emajit.checkpoint.layouts import WRITERS
 from emajit.cli.inspect import names_in, nbytes
 
 
@@ -47,7 +48,7 @@ def write_averages(
     count = len(found.weights) - len(found.raw_only)
     written = f"{found.layout}: {count:,} averages, written into {out}"
     console.print(written, highlight=False, markup=False)
-    if found.raw_only and layout not in formats.BY_POSITION:
+    if found.raw_only and not WRITERS[layout].by_position:
         shown = ", ".join(found.raw_only[:5]) + (", ..." if len(found.raw_only) > 5 else "")
         none = f"with {len(found.raw_only):,} that are none: {shown}"
         console.print(none, highlight=False, markup=False)

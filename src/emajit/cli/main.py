@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 
@@ -14,6 +14,7 @@ try:
     import typer
     from rich.console import Console
 
+    from emajit.checkpoint.layouts import WRITERS
     from emajit.cli.convert import write_averages
     from emajit.cli.inspect import show_averages
     from emajit.cli.reconstruct import reconstruct_averages
@@ -66,9 +67,10 @@ def demo(
 
 
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
-Layout = Literal[
-    "state_dict", "litema", "averaged-model", "ema-pytorch", "timm", "diffusers-ema", "torch-ema"
-]
+if TYPE_CHECKING:
+    Layout = str
+else:
+    Layout = Literal[*WRITERS]
 
 
 @app.command()
@@ -120,13 +122,14 @@ def inspect(file: Checkpoint, names: Names = None) -> None:
         show_averages(file, names, Console())
 
 
+_FLAT = " and ".join(name for name, writer in WRITERS.items() if writer.safetensors)
 Out = Annotated[
     Path,
     typer.Option(
         "--out",
         "-o",
-        help="The file to write. state_dict and litema are written as safetensors, but as "
-        "torch.save if it ends in .ckpt, .pt, .pth or .bin.",
+        help=f"The file to write. {_FLAT} are written as safetensors, but as torch.save if it ends "
+        "in .ckpt, .pt, .pth or .bin.",
     ),
 ]
 Decay = Annotated[

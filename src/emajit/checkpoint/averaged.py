@@ -1,0 +1,201 @@
+"""The averages of a checkpoint, the interface of a layout, and helpers that several layouts use."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from emajit import _memory, _names, _tree
+
+State = Mapping[str, Tensor]
+NO_NAMES = "found none; pass names=model, on the command line --names FILE"
+
+
+class Averaged(NamedTuple):
+    """The averages of a checkpoint.
+
+    weights: the averaged parameters, and the trained values of what is not averaged (buffers,
+        frozen parameters), under the names of the model's own `state_dict`.
+    layout: the layout of the checkpoint.
+    step: how many updates the averages have taken, where that is known.
+    decay: the decay of an update, where that is known.
+    raw_only: the names in `weights` that are not averages.
+    raw: the trained weights under the same names, where the checkpoint holds them too.
+    others: how many tensors of the checkpoint are neither averages nor trained weights.
+    """
+
+    weights: dict[str, Tensor]
+    layout: str
+    step: int | None = None
+    decay: float | None = None
+    raw_only: tuple[str, ...] = ()
+    raw: Mapping[str, Tensor] = {}
+    others: int = 0
+
+
+class Names(NamedTuple):
+    """The names of a model's parameters, in order and if they are given, and of its buffers."""
+
+    parameters: list[str] | None
+    buffers: list[str]
+
+
+class Writer(NamedTuple):
+    """How a layout is written.
+
+    name: its name in `checkpoint.write` and in the command.
+    state: the content of a file, made of averages and names. Raises ValueError where the averages
+        lack something that the layout holds, such as a step.
+    safetensors: whether the content is a flat state, which safetensors can hold. Such a layout is
+        written with `torch.save` only where the path asks for it.
+    torch_key: the key under which `torch.save` gets the content; "" for none.
+    by_position: whether the averages are a list in the order of the model's parameters.
+    """
+
+    name: str
+    state: Callable[[Averaged, Names], dict[str, Any]]
+    safetensors: bool = False
+    torch_key: str = ""
+    by_position: bool = False
+
+
+class Layout(NamedTuple):
+    """How one library keeps averages in a checkpoint.
+
+    read: takes the content of a file, as nested mappings, and the names of the parameters. It
+        returns None for another layout. It raises ValueError where the layout is its own but is
+        broken or needs names; nothing is guessed. `checkpoint.read` turns the errors of a broken
+        structure (KeyError, TypeError and others) into ValueError. None if emajit only writes it.
+    writer: None if emajit only reads it.
+    """
+
+    read: Callable[[Mapping[str, Any], Names], Averaged | None] | None = None
+    writer: Writer | None = None
+
+
+def listed(names: Iterable[str] | torch.nn.Module | None) -> Names:
+    """The `names` argument of `checkpoint.read` and `checkpoint.write`; TypeError for others."""
+    if names is None:
+        return Names(None, [])
+    if isinstance(names, torch.nn.Module):
+        return Names(
+            [name for name, _ in names.named_parameters()],
+            [name for name, _ in names.named_buffers()],
+        )
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise TypeError(f"names: expected a list of names, or the model, found {names!r}")
+    parameters = [*names]
+    for name in parameters:
+        if not isinstance(name, str):
+            found = type(name).__qualname__
+            raise TypeError(f"names: expected strings, or the model itself, found {found}")
+    return Names(parameters, [])
+
+
+def tensors_of(tree: Any) -> dict[str, Tensor]:
+    """The tensors of a mapping, by name; ValueError for anything but a mapping."""
+    if not isinstance(tree, Mapping):
+        raise ValueError(  # noqa: TRY004, it is a broken file, not a wrong argument
+            f"expected a state_dict, found {type(tree).__qualname__}"
+        )
+    return {key: v for key, v in tree.items() if isinstance(key, str) and isinstance(v, Tensor)}
+
+
+def tensors_below(prefix: str, state: State) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it; ValueError if there are none."""
+    found = _names.below(prefix, state)
+    if not found:
+        raise ValueError(f"expected averages below {prefix!r}, found none")
+    return found
+
+
+def step_of(value: Any) -> int | None:
+    """The number of updates in a file, or None if the file does not tell it."""
+    try:
+        return None if value is None else int(value)
+    except (OverflowError, RuntimeError, TypeError, ValueError):
+        raise ValueError(f"step: expected a whole number, found {value!r:.100}") from None
+
+
+def by_position(layout: str, averages: Any, names: Names) -> dict[str, Tensor]:
+    """Name the averages in a list by the names of the parameters, which must be as many."""
+    if names.parameters is None:
+        raise ValueError(f"{layout}: expected names, since its averages have none, {NO_NAMES}")
+    if len(averages) != len(names.parameters):
+        found = len(names.parameters)
+        raise ValueError(f"{layout}: expected {len(averages)} names, found {found}")
+    check_unique(layout, names.parameters)
+    return dict(zip(names.parameters, averages, strict=True))
+
+
+def check_unique(layout: str, names: Sequence[str]) -> None:
+    """Raise ValueError if a name occurs twice."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"{layout}: expected a name of its own for each, found twice {twice[:5]}")
+
+
+def completed(
+    averages: dict[str, Tensor],
+    raw: State,
+    layout: str,
+    step: int | None = None,
+    decay: float | None = None,
+) -> Averaged:
+    """The averages, completed by the trained values of what is not averaged.
+
+    An average of a tied parameter is there under every name that the parameter has in `raw`.
+    """
+    by_identity = {
+        _memory.identity(raw[name]): average for name, average in averages.items() if name in raw
+    }
+    tied = {n: by_identity[i] for n, v in raw.items() if (i := _memory.identity(v)) in by_identity}
+    averages = tied | averages
+    missing = [name for name in raw if name not in averages]
+    weights = {name: averages.get(name, value) for name, value in raw.items()} | averages
+    return Averaged(weights, layout, step, decay, tuple(missing), raw)
+
+
+def averages_of(averaged: Averaged) -> dict[str, Tensor]:
+    """The averages alone, each tied one only under its first name."""
+    named = {n: v for n, v in averaged.weights.items() if n not in averaged.raw_only}
+    tied = _memory.ties(named)
+    return {name: value for name, value in named.items() if name not in tied}
+
+
+def required(field: str, layout: str, averaged: Averaged) -> Any:
+    """The "step" or the "decay"; ValueError if it is not known."""
+    value = getattr(averaged, field)
+    if value is None:
+        raise ValueError(
+            f"{layout}: expected a checkpoint that tells its {field}, or a {field} to write, "
+            "found none"
+        )
+    return value
+
+
+def in_order(layout: str, averaged: Averaged, names: Names) -> list[Tensor]:
+    """The averages in the order of `names`, which must name each of them and nothing else."""
+    if names.parameters is None:
+        raise ValueError(
+            f"{layout}: expected names of the averages in the order of the model's parameters, "
+            f"{NO_NAMES}"
+        )
+    check_unique(layout, names.parameters)
+    held = {n: v for n, v in averaged.weights.items() if n not in averaged.raw_only}
+    unknown = [name for name in names.parameters if name not in held]
+    named = {_memory.identity(held[name]) for name in names.parameters if name in held}
+    averages = averages_of(averaged)
+    left_out = [name for name, v in averages.items() if _memory.identity(v) not in named]
+    if unknown or left_out:
+        hint = "; of the parameters of a model alone with names=model" * bool(left_out)
+        told = [f"without {_tree.some(left_out)}"] * bool(left_out)
+        told += [f"with {_tree.some(unknown)}, which is no average"] * bool(unknown)
+        raise ValueError(
+            f"{layout}: expected names of all averages, found them {' and '.join(told)}{hint}"
+        )
+    return [held[name] for name in names.parameters]

@@ -1,0 +1,34 @@
+"""The layouts of checkpoints, one module each, with its reader and its writer.
+
+The docstring of a module says where a library keeps its averages. A new layout is a module with a
+`LAYOUT` and a line in `_MODULES`; `checkpoint.read`, `checkpoint.write` and the choices of the
+command take it from there.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from emajit.checkpoint.averaged import Layout, Writer
+
+_MODULES = (  # the command shows the layouts in this order
+    "state_dict",
+    "litema",
+    "averaged_model",
+    "ema_pytorch",
+    "timm",
+    "diffusers",
+    "torch_ema",
+    "native",
+    "native_lightning",
+    "lightning",
+    "nemo",
+    "d2go",
+    "mmengine",
+    "composer",
+    "torchtitan",
+)
+LAYOUTS: list[Layout] = [import_module(f"{__name__}.{name}").LAYOUT for name in _MODULES]
+WRITERS: dict[str, Writer] = {
+    layout.writer.name: layout.writer for layout in LAYOUTS if layout.writer is not None
+}

@@ -1,0 +1,165 @@
+"""`LitEma`, on its own or in a checkpoint of latent-diffusion, SGM or CogVideo.
+
+`decay`, `num_updates` and an average for each parameter, whose key is the parameter's name without
+its dots. In a full checkpoint they are below a prefix, mostly `model_ema.`, beside the trained
+weights. "litema" writes such a full checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emajit import _decay, _names
+from emajit.checkpoint.averaged import (
+    NO_NAMES,
+    Averaged,
+    Layout,
+    Names,
+    State,
+    Writer,
+    averages_of,
+    completed,
+    required,
+    step_of,
+    tensors_of,
+)
+
+CONTROLS = "model_ema.decay", "model_ema.num_updates"
+
+
+def _read(tree: Mapping[str, Any], names: Names) -> Averaged | None:
+    state = tensors_of(tree.get("state_dict", tree))
+    prefixes = [
+        key.removesuffix("num_updates")
+        for key in state
+        if key.rpartition(".")[2] == "num_updates"
+        and key.removesuffix("num_updates") + "decay" in state
+    ]
+    if not prefixes:
+        return None
+    if len(prefixes) > 1:
+        raise ValueError(f"expected one LitEma, found several: {prefixes}")
+    prefix = prefixes[0]
+    flat = _names.below(prefix, state)
+    held_decay, held_updates = flat.pop("decay"), flat.pop("num_updates")
+    if not flat:
+        raise ValueError(f"LitEma: expected averages beside {prefix}decay, found none")
+    # 16 bits round a decay of 0.9999 to 1.
+    is_exact = min(held_decay.dtype.itemsize, held_updates.dtype.itemsize) >= 4
+    updates = step_of(held_updates) if is_exact else None
+    step = None if updates is None or updates < 0 else updates
+    decay = _decay.decimal(float(held_decay)) if is_exact else None
+    layout = f"LitEma at {prefix.rstrip('.')}" if prefix else "LitEma"
+    raw = {key: v for key, v in state.items() if not key.startswith(prefix)} if prefix else {}
+    if raw:
+        return completed(_renamed(flat, _names_from(flat, raw)), raw, layout, step, decay)
+    averaged = names.parameters and [*names.parameters, *names.buffers]
+    if averaged is None:
+        raise ValueError(f"LitEma: expected names, which its keys do not tell, {NO_NAMES}")
+    full = _unflattened(flat, {name: name for name in averaged})
+    return Averaged(_renamed(flat, full), layout, step, decay)
+
+
+def _renamed(flat: State, full: Mapping[str, str]) -> dict[str, Tensor]:
+    return {full[key]: average for key, average in flat.items()}
+
+
+def _names_from(flat: State, raw: State) -> dict[str, str]:
+    """Map each key of a LitEma to the name of its parameter in `raw`.
+
+    The averaged module is the whole model or one module in it: all names share a prefix.
+    """
+    first = next(iter(flat))
+    prefixes = {
+        ".".join([*parts[:i], ""]) if i else ""
+        for parts in (name.split(".") for name in raw)
+        for i in range(len(parts))
+        if not _spellings(".".join(parts[i:])).isdisjoint(_spellings_of_key(first))
+    }
+    found, errors = [], []
+    for prefix in sorted(prefixes):
+        below = {name.removeprefix(prefix): name for name in raw if name.startswith(prefix)}
+        try:
+            found.append(_unflattened(flat, below))
+        except _AmbiguityError:
+            raise
+        except ValueError as error:
+            errors.append(error)
+    if len(found) == 1:
+        return found[0]
+    if errors and not found:
+        raise errors[0]
+    raise ValueError(f"LitEma: {first!r}: expected its parameter in one place, found {len(found)}")
+
+
+class _AmbiguityError(ValueError):
+    """A module that may be the averaged one, so that no other may be taken for it."""
+
+
+def _unflattened(flat: State, names: Mapping[str, str]) -> dict[str, str]:
+    """Map each key of a LitEma to a full name.
+
+    `names` maps the names within the averaged module to the full ones. Where two names differ only
+    in their dots, emajit's LitEma has slashes in its keys.
+    """
+    by_spelling: dict[str, list[str]] = {}
+    for name, full in names.items():
+        for spelling in _spellings(name):
+            by_spelling.setdefault(spelling, []).append(full)
+    slashed = {key: key.rstrip("/").replace("/", ".") for key in flat if "/" in key}
+    apart = {names[name] for name in slashed.values() if name in names}
+    found = {}
+    for key in flat:
+        if key in slashed:
+            fitting = [names[slashed[key]]] if slashed[key] in names else []
+        else:
+            fitting = by_spelling.get(key) or by_spelling.get(_names.bare(key), [])
+            fitting = [full for full in fitting if full not in apart]
+        if len(fitting) != 1:
+            message = (
+                f"LitEma: {key!r}: expected one parameter of that name, found {fitting or 'none'}"
+            )
+            raise _AmbiguityError(message) if fitting else ValueError(message)
+        found[key] = fitting[0]
+    return found
+
+
+def _spellings(name: str) -> set[str]:
+    """The keys that a name may have in a LitEma: without its dots, and without wrappers."""
+    plain = name.replace(".", "")
+    return {plain, _names.bare(plain), _names.canonical(name).replace(".", "")}
+
+
+def _spellings_of_key(key: str) -> set[str]:
+    """The `_spellings` of its name that a key may stand for."""
+    return {key, _names.bare(key), key.replace("/", "")}
+
+
+def _state(averaged: Averaged, _: Names) -> dict[str, Any]:
+    """The trained weights, and the averages below `model_ema.`.
+
+    They are averages of the module `model` if it holds all of them, else of the whole model.
+    """
+    averages = averages_of(averaged)
+    if not averaged.raw.keys() >= averages.keys():
+        raise ValueError("litema: expected the trained weights beside the averages, found none")
+    prefix = "model." if all(name.startswith("model.") for name in averages) else ""
+    names = [name.removeprefix(prefix) for name in averages]
+    keys = _names.flat_keys(names, lambda key: key in ("decay", "num_updates"))
+    updates = -1 if averaged.step is None else averaged.step  # -1: without warm-up
+    if updates >= 2**31:
+        found = f"found {updates}"
+        raise ValueError(f"litema: expected a step below 2**31, which it counts to, {found}")
+    controls = {
+        CONTROLS[0]: torch.tensor(required("decay", "litema", averaged), dtype=torch.float32),
+        CONTROLS[1]: torch.tensor(updates, dtype=torch.int32),
+    }
+    flat = {f"model_ema.{keys[name]}": averages[prefix + name] for name in names}
+    return {**averaged.raw, **controls, **flat}
+
+
+LAYOUT = Layout(_read, Writer("litema", _state, safetensors=True, torch_key="state_dict"))

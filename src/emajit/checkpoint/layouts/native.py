@@ -1,0 +1,23 @@
+"""`{"shadow": shadow, "step": step}`, as `torch.save` writes it, and what `checkpoint.save` writes.
+
+`checkpoint.read` brings a file or folder of `save` and `save_sharded` into this form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from emajit import _tree
+from emajit.checkpoint.averaged import Averaged, Layout, Names, check_unique, step_of
+
+
+def _read(tree: Mapping[str, Any], _: Names) -> Averaged | None:
+    if not {"shadow", "step"} <= tree.keys():
+        return None
+    named = _tree.named_leaves("shadow", tree["shadow"])
+    check_unique("emajit", [name for _, name, _ in named])
+    return Averaged({name: leaf for _, name, leaf in named}, "emajit", step_of(tree["step"]))
+
+
+LAYOUT = Layout(_read)

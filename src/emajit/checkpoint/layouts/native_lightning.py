@@ -1,0 +1,25 @@
+"""`emajit.integrations.lightning`: `emajit` beside a `state_dict` of trained or averaged weights.
+
+Where `state_dict` holds the averages, the trained weights are under `raw` in `emajit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from emajit import _names
+from emajit.checkpoint.averaged import Averaged, Layout, Names, completed, step_of, tensors_of
+
+
+def _read(tree: Mapping[str, Any], _: Names) -> Averaged | None:
+    if "emajit" not in tree:
+        return None
+    ours = tree["emajit"]
+    raw = tensors_of(tree["state_dict"]) | tensors_of(ours.get("raw", {}))
+    partners = _names.match(raw, ours["shadow"])
+    averages = {partners.get(name, name): v for name, v in tensors_of(ours["shadow"]).items()}
+    return completed(averages, raw, "emajit in Lightning", step_of(ours["step"]))
+
+
+LAYOUT = Layout(_read)

@@ -1,0 +1,107 @@
+"""The averages of a checkpoint, written in the layout of another library."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from emajit import _memory, _tree
+from emajit.checkpoint import files
+from emajit.checkpoint.averaged import Averaged, listed
+from emajit.checkpoint.layouts import WRITERS
+from emajit.checkpoint.layouts.litema import CONTROLS
+from emajit.checkpoint.saved import TIED, count
+
+_OF_TORCH = ".ckpt", ".pt", ".pth", ".bin"
+
+
+def write(
+    path: str | os.PathLike[str],
+    averaged: Averaged,
+    *,
+    layout: str = "state_dict",
+    names: Iterable[str] | torch.nn.Module | None = None,
+    decay: float | None = None,
+    step: int | None = None,
+    dtype: torch.dtype | None = None,
+    tell: Callable[[int], object] = lambda _: None,
+) -> None:
+    """Write the averages that `read` has found into a file of another library, whole or not at all.
+
+    Args:
+        path: the file. A flat layout ("state_dict", "litema") is written as safetensors, or with
+            `torch.save` into a `.ckpt`, `.pt`, `.pth` or `.bin`. The others are always written with
+            `torch.save`, and refuse a `.safetensors`.
+        averaged: from `read`.
+        layout: "state_dict" for the averaged weights alone, as a model loads them, or another name
+            of `emajit.checkpoint.layouts.WRITERS`, which `emajit convert --help` lists too. The
+            module of a layout tells what its file holds.
+        names: for a layout by position, such as "diffusers-ema", the names of the model's
+            parameters in order; or the model, whose buffers are then left out, and whose parameters
+            without an average get their trained value.
+        decay: to go on with, for the layouts that hold one; default that of `averaged`.
+        step: how many updates the averages have taken, likewise.
+        dtype: of floating-point tensors; default their own.
+        tell: is called with the number of bytes of each piece that is written.
+
+    Raises:
+        ValueError: `layout` is unknown; `dtype` is not floating-point, or too narrow for a finite
+            number; the decay is outside [0, 1], the step negative; the layout needs something that
+            is missing: the trained weights, a step, a decay, or the names of all averages; `path`
+            ends in `.safetensors` for a layout of `torch.save`.
+        TypeError: `averaged` is not from `read`.
+        OSError: the file cannot be written.
+    """
+    if not isinstance(averaged, Averaged):
+        raise TypeError(
+            f"averaged: expected what read has found, found {type(averaged).__qualname__}"
+        )
+    _tree.check_dtype(dtype)
+    path = Path(path)
+    if decay is not None:
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay: expected a number in [0, 1], found {decay}")
+        averaged = averaged._replace(decay=float(decay))
+    if step is not None:
+        averaged = averaged._replace(step=count(step))
+    if layout not in WRITERS:
+        raise ValueError(f"layout: expected {' or '.join(WRITERS)}, found {layout!r}")
+    writer = WRITERS[layout]
+    if isinstance(names, torch.nn.Module) and writer.by_position:
+        averaged = _parameters(averaged, names)
+    if writer.safetensors and path.suffix not in _OF_TORCH:
+        state = writer.state(averaged, listed(names))
+        narrowed = {name: value for name, value in state.items() if name not in CONTROLS}
+        casts, header = files.float_casts(narrowed, dtype), {"format": "pt"}
+        if tied := _memory.ties(state):  # the file has a copy of a tied tensor for each name
+            header[TIED] = json.dumps(tied)
+        files.write_tensors(path, state, lambda *_: header, casts=casts, tell=tell)
+        return
+    if path.suffix == ".safetensors":
+        raise ValueError(f"{path}: expected a name with {' or '.join(_OF_TORCH)} for {layout}")
+    weights, raw = (_cast(part, dtype) for part in (averaged.weights, averaged.raw))
+    state = writer.state(averaged._replace(weights=weights, raw=raw), listed(names))
+    files.write_torch(path, {writer.torch_key: state} if writer.torch_key else state, tell)
+
+
+def _parameters(averaged: Averaged, model: torch.nn.Module) -> Averaged:
+    """`averaged` without the buffers of `model`, and with its frozen parameters as averages."""
+    params, buffers = (dict(model.named_parameters()), dict(model.named_buffers()))
+    return averaged._replace(
+        weights={name: v for name, v in averaged.weights.items() if name not in buffers},
+        raw_only=tuple(name for name in averaged.raw_only if name not in params),
+    )
+
+
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """`tensors` in `dtype`, if one is given and they are floating-point; tied ones stay tied."""
+    cast: dict[Hashable, Tensor] = {}
+    for name, narrow in files.float_casts(tensors, dtype).items():
+        if (identity := _memory.identity(tensors[name])) not in cast:
+            cast[identity] = files.cast(repr(name), tensors[name], narrow)
+    return {name: cast.get(_memory.identity(v), v) for name, v in tensors.items()}
