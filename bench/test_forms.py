@@ -125,7 +125,7 @@ def test_several_averages(name: str, device: str, interleave: Interleave, publis
 
     calls: Calls = {
         "three calls": one_by_one,
-        "a list of three": lambda: emajit.update_(together, params, 0, decay=list(decays)),
+        "a list of three": lambda: emajit.update_many_(together, params, 0, decays=decays),
     }
     times = run(calls, 60, interleave)
     result = Result("several", f"{name}: three averages", "three calls", times)

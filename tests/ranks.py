@@ -176,10 +176,10 @@ def several_decays_ties_and_nested_trees(_: Path) -> None:
         torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t + 1, t) for t in (tree, plain)
     )
     moved["head"], moved_plain["head"] = moved["layers"][0], moved_plain["layers"][0]
-    decay: Any = [0.9, schedules.power_function(0.1)]
-    new = emajit.update(ours, moved, 3, decay=decay)
-    emajit.update_(ours, moved, 3, decay=decay)
-    emajit.update_(theirs, moved_plain, 3, decay=decay)
+    decays: Any = [0.9, schedules.power_function(0.1)]
+    new = emajit.update_many(ours, moved, 3, decays=decays)
+    emajit.update_many_(ours, moved, 3, decays=decays)
+    emajit.update_many_(theirs, moved_plain, 3, decays=decays)
     for mine, other, expected in zip(ours, new, theirs, strict=True):
         assert other["head"] is other["layers"][0]
         for found in (mine, other):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from emajit import LitEma, checkpoint, cli, posthoc, schedules, update_
+from emajit import LitEma, checkpoint, cli, posthoc, schedules, update_many_
 from emajit import init as emajit_init
 from emajit.checkpoint import files
 from emajit.checkpoint.layouts import WRITERS
@@ -188,7 +188,7 @@ class TestReconstruct:
         shadows = [emajit_init(params) for _ in decays]
         for step in range(40):
             params["a"] += 1
-            update_(shadows, params, step, decay=decays)
+            update_many_(shadows, params, step, decays=decays)
             if step % 5 == 4:
                 posthoc.save(tmp_path / "run", shadows, step + 1, sigma_rel=[0.05, 0.1])
         return tmp_path / "run"

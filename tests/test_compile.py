@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 import emajit
-from emajit import _compile, schedules
+from emajit import _choose, _compile, schedules
 from tests import reference, strategies
 from tests.counting import Counting
 
@@ -84,17 +85,17 @@ def of_inference(_: dict[str, Tensor], params: dict[str, Tensor]) -> None:
 def test_groups_of_a_large_model_share_a_graph(
     monkeypatch: pytest.MonkeyPatch, several: int
 ) -> None:
-    monkeypatch.setattr(_compile, "_WORTH_A_CALL", 1)
+    monkeypatch.setattr(_choose, "GROUP_ELEMENTS", 1)
     params = {f"{i}": torch.randn(2 + i % 3).bfloat16() for i in range(80)}
     shadows = [emajit.init(params, dtype=torch.float32) for _ in range(several)]
     params = {name: p + 1 for name, p in params.items()}
     decays: Any = [0.5, 0.75][:several]
-    expected = emajit.update(shadows, params, 0, decay=decays, backend="eager")
-    made = _compile._compiled.cache_info().misses
-    found = emajit.update(shadows, params, 0, decay=decays, backend="aot_eager")
-    assert _compile._compiled.cache_info().misses == made + 2  # for those alike, for the rest
+    expected = emajit.update_many(shadows, params, 0, decays=decays, backend="eager")
+    made = _compile._kernel.cache_info().misses
+    found = emajit.update_many(shadows, params, 0, decays=decays, backend="aot_eager")
+    assert _compile._kernel.cache_info().misses == made + 2  # for those alike, for the rest
     assert_close(found, expected)
-    emajit.update_(shadows, params, 0, decay=decays, backend="aot_eager")
+    emajit.update_many_(shadows, params, 0, decays=decays, backend="aot_eager")
     assert_close(shadows, expected)
 
 
@@ -234,7 +235,7 @@ def test_two_averages_of_one_parameter_or_of_two() -> None:
         emajit.update_(shadow, params, 0, decay=0.5, backend="aot_eager")
         assert_close(shadow, [0.5 * p for p in params])
         both = [{"w": torch.zeros(3)}, {"w": torch.zeros(3)}]
-        emajit.update_(both, {"w": params[0]}, 0, decay=[0.5, 0.75], backend="aot_eager")
+        emajit.update_many_(both, {"w": params[0]}, 0, decays=[0.5, 0.75], backend="aot_eager")
         assert_close(both, [{"w": 0.5 * params[0]}, {"w": 0.25 * params[0]}])
 
 
@@ -243,9 +244,21 @@ def test_equal_decays_of_one_call_differ_at_the_next(counting: tuple[str, Counti
     both = [{"w": torch.zeros(2)}, {"w": torch.zeros(2)}]
     for decays in ([0.5, 0.5], [0.0, 1.0]):
         before = [{"w": s["w"].clone()} for s in both]
-        emajit.update_(both, {"w": torch.ones(2)}, 0, decay=decays, backend=name)
+        emajit.update_many_(both, {"w": torch.ones(2)}, 0, decays=decays, backend=name)
         for s, old, decay in zip(both, before, decays, strict=True):
             assert_close(s["w"], decay * old["w"] + (1 - decay))
+    assert counter.graphs == 1
+
+
+def test_one_graph_for_both_ends(counting: tuple[str, Counting]) -> None:
+    """At decay 1/2 and below the equation starts from the parameter, exact for decay 0."""
+    name, counter = counting
+    shadow, params = {"w": torch.full((2,), 1e8)}, {"w": torch.ones(2)}
+    for decay in (1.0, 0.75, 0.5, 0.0):
+        expected = emajit.update(shadow, params, 0, decay=decay, backend="eager")
+        emajit.update_(shadow, params, 0, decay=decay, backend=name)
+        assert_close(shadow, expected)
+    assert shadow["w"].tolist() == [1.0, 1.0]
     assert counter.graphs == 1
 
 
@@ -289,14 +302,14 @@ def test_inductor_is_the_equation(nonfinite: Any) -> None:
 
 @pytest.mark.inductor
 def test_auto_compiles_what_would_need_temporaries() -> None:
-    shadow = torch.zeros(_compile._WORTH_COMPILING)
+    shadow = torch.zeros(_choose.WORTH_COMPILING)
     assert _compile.can_compile("cpu")
-    before = _compile._compiled.cache_info().misses
-    emajit.update_(shadow, torch.ones_like(shadow), 0, decay=0.5)
-    assert _compile._compiled.cache_info().misses == before
-    emajit.update_(shadow, torch.ones_like(shadow).bfloat16(), 0, decay=0.5)
-    assert _compile._compiled.cache_info().misses == before + 1
-    assert shadow[:2].tolist() == [0.75, 0.75]
+    before = _compile._kernel.cache_info().misses
+    emajit.update_(shadow, torch.ones_like(shadow), 0, decay=0.75)
+    assert _compile._kernel.cache_info().misses == before
+    emajit.update_(shadow, torch.ones_like(shadow).bfloat16(), 0, decay=0.75)
+    assert _compile._kernel.cache_info().misses == before + 1
+    assert shadow[:2].tolist() == [0.4375, 0.4375]
 
 
 @pytest.mark.parametrize(
@@ -334,20 +347,20 @@ def test_several_averages_are_one_graph(counting: tuple[str, Counting]) -> None:
     shadows = [emajit.init(params, dtype=torch.float32) for _ in decays]
     params = {key: p + 1 for key, p in params.items()}
     for step in (0, torch.tensor(1), 2):
-        expected = emajit.update(shadows, params, step, decay=decays, backend="eager")
-        emajit.update_(shadows, params, step, decay=decays, backend=name)
+        expected = emajit.update_many(shadows, params, step, decays=decays, backend="eager")
+        emajit.update_many_(shadows, params, step, decays=decays, backend=name)
         assert_close(shadows, expected)
     with torch.compiler.set_stance("fail_on_recompile"):
         for step in range(50):  # values that coincide, and that change their order
             several: list[Any] = [schedules.warmup(0.5), schedules.uniform(), 0.5]
-            emajit.update_(shadows, params, step, decay=several, backend=name)
+            emajit.update_many_(shadows, params, step, decays=several, backend=name)
     assert counter.graphs == 1
 
 
 def test_several_averages_inside_a_trace() -> None:
-    step = torch.compile(emajit.update, fullgraph=True, backend="aot_eager")
+    step = torch.compile(emajit.update_many, fullgraph=True, backend="aot_eager")
     shadows = [{"w": torch.zeros(2)}, {"w": torch.zeros(2)}]
-    new = step(shadows, {"w": torch.ones(2)}, torch.tensor(0), decay=[0.5, schedules.uniform()])
+    new = step(shadows, {"w": torch.ones(2)}, torch.tensor(0), decays=[0.5, schedules.uniform()])
     assert [s["w"].tolist() for s in new] == [[0.5, 0.5], [1.0, 1.0]]
 
 
@@ -395,17 +408,78 @@ def test_mismatch_inside_a_trace_raises() -> None:
         step({"a": torch.zeros(2)}, {"a": torch.zeros(3)})
 
 
+class Scheduled(Exception):  # noqa: N818, no error
+    """The kernels that Inductor would make of a graph, on a device that has Triton."""
+
+
+def kernels_of(function: Callable[..., Any], *arguments: Any) -> list[int]:
+    """How many leaves each kernel has that Inductor plans; none is generated, without a GPU."""
+    from torch._inductor import graph, scheduler  # noqa: PLC0415
+    from torch._inductor.codegen.common import BackendFeature  # noqa: PLC0415
+    from torch._inductor.codegen.triton import TritonScheduling  # noqa: PLC0415
+
+    has_feature = graph.GraphLowering.has_feature
+    planned: list[int] = []
+
+    def generate(self: Any) -> None:
+        planned.extend(len(getattr(node, "snodes", [node])) for node in self.nodes)
+        raise Scheduled
+
+    with pytest.MonkeyPatch.context() as gpu:
+        gpu.setattr(
+            graph.GraphLowering,
+            "has_feature",
+            lambda *of: of[2] == BackendFeature.FOREACH or has_feature(*of),
+        )
+        gpu.setattr(scheduler.Scheduler, "get_backend", cache(lambda of, _: TritonScheduling(of)))
+        gpu.setattr(scheduler.Scheduler, "codegen", generate)
+        torch.compiler.reset()
+        fresh = torch._inductor.config.patch(fx_graph_cache=False)
+        whole = torch._functorch.config.patch(enable_autograd_cache=False)
+        with fresh, whole, pytest.raises(Exception, match="Scheduled"):
+            torch.compile(function, fullgraph=True, dynamic=False)(*arguments)
+    return planned
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize(
+    ("update", "dtypes", "options", "others"),
+    [
+        (emajit.update_, (torch.float32, torch.float32), {}, 0),
+        (emajit.update, (torch.float32, torch.bfloat16), {}, 0),
+        (emajit.update, (torch.bfloat16, torch.bfloat16), {"nonfinite": "skip"}, 0),
+        # and what all leaves share: the hash of the step
+        (emajit.update_, (torch.bfloat16, torch.float32), {"rounding": "stochastic"}, 3),
+    ],
+)
+def test_one_kernel_for_all_leaves_of_a_precision(
+    update: Any, dtypes: tuple[torch.dtype, torch.dtype], options: Any, others: int
+) -> None:
+    """In the user's own compiled step, whose decay is a tensor, without an option of Inductor."""
+    leaves = 12
+    shadow, params = (
+        {str(i): torch.randn(3 + i % 5, 4).to(dtype) for i in range(leaves)} for dtype in dtypes
+    )
+
+    def step(shadow: Any, params: Any, n: Tensor) -> Any:
+        return update(shadow, params, n, decay=schedules.warmup(0.9), **options)
+
+    kernels = kernels_of(step, shadow, params, torch.tensor(3))
+    assert kernels.count(leaves) == 1
+    assert len(kernels) <= 1 + others
+
+
 @pytest.mark.inductor
 def test_under_a_mode_that_sees_each_operator() -> None:
     """Compiled code does not run there; nothing is applied twice, and later it does again."""
-    shadow = {"w": torch.zeros(_compile._WORTH_COMPILING + 1), "v": torch.zeros(1)}
-    params = {"w": torch.ones(_compile._WORTH_COMPILING + 1).bfloat16(), "v": torch.ones(1)}
+    shadow = {"w": torch.zeros(_choose.WORTH_COMPILING + 1), "v": torch.zeros(1)}
+    params = {"w": torch.ones(_choose.WORTH_COMPILING + 1).bfloat16(), "v": torch.ones(1)}
     mode = FlopCounterMode(display=False)
     contexts: list[Any] = [mode, nullcontext(), mode, nullcontext()]
     for step, context in enumerate(contexts):
         with context:
-            emajit.update_(shadow, params, step, decay=0.5)
-        assert {leaf[0].item() for leaf in shadow.values()} == {1 - 0.5 ** (step + 1)}
+            emajit.update_(shadow, params, step, decay=0.75)
+        assert {leaf[0].item() for leaf in shadow.values()} == {1 - 0.75 ** (step + 1)}
     with mode:
         emajit.update_(shadow, params, 0, decay=0.0, backend="inductor")
     assert shadow["w"][0] == 1
@@ -413,28 +487,28 @@ def test_under_a_mode_that_sees_each_operator() -> None:
 
 @pytest.mark.inductor
 def test_what_does_not_compile_is_not_half_applied() -> None:
-    shadow = {"v": torch.zeros(1), "w": torch.zeros(_compile._WORTH_COMPILING + 7)}
+    shadow = {"v": torch.zeros(1), "w": torch.zeros(_choose.WORTH_COMPILING + 7)}
     params = {name: torch.ones_like(leaf) for name, leaf in shadow.items()}
     params["w"] = params["w"].bfloat16()
     with torch.compiler.set_stance("fail_on_recompile"), pytest.raises(RuntimeError):
-        emajit.update_(shadow, params, 0, decay=0.5)
+        emajit.update_(shadow, params, 0, decay=0.75)
     assert not any(leaf.any() for leaf in shadow.values())
 
 
 WITHOUT_COMPILER = """
 import torch, warnings, emajit
-from emajit import _compile
-shadow = torch.zeros(_compile._WORTH_COMPILING)
+from emajit import _choose
+shadow = torch.zeros(_choose.WORTH_COMPILING)
 params = torch.ones_like(shadow).bfloat16()
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for step in range(3):
-        emajit.update_(shadow, params, step, decay=0.5)
+        emajit.update_(shadow, params, step, decay=0.75)
 told = [str(w.message) for w in caught if "emajit" in str(w.message)]
 assert len(told) == 1 and "without a compiler on cpu" in told[0], told
-assert shadow[:2].tolist() == [0.875, 0.875]
+assert shadow[:2].tolist() == [1 - 0.75**3] * 2
 try:
-    emajit.update_(shadow, params, 3, decay=0.5, backend="inductor")
+    emajit.update_(shadow, params, 3, decay=0.75, backend="inductor")
 except Exception as error:
     print("raised", type(error).__name__)
 """
@@ -469,14 +543,14 @@ def test_a_disk_that_fills_up_later(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert _compile.can_compile("cpu")
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    shadow = torch.zeros(_compile._WORTH_COMPILING + 3)
+    shadow = torch.zeros(_choose.WORTH_COMPILING + 3)
     params = torch.ones_like(shadow).bfloat16()
     with pytest.warns(RuntimeWarning, match="runs an update without a compiler: .*Not a directory"):
-        emajit.update_(shadow, params, 0, decay=0.5)
-    emajit.update_(shadow, params, 1, decay=0.5)
-    assert shadow[:2].tolist() == [0.75, 0.75]
+        emajit.update_(shadow, params, 0, decay=0.75)
+    emajit.update_(shadow, params, 1, decay=0.75)
+    assert shadow[:2].tolist() == [0.4375, 0.4375]
     with pytest.raises(OSError, match="Not a directory"):
-        emajit.update(shadow, params, 2, decay=0.5, backend="inductor")
+        emajit.update(shadow, params, 2, decay=0.75, backend="inductor")
 
 
 def test_import_is_light() -> None:

@@ -87,9 +87,13 @@ TREES = {
 def test_update_in_place(tree: str, several: bool) -> None:
     """Before the first write nothing has changed; one operator writes all float32 leaves."""
     params = {name: leaf * 2 for name, leaf in TREES[tree]().items()}
-    first = [emajit.init(TREES[tree]()) for _ in range(2)] if several else TREES[tree]()
-    options: dict[str, Any] = {"decay": [0.5, 0.75] if several else 0.5}
-    expected = emajit.update(first, params, 0, **options)
+    first: Any = [emajit.init(TREES[tree]()) for _ in range(2)] if several else TREES[tree]()
+    options: dict[str, Any] = {"decays": [0.5, 0.75]} if several else {"decay": 0.5}
+    functions: Any = (
+        (emajit.update_many, emajit.update_many_) if several else (emajit.update, emajit.update_)
+    )
+    update, update_ = functions
+    expected = update(first, params, 0, **options)
     shadow = copy.deepcopy(first)
 
     def leaves(tree: Any) -> list[Tensor]:
@@ -97,7 +101,7 @@ def test_update_in_place(tree: str, several: bool) -> None:
 
     old, new = values(leaves(first)), values(leaves(expected))
     whole, mixed = 0, set()
-    for where in faults(lambda: emajit.update_(shadow, params, 0, **options)):
+    for where in faults(lambda: update_(shadow, params, 0, **options)):
         found = leaves(shadow)
         if same(old, found) or same(new, found):
             whole += 1

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from torch.utils import _pytree as pytree
 
 import emajit
-from emajit import _memory, functional, schedules
+from emajit import _alias, _choose, _warn, schedules
 from tests import reference, strategies
 
 BACKENDS = ("eager", "aot_eager")
@@ -212,7 +212,7 @@ class TestLowPrecision:
 
     @pytest.mark.parametrize(("dtype", "enough"), [(torch.bfloat16, 0.99), (torch.float16, 0.999)])
     def test_an_average_that_stalls_warns_once(self, dtype: torch.dtype, enough: float) -> None:
-        functional._warn_of_stall.cache_clear()
+        _warn._told.clear()
         model = nn.Linear(2, 2).to(dtype)
         params = dict(model.named_parameters())
         shadow = emajit.init(params)
@@ -226,14 +226,15 @@ class TestLowPrecision:
             step(decay=enough)
             step(decay=1.0)  # nothing is to move
             both = [emajit.init(params, dtype=torch.float32), shadow]
-            step(both, decay=[0.9999, 0.5])
+            emajit.update_many_(both, params, 0, decays=[0.9999, 0.5])
             whole = {"n": torch.zeros(1).to(dtype)}, {"n": torch.ones(1).int()}
             emajit.update(*whole, 0, decay=0.9999)  # copied
             step(decay=schedules.warmup(0.9999))
             step(rounding="stochastic")
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            step([emajit.init(params, dtype=torch.float64), shadow], decay=[0.5, 0.9999])
+            both = [emajit.init(params, dtype=torch.float64), shadow]
+            emajit.update_many_(both, params, 0, decays=[0.5, 0.9999])
             for _ in range(3):
                 step()
             emajit.LitEma(model, use_num_upates=False)(model)
@@ -255,10 +256,10 @@ class TestSeveralAverages:
             for s, d in zip(shadows, self.DECAYS, strict=True)
         ]
         for step in range(2):
-            found = emajit.update(shadows, params, 2, decay=self.DECAYS, backend=backend)
+            found = emajit.update_many(shadows, params, 2, decays=self.DECAYS, backend=backend)
             assert_equal(expected, found)
             if step:
-                emajit.update_(shadows, params, 2, decay=self.DECAYS, backend=backend)
+                emajit.update_many_(shadows, params, 2, decays=self.DECAYS, backend=backend)
         assert_equal(expected, shadows)
 
     def test_ties_stay_in_each(self) -> None:
@@ -268,30 +269,30 @@ class TestSeveralAverages:
         for leaf in tensors(shadows):
             leaf.zero_()
         for step in range(2):
-            emajit.update_(shadows, params, step, decay=[0.5, 0.75])
+            emajit.update_many_(shadows, params, step, decays=[0.5, 0.75])
         assert [s["in"][0].item() for s in shadows] == [0.75, 0.4375]
-        new = emajit.update(shadows, params, 0, decay=[0.5, 0.75])
+        new = emajit.update_many(shadows, params, 0, decays=[0.5, 0.75])
         assert all(s["in"] is s["out"] for s in new)
         assert new[0]["in"] is not new[1]["in"]
 
     def test_none_at_all(self) -> None:
-        assert emajit.update([], {"w": torch.ones(1)}, 0, decay=[]) == []
+        assert emajit.update_many([], {"w": torch.ones(1)}, 0, decays=[]) == []
 
     @pytest.mark.parametrize(
         ("shadows", "message"),
         [
-            (lambda s: s, "shadow: expected a list of 2, as decay, found dict"),
-            (lambda s: [s], "shadow: expected a list of 2, as decay, found a list of 1"),
-            (lambda s: [s, s], r"shadow\[1\]\['w'\]: expected a tensor of its own"),
-            (lambda s: [s, {"w": torch.zeros(3)}], r"^of shadow\[1\]: params\['w'\]: .* \(3,\)"),
-            (lambda s: [s, {"v": torch.zeros(2)}], r"^of shadow\[1\]: .* lacks \['v'\]"),
+            (lambda s: s, "shadows: expected a list, found dict"),
+            (lambda s: [s], "shadows: expected 2, as decays, found 1"),
+            (lambda s: [s, s], r"shadows\[1\]\['w'\]: expected a tensor of its own"),
+            (lambda s: [s, {"w": torch.zeros(3)}], r"^of shadows\[1\]: params\['w'\]: .* \(3,\)"),
+            (lambda s: [s, {"v": torch.zeros(2)}], r"^of shadows\[1\]: .* lacks \['v'\]"),
         ],
     )
     def test_errors(self, shadows: Any, message: str) -> None:
         shadow = {"w": torch.zeros(2)}
-        for update in (emajit.update, emajit.update_):
-            with pytest.raises(ValueError, match=message):
-                update(shadows(shadow), {"w": torch.ones(2)}, 0, decay=[0.5, 0.75])
+        for update in (emajit.update_many, emajit.update_many_):
+            with pytest.raises((TypeError, ValueError), match=message):
+                update(shadows(shadow), {"w": torch.ones(2)}, 0, decays=[0.5, 0.75])
         assert not shadow["w"].any()
 
 
@@ -370,7 +371,7 @@ class TestRepeatedUpdates:
     def test_several_are_what_each_is(
         self, monkeypatch: pytest.MonkeyPatch, read_once: bool
     ) -> None:
-        monkeypatch.setattr(functional, "_READ_ONCE", 0 if read_once else 10**9)
+        monkeypatch.setattr(_choose, "READ_ONCE", 0 if read_once else 10**9)
         params = {"a": torch.randn(3, 4), "b": torch.randn(5)}
         decays: list[Any] = [0.5, schedules.uniform(), torch.tensor(0.75).double()]
         shadows = [emajit.init(params) for _ in decays]
@@ -378,27 +379,27 @@ class TestRepeatedUpdates:
         for step in range(4):
             for p in params.values():
                 p.add_(1)
-            emajit.update_(shadows, params, step, decay=decays)
+            emajit.update_many_(shadows, params, step, decays=decays)
             for shadow, decay in zip(alone, decays, strict=True):
                 emajit.update_(shadow, params, step, decay=decay)
             assert_equal(alone, shadows)
 
     @pytest.mark.parametrize(
-        ("decay", "message"),
+        ("decays", "message"),
         [
-            ([0.5], "^shadow: expected a list of 1, as decay, found a list of 2"),
-            ([], "^shadow: expected a list of 0, as decay, found a list of 2"),
-            ([0.5] * 3, "^shadow: expected a list of 3, as decay, found a list of 2"),
+            ([0.5], "^shadows: expected 1, as decays, found 2"),
+            ([], "^shadows: expected 0, as decays, found 2"),
+            ([0.5] * 3, "^shadows: expected 3, as decays, found 2"),
             ([0.5, 1.5], "^decay: expected a number"),
-            (0.5, "^params: expected the structure of shadow"),
+            (0.5, "^decays: expected a list, found float"),
         ],
     )
-    def test_another_list_of_decays_is_told(self, decay: Any, message: str) -> None:
+    def test_another_list_of_decays_is_told(self, decays: Any, message: str) -> None:
         shadows, params = [{"w": torch.zeros(4)} for _ in range(2)], {"w": torch.ones(4)}
         for step in range(2):
-            emajit.update_(shadows, params, step, decay=[0.5, 0.5])
-        with pytest.raises(ValueError, match=message):
-            emajit.update_(shadows, params, 2, decay=decay)
+            emajit.update_many_(shadows, params, step, decays=[0.5, 0.5])
+        with pytest.raises((TypeError, ValueError), match=message):
+            emajit.update_many_(shadows, params, 2, decays=decays)
         assert [s["w"].tolist() for s in shadows] == [[0.75] * 4] * 2
 
     def test_several_with_other_ties_are_refused_each_time(self) -> None:
@@ -406,7 +407,7 @@ class TestRepeatedUpdates:
         shadows, one = [{"in": a, "out": b}, {"in": c, "out": c}], torch.ones(2)
         for step in range(3):
             with pytest.raises(ValueError, match="found another tie"):
-                emajit.update_(shadows, {"in": one, "out": one}, step, decay=[0.5, 0.5])
+                emajit.update_many_(shadows, {"in": one, "out": one}, step, decays=[0.5, 0.5])
         assert not any(leaf.any() for leaf in (a, b, c))
 
     def test_an_option_that_is_given_later_counts(self) -> None:
@@ -557,14 +558,13 @@ class TestTies:
         conjugate = emajit.init({"a": z, "b": z.conj(), "c": z.imag, "d": z.conj().imag})
         assert [leaf.item() for leaf in conjugate.values()] == [1 + 2j, 1 - 2j, 2.0, -2.0]
 
-    def test_interleaved_views_are_compared_once(self) -> None:
+    def test_interleaved_views_are_compared_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         base = torch.zeros(8, 8)
         shadow = [base[:, ::2], base[:, 1::2]]
         params = [torch.ones(8, 4), torch.ones(8, 4)]
         emajit.update_(shadow, params, 0, decay=0.5)
-        misses = _memory.share_memory.cache_info().misses
+        monkeypatch.setattr(_alias, "share_memory", lambda *_: pytest.fail("compared again"))
         emajit.update_(shadow, params, 1, decay=0.5)
-        assert _memory.share_memory.cache_info().misses == misses
 
     def test_one_empty_leaf_twice(self) -> None:
         empty = torch.zeros(0)
@@ -577,6 +577,27 @@ class TestTies:
 
 
 class TestErrors:
+    def test_swapped_arguments_are_refused(self) -> None:
+        """`update_(params, shadow, 0, decay=0.0)` would make the model its own average."""
+        model = nn.Linear(2, 2)
+        params = dict(model.named_parameters())
+        shadow = {name: torch.zeros_like(p) for name, p in params.items()}
+        before = {name: p.detach().clone() for name, p in params.items()}
+        message = r"shadow\['weight'\]: expected an average, found a tensor that requires grad"
+        with pytest.raises(ValueError, match=message):
+            emajit.update_(params, shadow, 0, decay=0.0)
+        with pytest.raises(ValueError, match=r"shadows\[1\]\['weight'\]: expected an average"):
+            emajit.update_many_([shadow, params], params, 0, decays=[0.5, 0.5])
+        step = torch.compile(emajit.update_, fullgraph=True, backend="aot_eager")
+        with pytest.raises(Exception, match="expected an average, found a tensor that requires"):
+            step(params, shadow, torch.tensor(0), decay=0.0)
+        for _ in range(2):
+            emajit.update_(shadow, params, 0, decay=0.5)
+        shadow["weight"].requires_grad_()  # noticed after a hit, too
+        with pytest.raises(ValueError, match=message):
+            emajit.update_(shadow, params, 0, decay=0.5)
+        assert_equal(before, {name: p.detach() for name, p in params.items()})
+
     SHADOW: ClassVar[Any] = {"w": torch.zeros(2, 3), "n": None, "list": [torch.zeros(2)]}
 
     @pytest.mark.parametrize(
@@ -730,7 +751,7 @@ class TestErrors:
             ({"rounding": "up"}, "rounding: expected nearest or stochastic, found 'up'"),
             ({"nonfinite": "zero"}, "nonfinite: expected propagate or skip, found 'zero'"),
             ({"backend": "fast"}, "backend: expected auto or eager or inductor or .* found 'fast'"),
-            ({"decay": [0.9, 0.99]}, "shadow: expected a list of 2, as decay, found Tensor"),
+            ({"decay": 1.5}, r"decay: expected a number in \[0, 1\], found 1.5 at step 0"),
         ],
     )
     def test_options(self, options: Any, message: str) -> None:

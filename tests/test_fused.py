@@ -129,13 +129,13 @@ def test_options_are_those_of_update(options: dict[str, Any]) -> None:
 def test_several_averages() -> None:
     model = network()
     optimizer, params = torch.optim.SGD(model.parameters(), lr=0.1), dict(model.named_parameters())
-    decays = [0.5, schedules.warmup(0.9)]
+    decays: list[Any] = [0.5, schedules.warmup(0.9)]
     shadows, expected = ([emajit.init(params) for _ in decays] for _ in range(2))
-    fused = FusedOptimizer(optimizer, shadows, params, decay=decays, backend="aot_eager")
+    fused = FusedOptimizer(optimizer, shadows, params, decays=decays, backend="aot_eager")
     for step in range(4):
         gradients(model, step)
         fused.step(step)
-        emajit.update_(expected, params, step, decay=decays)
+        emajit.update_many_(expected, params, step, decays=decays)
     assert_close(shadows, expected)
 
 

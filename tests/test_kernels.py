@@ -2,36 +2,82 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from emajit import _kernels
+import pytest
+import torch
+from torch.testing import assert_close
+
+from emajit import _kernels, _rounding
+from emajit._kernels import Update
 from tests.counting import Operators
 
 
-def test_a_tensor_weight_is_cast_once_for_all_leaves_of_a_dtype() -> None:
+def test_a_tensor_alpha_is_cast_once_for_all_leaves_of_a_dtype() -> None:
     """Each cast is a launch on a GPU."""
     shadows = [torch.zeros(3) for _ in range(5)] + [torch.zeros(3, dtype=torch.float64)]
-    params, weight = [torch.ones_like(s) for s in shadows], torch.tensor(0.25, dtype=torch.float64)
+    params, alpha = [torch.ones_like(s) for s in shadows], torch.tensor(0.25, dtype=torch.float64)
     with Operators() as operators:
-        _kernels.eager_average_(shadows, params, [weight] * 6, skip=False)
+        _kernels.single_tensor_(Update(shadows, params, [alpha] * 6))
     assert operators.counts["aten._to_copy.default"] == 1
     assert all(bool((s == 0.25).all()) for s in shadows)
 
 
-def test_lerps_only_what_needs_no_temporary() -> None:
+def test_one_lerp_is_what_needs_no_temporary() -> None:
     full, half = torch.float32, torch.bfloat16
-    assert _kernels.lerps({(full, full), (torch.float64, torch.float64)}, [0.5, 0.1], skip=False)
-    assert not _kernels.lerps({(full, full)}, [0.5], skip=True)
-    assert not _kernels.lerps({(full, full), (full, half)}, [0.5], skip=False)
-    assert not _kernels.lerps({(half, half)}, [0.5], skip=False)
-    assert not _kernels.lerps({(full, full)}, [torch.tensor(0.5)], skip=False)
+    both = {(full, full), (torch.float64, torch.float64)}
+    assert _kernels.is_one_lerp(both, [0.5, 0.1], skip=False)
+    assert not _kernels.is_one_lerp({(full, full)}, [0.5], skip=True)
+    assert not _kernels.is_one_lerp({(full, full), (full, half)}, [0.5], skip=False)
+    assert not _kernels.is_one_lerp({(half, half)}, [0.5], skip=False)
+    assert not _kernels.is_one_lerp({(full, full)}, [torch.tensor(0.5)], skip=False)
 
 
-def test_foreach_equals_leaf_by_leaf() -> None:
+def test_multi_tensor_equals_single_tensor() -> None:
     shadows, params = ([torch.randn(5), torch.randn(3).double()] for _ in range(2))
-    expected = _kernels.average(shadows, params, [0.3] * len(params), skip=False)
-    found = _kernels.foreach_average(shadows, params, [0.3] * 2)
-    _kernels.foreach_average_(shadows, params, [0.3] * 2)
+    update = Update(shadows, params, [0.3])
+    expected = _kernels.single_tensor(update)
+    found = _kernels.multi_tensor(update)
+    _kernels.multi_tensor_(update)
     for a, b, c in zip(expected, found, shadows, strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c)
+
+
+FORMS = [
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float32),
+    (torch.float64, torch.float32),
+    (torch.float32, torch.float64),
+    (torch.complex64, torch.complex64),
+    (torch.complex64, torch.float32),
+    (torch.int64, torch.int64),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Casting complex values to real")
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("noise", [False, True])
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 0.75, 1.0, 0.3])
+def test_the_form_to_trace_equals_single_tensor(alpha: float, skip: bool, noise: bool) -> None:
+    """To the bit for an alpha of one bit: the product is exact, and the sum rounded once."""
+    shadows = [(4 * torch.randn(7, dtype=torch.complex128)).to(s) for s, _ in FORMS]
+    params = [(4 * torch.randn(7, dtype=torch.complex128)).to(p) for _, p in FORMS]
+    params[0][3] = params[2][3] = float("nan")
+    keys = _rounding.of_paths([str(f) for f in FORMS], [None] * len(FORMS), torch.device("cpu"))
+    given = [alpha], [torch.tensor(alpha, dtype=torch.float64)], [alpha] * len(FORMS)
+    mixed = [alpha if i % 2 else given[1][0] for i in range(len(FORMS))]
+    for alphas in (*given, mixed):
+        update = Update(shadows, params, alphas, skip, keys.at(3) if noise else None)
+        expected = _kernels.single_tensor(update)
+        pure = _kernels.traced(update)
+        written = [s.clone() for s in shadows]
+        _kernels.traced_(update._replace(shadows=written))
+        for e, a, b in zip(expected, pure, written, strict=True):
+            exact: dict[str, Any] = {} if alpha == 0.3 else {"rtol": 0.0, "atol": 0.0}
+            if alpha == 0.3 and noise and e.dtype.itemsize == 2:
+                exact = {"rtol": 2 * torch.finfo(e.dtype).eps, "atol": 1e-3}
+            assert_close(a, e, equal_nan=True, **exact)
+            assert_close(b, e, equal_nan=True, **exact)

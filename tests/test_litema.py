@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import emajit
-from emajit import LitEma, _names, functional
+from emajit import LitEma, _litema_state, _names, _torch, _warn, litema
 from tests import reference
+from tests.counting import Operators
 
 
 def small() -> nn.Module:
@@ -337,7 +338,7 @@ class TestDefects:
             (torch.bfloat16, 0.99, False),
             (torch.float32, 0.9999, False),
         ):
-            functional._warn_of_stall.cache_clear()
+            _warn._told.clear()
             ema = LitEma(small(), decay, dtype=dtype).to("meta")  # in place of a GPU
             with warnings.catch_warnings(record=True) as found:
                 warnings.simplefilter("always")
@@ -351,6 +352,64 @@ class TestDefects:
         for read in ("item", "__bool__", "__float__", "__int__", "__index__", "tolist"):
             monkeypatch.setattr(Tensor, read, lambda *_: pytest.fail("read back"))
         ema._decay_on_device()
+
+    def test_6_on_a_device_the_number_of_updates_is_known_to_the_host(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """No number is read back but after somebody else has written it; one operator averages."""
+        for module in (litema, _litema_state):  # the memory of the host in place of a device's
+            monkeypatch.setattr(module, "is_on_host", lambda _: False)
+        model = small()
+        ema, plain = LitEma(model), reference.LitEma(model)
+
+        def reads() -> int:
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.add_(1.0)
+            with Operators() as operators:
+                ema(model)
+            plain(model)
+            ran = operators.counts
+            ran.pop("aten.can_cast.default", None)  # inside of a mode, all is checked each time
+            read: int = ran.pop("aten._local_scalar_dense.default", 0)
+            assert ran == {"aten._foreach_lerp_.Scalar": 1, "aten.add_.Tensor": 1}
+            return read
+
+        assert reads() == 2  # decay and number of updates, once
+        assert [reads() for _ in range(3)] == [0, 0, 0]
+        state = copy.deepcopy(ema.state_dict())
+        ema.load_state_dict(state)
+        assert [reads(), reads()] == [2, 0]
+        for counter in (ema.num_updates, plain.num_updates):
+            counter.fill_(70)
+        assert [reads(), reads()] == [1, 0]
+        ema.reset_num_updates()
+        plain.num_updates.fill_(0)
+        assert [reads(), reads()] == [1, 0]
+        ema.load_state_dict(state, assign=True)
+        plain.load_state_dict(state)
+        assert [reads(), reads()] == [2, 0]
+        assert_close(ema.state_dict(), plain.state_dict())
+        assert reads() == 0
+        copied = copy.deepcopy(ema)
+        copied(model)
+        ema(model)
+        assert_close(copied.state_dict(), ema.state_dict())
+
+    def test_6_a_move_to_a_device_needs_no_reading(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        ema = LitEma(small())
+        ema(small())
+        on_host = ema.num_updates, ema.decay
+        for module in (litema, _litema_state):
+            monkeypatch.setattr(
+                module, "is_on_host", lambda buffer: any(buffer is b for b in on_host)
+            )
+        ema._apply(torch.clone)  # in place of cuda()
+        model = small()
+        with Operators() as operators:
+            ema(model)
+        assert "aten._local_scalar_dense.default" not in operators.counts
+        assert ema.num_updates.item() == 2
 
     def test_7_restore_without_store(self) -> None:
         model = small()
@@ -426,7 +485,7 @@ class TestDefects:
     def test_10_a_failing_update_counts_for_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model = small()
         ema = LitEma(model)
-        monkeypatch.setattr(torch, "_foreach_lerp_", lambda *_: 1 / 0)
+        monkeypatch.setattr(_torch, "foreach_lerp_", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             ema(model)
         assert ema.num_updates.item() == 0

@@ -13,7 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import emajit
-from emajit import LitEma, _compile, _tree, schedules
+from emajit import LitEma, _compile, _plan, schedules
 from tests.counting import Counting, own_memory, tells_memory
 
 STEPS = 20_000
@@ -68,8 +68,8 @@ def litema() -> Callable[[int], object]:
 
 
 def alive() -> int:
-    """How many objects there are, beside the memos of at most 64 sets of addresses."""
-    _tree._memos.clear()
+    """How many objects there are, beside the cache of plans, which is bounded."""
+    _plan._plans.clear()
     gc.collect()
     return len(gc.get_objects())
 
@@ -81,7 +81,7 @@ def test_nothing_grows(make: Callable[[], Callable[[int], object]]) -> None:
     for n in range(WARM):
         step(n)
     objects, memory = [alive()], [own_memory()]
-    graphs = _compile._compiled.cache_info().currsize
+    graphs = _compile._kernel.cache_info().currsize
     for half in (range(WARM, STEPS // 2), range(STEPS // 2, STEPS)):
         for n in half:
             step(n)
@@ -91,7 +91,7 @@ def test_nothing_grows(make: Callable[[], Callable[[int], object]]) -> None:
     assert min(b - a for a, b in pairwise(objects)) < 100
     # 8,000 leaks of 1000 numbers would be 32 MB.
     assert min(b - a for a, b in pairwise(memory)) < 1.5 * 2**20
-    assert _compile._compiled.cache_info().currsize == graphs
+    assert _compile._kernel.cache_info().currsize == graphs
 
 
 def test_one_graph_serves_all_steps(counting: tuple[str, Counting]) -> None:

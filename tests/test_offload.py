@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +21,23 @@ from torch.testing import assert_close
 
 import emajit
 from bench import measure
-from emajit import _compile, _host, _offload, checkpoint, functional, schedules
+from emajit import checkpoint, offload, schedules, scope
 from emajit.fused import FusedOptimizer
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+
+
+class There(Tensor):
+    """A tensor in the memory of the host that says that it is on a device."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    device = CUDA
+    is_cpu = False
+
+
+def there(tensor: Tensor, *, requires_grad: bool = False) -> Tensor:
+    """The same memory, on the device."""
+    return tensor.as_subclass(There).requires_grad_(requires_grad)
 
 
 class Stream:
@@ -49,7 +64,9 @@ class Device:
         self.log: list[str] = []
         self.recorded: list[Tensor] = []
         self.training, self.side = Stream(self.log, "training"), Stream(self.log, "side")
-        self.capturing = False
+        self.capturing = self.full = False
+        # The numbers that were copied to the device: all of them, those there now, and at most.
+        self.copied = self.held = self.peak = 0
         fakes: dict[str, Any] = {
             "Stream": lambda _: self.side,
             "current_stream": lambda _: self.training,
@@ -63,27 +80,64 @@ class Device:
             assert stream is self.side
             self.recorded.append(tensor)
 
+        to: Any = Tensor.to
+        full = torch.full
+
+        def moved(tensor: Tensor, *args: Any, **options: Any) -> Tensor:
+            is_there = isinstance(tensor, There)
+            comes = args[:1] == (CUDA,) and not is_there
+            goes = args[:1] == (CPU,) and is_there
+            if (comes or goes) and not options.get("non_blocking"):
+                self.log.append("host waits for training")
+            if not comes:
+                return tensor if args[:1] == (CUDA,) else to(tensor, *args, **options)
+            if self.full:
+                raise torch.OutOfMemoryError
+            copied = there(to(tensor, CPU, *args[1:], **options, copy=True))
+            self.count(copied.numel())
+            weakref.finalize(copied, self.count, -copied.numel())
+            return copied
+
+        def made(*args: Any, device: Any = None, **options: Any) -> Tensor:
+            if device != CUDA:
+                return full(*args, device=device, **options)
+            return there(full(*args, **options))
+
+        monkeypatch.setattr(torch, "full", made)
+        monkeypatch.setattr(Tensor, "to", moved)
         monkeypatch.setattr(Tensor, "record_stream", record)
-        monkeypatch.setattr(_host, "_streams", {})
-        monkeypatch.setattr(_host, "_hooks", ["no hook of optimizers"])
+        monkeypatch.setattr(offload, "_streams", {})
+        monkeypatch.setattr(offload, "_hooks", [])
+        monkeypatch.setattr(scope, "before_writing", [])
+        monkeypatch.setattr(optimizers, "_global_optimizer_pre_hooks", OrderedDict())
+
+    def count(self, numbers: int) -> None:
+        self.copied += max(numbers, 0)
+        self.held += numbers
+        self.peak = max(self.peak, self.held)
 
     @contextmanager
     def launching(self, stream: Stream) -> Iterator[None]:
         self.log.append(f"launch in {stream.name}")
         yield
 
-    def late(self) -> _host.Offloaded:
+    def update(self) -> Any:
+        """A shadow of zeros after a first update, of which nothing is told."""
+        params = {"w": there(torch.zeros(2, 3), requires_grad=True)}
+        shadow = offload.update_(offload.init(params), params, 0, decay=0.5)
+        self.log.clear()
+        return shadow
+
+    def late(self) -> Any:
         """Zeros, which the device is about to make ones."""
-        leaf = _host.offloaded(torch.zeros(2, 3), CUDA)
-        stream: Any = _host.side_stream(CUDA)
-        stream.pending.append(lambda: leaf.plain.fill_(1.0))
+        leaf = self.update()["w"]
+        self.side.pending.append(lambda: leaf.raw.fill_(1.0))
         return leaf
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    yield Device(monkeypatch)
-    _host._is_used = False
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    return Device(monkeypatch)
 
 
 def saved_and_loaded(leaf: Tensor) -> Any:
@@ -147,25 +201,25 @@ def test_whatever_reads_it_waits(device: Device, read: Any, tmp_path: Path) -> N
 def test_a_view_waits_too(device: Device, view: Any) -> None:
     leaf = device.late()
     viewed = view(leaf)
-    device.side.pending.append(lambda: leaf.plain.fill_(2.0))
-    assert type(viewed) is _host.Offloaded
+    device.side.pending.append(lambda: leaf.raw.fill_(2.0))
+    assert type(viewed) is offload.Offloaded
     assert viewed.home == CUDA
     assert (viewed == 2).all()
 
 
 def test_the_shape_is_a_size(device: Device) -> None:
-    leaf: Any = device.late()
+    leaf = device.late()
     assert type(leaf.shape) is type(leaf.size()) is torch.Size
     assert leaf.shape.numel() == 6
 
 
 def test_a_copy_is_one_of_its_own(device: Device) -> None:
-    leaf: Any = device.late()
+    leaf = device.late()
     shadow = {"w": leaf, "tied": leaf}
     copied = copy.deepcopy(shadow)
-    assert type(copied["w"]) is _host.Offloaded
+    assert type(copied["w"]) is offload.Offloaded
     assert copied["w"] is copied["tied"]
-    device.side.pending.append(lambda: leaf.plain.fill_(2.0))
+    device.side.pending.append(lambda: leaf.raw.fill_(2.0))
     assert (leaf == 2).all()
     assert (copied["w"] == 1).all()
     assert type(leaf.clone()) is Tensor
@@ -173,11 +227,14 @@ def test_a_copy_is_one_of_its_own(device: Device) -> None:
 
 def test_a_scope_and_a_module_wait(device: Device) -> None:
     model = nn.Linear(3, 2, bias=False)
-    shadow: Any = {"weight": device.late()}
-    shadow["weight"].home = CPU
-    _host.side_stream(CPU)
     x = torch.ones(3)
-    with emajit.ema_scope(model, shadow), torch.no_grad():
+    fetched = offload.fetch({"weight": device.late(), "none": None, "buffer": x})
+    assert "host waits for side" in device.log
+    assert fetched["none"] is None
+    assert fetched["buffer"] is x
+    assert isinstance(fetched["weight"], There)
+    averages = {"weight": fetched["weight"].as_subclass(Tensor)}
+    with emajit.ema_scope(model, averages), torch.no_grad():
         assert torch.equal(model(x), torch.full((2,), 3.0))
     late: dict[str, Tensor] = {"weight": device.late()}
     assert torch.equal(torch.func.functional_call(model, late, (x,)), torch.full((2,), 3.0))
@@ -192,7 +249,7 @@ def test_a_loaded_shadow_is_where_like_is(device: Device, tmp_path: Path) -> Non
         checkpoint.load_sharded(tmp_path / "folder", like),
     ):
         assert step == 3
-        assert type(loaded["w"]) is _host.Offloaded
+        assert type(loaded["w"]) is offload.Offloaded
         assert loaded["w"].home == CUDA
         assert torch.equal(loaded["w"], torch.ones(2, 3))
 
@@ -202,7 +259,7 @@ class TestPieces:
 
     @pytest.fixture(params=[4, 16, 250, 2**22])
     def piece(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-        monkeypatch.setattr(_offload, "_PIECE", request.param)
+        monkeypatch.setattr(offload, "_PIECE", request.param)
         return int(request.param)
 
     @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
@@ -227,26 +284,31 @@ class TestPieces:
             "turned": torch.randn(9, 5, dtype=of).t(),
             "bad": torch.tensor([1.0, float("nan")] * 20, dtype=of),
         }
+        away = {name: there(p) for name, p in params.items()}
         start = {name: torch.randn_like(p, dtype=dtype) for name, p in params.items()}
         options: Any = {"rounding": rounding, "nonfinite": nonfinite}
-        decays = [0.9, schedules.warmup(0.99)]
+        decays: list[Any] = [0.9, schedules.warmup(0.99)]
         expected = [copy.deepcopy(start), copy.deepcopy(start)]
-        emajit.update_(expected, params, 5, decay=decays, backend="eager", **options)
-        found = [copy.deepcopy(start), copy.deepcopy(start)]
-        _, work = functional.prepare(found, params, 5, decays, **options, writable=True)
-        _offload._average_away_(work, CPU)
-        assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+        emajit.update_many_(expected, params, 5, decays=decays, backend="eager", **options)
+        found = [offload.init(away, dtype=dtype.to_real()) for _ in decays]
+        for shadow in found:
+            for name, leaf in shadow.items():
+                assert leaf.dtype == dtype
+                assert leaf.stride() == params[name].stride()
+                leaf.copy_(start[name])
+        assert offload.update_many_(found, away, 5, decays=decays, **options) is found
         assert device.log[0] == "side waits for training"
+        assert_close([copy.copy(s) for s in found], expected, rtol=0, atol=0, equal_nan=True)
 
-    def test_are_no_larger(self, piece: int) -> None:
-        params = [torch.randn(n, 3) for n in (1, 2, 1, 100, 5)]
-        shadow = [torch.randn_like(p) for p in params]
-        _, work = functional.prepare(shadow, params, 0, 0.5, "nearest", "propagate", writable=True)
-        counts = [sum(s.numel() for s in part.shadows) for part in _offload._pieces(work)]
-        assert max(counts) <= piece
-        assert sum(counts) == sum(s.numel() for s in shadow)
+    def test_are_no_larger(self, device: Device, piece: int) -> None:
+        params = [there(torch.randn(n, 3)) for n in (1, 2, 1, 100, 5)]
+        shadow = offload.init(params)
+        offload.update_(shadow, params, 0, decay=0.5)
+        assert device.peak <= piece
+        assert device.copied == sum(s.numel() for s in shadow)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # of torch 2.11
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
@@ -263,152 +325,195 @@ class TestPieces:
 def test_a_piece_takes_at_most_80_bytes_a_number(
     nonfinite: Any, dtype: torch.dtype, of: torch.dtype
 ) -> None:
-    shadow, params = [torch.zeros(2**16, dtype=dtype)], [torch.ones(2**16, dtype=of)]
-    _, work = functional.prepare(shadow, params, 3, 0.9, "stochastic", nonfinite, writable=True)
-    with torch.no_grad():
-        peak = measure.peak_memory(lambda: _compile.average_(work, "eager"), "cpu")
-    assert shadow[0].nbytes + peak <= 80 * 2**16
-    assert _offload._PIECE * 80 < 2**28
+    params = [there(torch.ones(2**16, dtype=of))]
+    shadow = offload.init(params, dtype=dtype.to_real())
+    assert shadow[0].dtype == dtype
+
+    def update() -> None:
+        options: Any = {"rounding": "stochastic", "nonfinite": nonfinite}
+        offload.update_(shadow, params, 3, decay=0.9, **options)
+
+    assert shadow[0].nbytes < measure.peak_memory(update, "cpu") <= 80 * 2**16
+    assert offload._PIECE * 80 < 2**28
 
 
 class TestOrder:
     """Who waits for whom."""
 
-    def away(self, work: Any) -> None:
-        _offload._average_away_(work, CPU)
-
-    def prepared(self, params: Any, **options: Any) -> Any:
-        given: Any = {"step": 0, "decay": 0.5, "rounding": "nearest"} | options
-        shadow = {name: torch.zeros_like(p.detach()) for name, p in params.items()}
-        return functional.prepare(shadow, params, nonfinite="propagate", writable=True, **given)[1]
-
     def test_the_training_waits_for_what_no_optimizer_writes_only(self, device: Device) -> None:
-        buffer, p = torch.ones(2), nn.Parameter(torch.ones(3))
-        work = self.prepared({"p": p, "buffer": buffer})
-        self.away(work)
+        p, buffer = there(torch.ones(3), requires_grad=True), there(torch.ones(2))
+        params = {"p": p, "buffer": buffer}
+        shadow = offload.init({name: there(torch.zeros_like(t)) for name, t in params.items()})
+        offload.update_(shadow, params, 0, decay=0.5)
         begin = ["side waits for training", "launch in side"]
         assert device.log == [*begin, "training waits for side", "launch in side"]
-        assert [s.tolist() for s in work.shadows] == [[0.5] * 3, [0.5] * 2]
+        assert [s.tolist() for s in shadow.values()] == [[0.5] * 3, [0.5] * 2]
         device.log.clear()
-        self.away(self.prepared({"p": p}))
+        offload.update_({"p": shadow["p"]}, {"p": p}, 0, decay=0.5)
         assert "training waits for side" not in device.log
         assert any(t is p for t in device.recorded)
 
-    def test_what_is_raised_in_between_leaves_nothing_unwaited(
-        self, device: Device, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def raising(*_: object) -> None:
-            raise torch.OutOfMemoryError
-
-        p = nn.Parameter(torch.ones(3))
-        monkeypatch.setattr(_offload, "_average_piece_", raising)
+    def test_what_is_raised_in_between_leaves_nothing_unwaited(self, device: Device) -> None:
+        params = {"p": there(torch.ones(3), requires_grad=True)}
+        shadow = offload.init(params)
+        device.full = True
         with pytest.raises(torch.OutOfMemoryError):
-            self.away(self.prepared({"p": p}))
-        assert any(t is p for t in device.recorded)
+            offload.update_(shadow, params, 0, decay=0.5)
+        assert any(t is params["p"] for t in device.recorded)
         device.log.clear()
-        _host.hold_training()
+        scope.wait_for_readers()
         assert device.log == ["training waits for side"]
-        assert _host.offloaded(torch.ones(1), CPU).item() == 1
-        assert device.log[1:] == ["host waits for side"]
+        assert shadow["p"][0].item() == 1
+        assert {*device.log[1:]} == {"host waits for side"}
 
     def test_the_step_is_read_before(self, device: Device, monkeypatch: Any) -> None:
-        step, p = torch.tensor(3), nn.Parameter(torch.randn(1000).bfloat16())
-        work = self.prepared({"p": p}, step=step, rounding="stochastic")
-        expected = {"p": torch.zeros_like(p.detach())}
-        emajit.update_(expected, {"p": p}, 3, decay=0.5, rounding="stochastic", backend="eager")
+        step, params = torch.tensor(3), {"p": torch.randn(1000).bfloat16()}
+        options: Any = {"decay": 0.5, "rounding": "stochastic"}
+        zeros = {"p": torch.zeros_like(params["p"])}
+        expected = emajit.update(zeros, params, 3, backend="eager", **options)
+        shadow = offload.init({"p": there(zeros["p"])})
         monkeypatch.setattr(device.side, "wait_stream", lambda _: step.add_(1))
-        self.away(work)
-        assert torch.equal(work.shadows[0], expected["p"])
+        away = {"p": there(params["p"], requires_grad=True)}
+        offload.update_(shadow, away, step, **options)
+        assert step.item() == 4
+        assert torch.equal(shadow["p"], expected["p"])
 
     def test_in_a_captured_graph_it_is_refused(self, device: Device) -> None:
+        shadow = device.update()
         device.capturing = True
         with pytest.raises(RuntimeError, match="expected no capture of a CUDA graph"):
-            self.away(self.prepared({"p": nn.Parameter(torch.ones(3))}))
-        _host.side_stream(CPU)
-        _host.hold_training()
+            offload.update_(shadow, {"w": there(torch.ones(2, 3))}, 0, decay=0.5)
+        scope.wait_for_readers()
         assert not device.log
 
     @pytest.mark.parametrize("fused", [False, True])
     def test_optimizers_wait_before_they_write(
         self, device: Device, monkeypatch: pytest.MonkeyPatch, fused: bool
     ) -> None:
-        monkeypatch.setattr(_host, "_hooks", [])
-        before = [*optimizers._global_optimizer_pre_hooks]
-        _host.side_stream(CPU)
+        device.update()
+        monkeypatch.delattr(Tensor, "to")  # ours, which Dynamo cannot trace
         p = nn.Parameter(torch.ones(1))
         optimizer: Any = torch.optim.SGD([p], lr=0.5)
         if fused:
             shadow = emajit.init({"p": p})
             ours = FusedOptimizer(optimizer, shadow, {"p": p}, decay=0.5, backend="aot_eager")
-        try:
-            for step in range(3):
-                p.grad = torch.ones(1)
-                device.log.clear()
-                ours.step(step) if fused else optimizer.step()
-                assert "training waits for side" in device.log
-            assert not fused or [*filter(None, ours._graphs.values())]  # the hook did not part them
-        finally:
-            hooks = optimizers._global_optimizer_pre_hooks
-            for key in set(hooks) - set(before):
-                del hooks[key]
+        for step in range(3):
+            p.grad = torch.ones(1)
+            device.log.clear()
+            ours.step(step) if fused else optimizer.step()
+            assert "training waits for side" in device.log
+        assert not fused or [*filter(None, ours._graphs.values())]  # the hook did not part them
         assert p.item() == -0.5
 
     def test_what_emajit_writes_waits(self, device: Device) -> None:
-        _host.side_stream(CPU)
+        device.update()
         model = nn.Linear(2, 2)
         ema = emajit.LitEma(model)
         ema.copy_to(model)
         assert device.log == ["training waits for side"]
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("step", [0, torch.tensor(0), there(torch.tensor(0))])
 def test_update_takes_what_is_away_without_waiting(
-    device: Device, monkeypatch: pytest.MonkeyPatch
+    device: Device, rounding: Any, step: int | Tensor
 ) -> None:
-    away: list[tuple[Any, torch.device]] = []
-    monkeypatch.setattr(_offload, "_average_away_", lambda *call: away.append(call))
-    meta = torch.device("meta")  # stands for another device
-    held, here = torch.zeros(3), torch.zeros(2)
-    shadow: Any = {"away": _host.offloaded(held, meta), "here": here, "tied": None}
-    shadow["tied"] = shadow["away"]
-    there = torch.ones(3, device=meta)
-    params = {"away": there, "here": torch.ones(2), "tied": there}
-    assert emajit.update_(shadow, params, 0, decay=0.5) is shadow
-    assert not device.log
-    ((work, home),) = away
-    assert home == meta
-    assert [s.data_ptr() for s in work.shadows] == [held.data_ptr()]
-    assert torch.equal(here, torch.full((2,), 0.5))
+    zeros = there(torch.zeros(3))
+    shadow: Any = offload.init({"away": zeros, "tied": zeros, "none": None})
+    shadow["resident"] = there(torch.zeros(2))
+    assert type(shadow["away"]) is offload.Offloaded
+    assert shadow["tied"] is shadow["away"]
+    w = there(torch.ones(3))
+    params = {"away": w, "tied": w, "none": None, "resident": there(torch.ones(2))}
+    decay = schedules.warmup(0.5)
+    assert offload.update_(shadow, params, step, decay=decay, rounding=rounding) is shadow
+    assert device.log
+    assert not any(entry.startswith("host waits") for entry in device.log)
+    assert_close(shadow["away"].raw, torch.full((3,), 9 / 11))  # what is tied, once
+    assert torch.equal(shadow["resident"], shadow["away"].raw[:2])
 
-    with pytest.raises(ValueError, match=r"params\['away'\]: expected device meta .* found cpu"):
-        emajit.update_(shadow, params | {"away": held, "tied": held}, 0, decay=0.5)
-    with pytest.raises(ValueError, match="found one in host memory, which only update_ averages"):
-        emajit.update(shadow, params, 0, decay=0.5)
-    weight = nn.Parameter(there)
-    weight.grad = torch.ones_like(there)
+
+@pytest.mark.usefixtures("device")
+def test_parameters_on_the_host_may_be_among_them() -> None:
+    params = {"away": there(torch.zeros(3)), "here": torch.zeros(2)}
+    params |= {"empty away": there(torch.zeros(0)), "empty here": torch.zeros(0)}
+    shadow = offload.init(params)
+    away = [name for name, s in shadow.items() if type(s) is offload.Offloaded]
+    assert away == ["away", "empty away"]
+    ones = {name: p.add(1) if p.is_cpu else there(p.add(1)) for name, p in params.items()}
+    offload.update_(shadow, ones, 0, decay=0.5)
+    assert {name: s.tolist() for name, s in shadow.items() if s.numel()} == {
+        "away": [0.5] * 3,
+        "here": [0.5] * 2,
+    }
+
+
+@pytest.mark.usefixtures("device")
+def test_a_parameter_on_another_device_is_refused() -> None:
+    away = there(torch.zeros(3))
+    params = {"here": torch.zeros(2), "away": away, "tied": away}
+    shadow, other = offload.init(params), offload.init(params)
+    moved = {name: torch.ones_like(p) for name, p in params.items()}
+    moved["tied"] = moved["away"]
+    with pytest.raises(ValueError, match=r"^params\['away'\]: expected device cuda:0 .* found cpu"):
+        offload.update_(shadow, moved, 0, decay=0.5)
+    with pytest.raises(ValueError, match=r"^params\['away'\]: expected device cuda:0 .* found cpu"):
+        offload.update_many_([shadow, other], moved, 0, decays=[0.5, 0.5])
+    moved |= {"here": there(torch.ones(2)), "away": there(torch.ones(3))}
+    moved["tied"] = moved["away"]
+    with pytest.raises(ValueError, match=r"^params\['here'\]: expected device cpu .* found cuda:0"):
+        offload.update_(shadow, moved, 0, decay=0.5)
+
+    message = r"params\['away'\]: expected device cpu as in shadow, found cuda:0"
+    moved["here"] = torch.ones(2)
+    for update in (emajit.update, emajit.update_):
+        with pytest.raises(ValueError, match=message):
+            update(shadow, moved, 0, decay=0.5)
+    for several in (emajit.update_many, emajit.update_many_):
+        with pytest.raises(ValueError, match=message):
+            several([shadow, other], moved, 0, decays=[0.5, 0.5])
+    weight = there(torch.zeros(3), requires_grad=True)
+    weight.grad = torch.ones(3)
     optimizer = torch.optim.SGD([weight])
     fused = FusedOptimizer(optimizer, {"away": shadow["away"]}, {"away": weight}, decay=0.5)
-    with pytest.raises(ValueError, match="found one in host memory, which only update_ averages"):
+    with pytest.raises(ValueError, match=message):
         fused.step(0)
+    written = [*shadow.values(), *other.values(), weight.detach()]
+    assert not any(bool(t.any()) for t in written)
 
 
 def test_without_a_device_it_is_the_plain_path() -> None:
-    params: Any = {"w": torch.randn(4, 3).t(), "n": torch.tensor(3), "none": None}
-    shadow = emajit.init(params, dtype=torch.float64, device="cpu", pin_memory=True)
-    assert_close(shadow, emajit.init(params, dtype=torch.float64), rtol=0, atol=0)
+    model = nn.Linear(2, 2)
+    own = dict(model.named_parameters())
+    params: Any = {"w": torch.randn(4, 3).t(), "n": torch.tensor(3), "none": None, **own}
+    shadow = offload.init(params, dtype=torch.float64, pin_memory=True)
+    expected = emajit.init(params, dtype=torch.float64)
+    assert_close(shadow, expected, rtol=0, atol=0)
     assert type(shadow["w"]) is Tensor
     assert shadow["w"].stride() == params["w"].stride()
-    tied = emajit.init([params["w"], params["w"]], device=torch.device("cpu"))
+    assert not shadow["weight"].requires_grad
+    tied = offload.init([params["w"], params["w"]])
     assert tied[0] is tied[1]
-    emajit.update_(shadow, params, 0, decay=0.5)
+    params["w"] = torch.randn(4, 3).t()
+    offload.update_(shadow, params, 0, decay=0.5)
+    emajit.update_(expected, params, 0, decay=0.5)
+    assert_close(shadow, expected, rtol=0, atol=0)
+    assert offload.fetch(shadow) == shadow
+    averages = {name: s for name, s in shadow.items() if name in own}
+    with emajit.ema_scope(model, averages), pytest.raises(RuntimeError, match="outside of"):
+        offload.update_(averages, own, 0, decay=0.5)
 
 
 def test_wrong_options() -> None:
-    params = {"w": torch.zeros(2)}
-    for device in ("cuda", "gpu"):
-        with pytest.raises(ValueError, match=rf"device: expected cpu, or none .* found {device}"):
-            emajit.init(params, device=device)
-    assert emajit.init(params, device="cpu:0")["w"].is_cpu
-    with pytest.raises(ValueError, match="pin_memory: expected device='cpu' with it, found none"):
-        emajit.init(params, pin_memory=True)
-    with pytest.raises(ValueError, match=r"device: expected that of params\['w'\] .* for meta"):
-        emajit.init({"w": torch.zeros(2, device="meta")}, device="cpu")
+    params: Any = {"w": torch.zeros(2)}
+    with pytest.raises(ValueError, match=r"params\['m'\]: expected it on cpu or cuda, found meta"):
+        offload.init(params | {"m": torch.zeros(2, device="meta")})
+    with pytest.raises(TypeError, match=r"params\['w'\]: expected a tensor or None, found float"):
+        offload.init({"w": 0.0})
+    with pytest.raises(
+        ValueError, match=r"dtype: expected a floating-point dtype, found torch\.int32"
+    ):
+        offload.init(params, dtype=torch.int32)
+    shadow = offload.init(params)
+    with pytest.raises(ValueError, match="shadows: expected 2, as decays, found 1"):
+        offload.update_many_([shadow], params, 0, decays=[0.5, 0.5])

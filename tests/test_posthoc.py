@@ -46,7 +46,7 @@ def train(folder: Path, count: int, dtype: torch.dtype | None = None, steps: int
     decays = [schedules.power_function(sigma_rel) for sigma_rel in TRACKED]
     shadows = [{"w": trajectory[0].clone()} for _ in TRACKED]
     for step, weights in enumerate(trajectory):
-        emajit.update_(shadows, {"w": weights}, step, decay=decays)
+        emajit.update_many_(shadows, {"w": weights}, step, decays=decays)
         if (step + 1) % (steps // count) == 0:
             posthoc.save(folder, shadows, step + 1, sigma_rel=TRACKED, dtype=dtype)
     return trajectory

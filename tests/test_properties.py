@@ -179,9 +179,9 @@ def test_several_averages_are_one_after_the_other(
     expected = [
         emajit.update(s, params, step, decay=d) for s, d in zip(shadows, schedules, strict=True)
     ]
-    pure = emajit.update(shadows, params, step, decay=schedules)
+    pure = emajit.update_many(shadows, params, step, decays=schedules)
     assert bits(pure) == bits(expected)
-    emajit.update_(shadows, params, step, decay=schedules)
+    emajit.update_many_(shadows, params, step, decays=schedules)
     assert bits(shadows) == bits(expected)
 
 

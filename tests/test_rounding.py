@@ -12,7 +12,6 @@ from torch._subclasses import FakeTensorMode
 
 import emajit
 from emajit import _rounding
-from emajit._rounding import Noise
 from tests.counting import Counting
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -21,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def key(path: str = "['w']", step: int | Tensor = 0) -> Tensor:
-    return Noise([path], [None], step, {}).keys(CPU).words[0]
+    return _rounding.of_paths([path], [None], CPU).at(step).words[0]
 
 
 def noise(path: str = "['w']", step: int | Tensor = 0) -> Tensor:
@@ -219,7 +218,6 @@ def test_transforms_of_torch_func() -> None:
         new = emajit.update(shadow, {"w": p}, 0, decay=0.9, rounding="stochastic")["w"]
         return (p * new.float()).sum()
 
-    _rounding._words.cache_clear()
     for _ in range(2):
         torch.func.grad(lambda p: torch.func.grad(loss)(p).sum())(params)
         assert torch.equal(torch.func.functionalize(loss)(params), loss(params))
@@ -281,7 +279,7 @@ def test_in_place_and_tied() -> None:
 def test_averages_of_one_list_have_noise_of_their_own() -> None:
     shadows = [{"w": torch.ones(1000, dtype=torch.bfloat16)} for _ in range(2)]
     params = {"w": torch.full((1000,), 1.0 + 2**-8)}
-    emajit.update_(shadows, params, 0, decay=[0.5, 0.5], rounding="stochastic")
+    emajit.update_many_(shadows, params, 0, decays=[0.5, 0.5], rounding="stochastic")
     first, second = (shadow["w"] > 1 for shadow in shadows)
     assert 150 < first.sum() < 350
     assert 150 < second.sum() < 350

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
-from emajit import _tree
+import emajit
+from emajit import _paths, _plan, _tree
 
 
 @given(st.integers(1, 4), st.integers(0, 5))
@@ -20,25 +21,25 @@ def test_deinterleave_is_the_inverse(parts: int, size: int) -> None:
     assert _tree.deinterleave(mixed, parts) == tensors
 
 
-def test_paths_and_leaves_are_those_of_pytree() -> None:
+def test_paths_are_those_of_pytree() -> None:
     w = torch.ones(1)
     trees: list[Any] = [{"a.b": w, "c'd": None, 3: w}, {}, {"a": {"b": w}}, {"a": 1.0}, [{"a": w}]]
     for tree in trees:
         keys = [pytree.keystr(key) for key, _ in pytree.tree_flatten_with_path(tree)[0]]
-        assert _tree._paths(tree) == keys
-        assert _tree._leaves(tree) == pytree.tree_leaves(tree)
+        assert _paths.paths(tree) == keys
 
 
-def test_the_memos_are_bounded() -> None:
+def test_the_cache_of_plans_is_bounded() -> None:
     for size in range(1, 200):
-        _tree.align([torch.zeros(size)], [torch.zeros(size)], writable=True)
-    assert len(_tree._memos) <= 64
+        emajit.update_([torch.zeros(size)], [torch.zeros(size)], 0, decay=0.5)
+    assert len(_plan._plans) <= _plan.MOST_PLANS
 
 
 def test_flat_and_nested_trees_pair_alike() -> None:
     a, b = torch.zeros(1), torch.zeros(2)
-    flat = _tree.align({"a": a, "b": b}, {"a": a + 1, "b": b + 1})
-    nested = _tree.align(({"a": a}, [b]), ({"a": a + 1}, [b + 1]))
-    for pairs in (flat, nested):
+    flat = {"a": a, "b": b}, {"b": b + 1, "a": a + 1}
+    nested = ({"a": a}, [b]), ({"a": a + 1}, [b + 1])
+    for shadow, params in (flat, nested):
+        pairs = _tree.pair([shadow], params, _tree.flatten([shadow], params))
         assert all(x is y for x, y in zip(pairs.shadows, (a, b), strict=True))
         assert list(pairs.slots) == [0, 1]

@@ -1,8 +1,34 @@
-"""Exponential moving averages of model weights: a pure function over pytrees, and `LitEma`."""
+"""Exponential moving averages of model weights: a pure function over pytrees, and `LitEma`.
+
+For developers. An update goes `functional` (alpha of the decay and the step), `_plan.find` (the
+leaves, checked and paired by `_tree`; the cache), `_choose` (which kernel for which leaf),
+`_kernels` (the arithmetic), with `_compile` in between where leaves are compiled. What a change
+touches, beside its tests:
+
+    a schedule, a bias-corrected average   schedules.py
+    a layout of checkpoints                checkpoint/layouts/: a module, and a line in __init__.py
+    a torch release                        _torch.py
+    how "auto" chooses                     _choose.py
+    an integration                         integrations/: a module; pyproject.toml for its extra
+    a command                              cli/: a module, and an entry in main.py
+    a decay for each parameter             functional.py (alphas), _plan.py (one for each leaf)
+    what counts as one tensor, or overlaps _alias.py, _tree.py
+    a device without float64 (MPS)         functional, _compile, _litema_state, schedules
+    a rounding mode                        _rounding.py, _kernels.py, _choose.py, functional.py
+"""
 
 from emajit import schedules
-from emajit.functional import init, update, update_
+from emajit.functional import init, update, update_, update_many, update_many_
 from emajit.litema import LitEma
 from emajit.scope import ema_scope
 
-__all__ = ["LitEma", "ema_scope", "init", "schedules", "update", "update_"]
+__all__ = [
+    "LitEma",
+    "ema_scope",
+    "init",
+    "schedules",
+    "update",
+    "update_",
+    "update_many",
+    "update_many_",
+]

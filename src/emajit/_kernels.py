@@ -1,58 +1,276 @@
-"""The arithmetic of the average, on flat lists of tensors.
+r"""The arithmetic of an update, $s \leftarrow s + \alpha (p - s)$, on flat lists of tensors.
 
-Nothing here knows a tree, a schedule or a compiler. Shadows and params are lists of one length;
-where several averages of a parameter follow each other, it is read once. Weights are one for all of
-them, or one for each: `w = 1 - beta`, a Python float, or a 0-d float64 tensor that is never read
-back.
+Nothing here knows a tree, a schedule or a compiler. There are three ways to compute leaves, each as
+a pure function and, with an underscore, in place: `multi_tensor` in one operator, `single_tensor`
+leaf by leaf, and `traced`, the form for `torch.compile`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from functools import cache
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from emajit import _rounding
+from emajit import _rounding, _torch
 from emajit._rounding import Keys
 from emajit._shards import Region
 
-Weight = float | Tensor
+# Of an average between a shadow and a parameter: whether the parameter is the nearer end, and the
+# factor of `p - s` from there, `alpha - 1` or `alpha`.
+End = tuple[bool | Tensor, float | Tensor]
+Alpha = float | Tensor | End
 Key = tuple[Tensor, Region | None]
 
 
-def blend(
-    shadow: Tensor, param: Tensor, weight: Weight, skip: bool, key: Key | None = None
-) -> Tensor:
-    """One leaf: `s + w (p - s)` in float32 or wider, rounded once to the shadow's dtype.
+class Update(NamedTuple):
+    """One update, flattened: what a kernel is given.
 
-    `torch.lerp` evaluates the equation from the nearer end, as `p - (1 - w) (p - s)` where
-    `w >= 1/2`: of finite numbers `w = 0` gives exactly `s` and `w = 1` exactly `p`. With `skip`, an
-    element whose parameter is NaN or infinite keeps its old average. With a `key` rounding to 16
-    bits is stochastic. An integer or bool parameter is copied.
+    Shadows and params are lists of one length. Several averages of a parameter follow each other,
+    but for `multi_tensor_by_alpha_`, which takes one average of all parameters after the other.
     """
-    if not (param.is_floating_point() or param.is_complex()):
+
+    shadows: list[Tensor]
+    params: list[Tensor]
+    # 1 - decay, one for all leaves or one for each: a Python float, or a 0-d float64 tensor that is
+    # never read back. `traced` takes it as an `End`, too.
+    alphas: Sequence[Alpha]
+    # Whether an element whose parameter is NaN or infinite keeps its average.
+    skip: bool = False
+    # For stochastic rounding: the hash keys of the leaves.
+    keys: Keys | None = None
+
+    def part(self, leaves: Sequence[int]) -> Update:
+        """Some of the leaves, in this order."""
+        alphas = self.alphas
+        return Update(
+            [self.shadows[i] for i in leaves],
+            [self.params[i] for i in leaves],
+            alphas if len(alphas) == 1 else [alphas[i] for i in leaves],
+            self.skip,
+            self.keys and self.keys.part(leaves),
+        )
+
+    def rows(self) -> Iterable[tuple[Tensor, Tensor, Alpha, Key | None]]:
+        """Shadow, parameter, alpha and hash key of each leaf."""
+        n, keys = len(self.shadows), self.keys
+        alphas = self.alphas if len(self.alphas) == n else [*self.alphas] * n
+        each: list[Any] = [None] * n
+        if keys is not None:
+            each = [*zip(keys.words.unbind(), keys.regions, strict=True)]
+        return [*zip(self.shadows, self.params, alphas, each, strict=True)]
+
+
+Kernel = Callable[[Update], Any]
+
+# One operator for all leaves.
+
+FULL = {(dtype, dtype) for dtype in (torch.float32, torch.float64)}
+
+
+def is_one_lerp(
+    dtypes: AbstractSet[tuple[torch.dtype, torch.dtype]], alphas: Iterable[Alpha], skip: bool
+) -> bool:
+    """Whether `_foreach_lerp_` is the whole update of leaves of these (shadow, param) dtypes.
+
+    It is not for an alpha that is a tensor, for which it launches one kernel a leaf.
+    """
+    return not skip and dtypes <= FULL and set(map(type, alphas)) == {float}
+
+
+def multi_tensor(u: Update) -> list[Tensor]:
+    """The averages of leaves for which the update `is_one_lerp`."""
+    alphas: Any = u.alphas[0] if len(u.alphas) == 1 else u.alphas
+    return list(_torch.foreach_lerp(u.shadows, u.params, alphas))
+
+
+def multi_tensor_(u: Update) -> None:
+    alphas: Any = u.alphas[0] if len(u.alphas) == 1 else u.alphas
+    _torch.foreach_lerp_(u.shadows, u.params, alphas)
+
+
+def multi_tensor_by_alpha_(u: Update) -> None:
+    """`multi_tensor_` of one average after the other, each with its alpha; for Ctrl-C one call."""
+    size = len(u.shadows) // len(u.alphas)
+    shadows = [u.shadows[i : i + size] for i in range(0, len(u.shadows), size)]
+    [*map(_torch.foreach_lerp_, shadows, repeat(u.params[:size]), u.alphas)]
+
+
+# Leaf by leaf.
+
+
+def blend(shadow: Tensor, param: Tensor, alpha: Alpha, skip: bool, key: Key | None) -> Tensor:
+    """One leaf: `s + alpha (p - s)` in float32 or wider, rounded once to the shadow's dtype.
+
+    `torch.lerp` evaluates the equation from the nearer end, as `p - (1 - alpha) (p - s)` where
+    `alpha >= 1/2`: of finite numbers `alpha = 0` gives exactly `s` and `alpha = 1` exactly `p`. An
+    integer or bool parameter is copied.
+    """
+    if not _is_averaged(param):
         return param.to(shadow.dtype, copy=True)
-    precision = _precision(shadow, param)
-    s, p = shadow.to(precision), param.to(precision)
-    average = torch.lerp(s, p, _at(weight, s.device, s.dtype))
+    dtype = precision(shadow, param)
+    s, p = shadow.to(dtype), param.to(dtype)
+    average = torch.lerp(s, p, _at(alpha, s.device, s.dtype))
     if skip:
         average = torch.where(torch.isfinite(p), average, s)
+    return _rounded(average, shadow, key)
+
+
+def single_tensor(u: Update) -> list[Tensor]:
+    """The average of each leaf."""
+    return [blend(s, p, alpha, u.skip, key) for s, p, alpha, key in u.rows()]
+
+
+def single_tensor_(u: Update) -> None:
+    """`single_tensor` in place, with half the temporaries for a shadow that needs no rounding."""
+    at = cache(_at)
+    for s, p, alpha, key in u.rows():
+        if p.is_floating_point() and s.dtype == precision(s, p) and not u.skip:
+            s.lerp_(p.to(s.dtype), at(alpha, s.device, s.dtype))
+        else:
+            s.copy_(blend(s, p, alpha, u.skip, key))
+
+
+def transformed_(u: Update) -> None:
+    """`single_tensor_` inside of a `torch.func` transform: `lerp_` has no batching rule."""
+    for s, average in zip(u.shadows, single_tensor(u), strict=True):
+        s.copy_(average)
+
+
+# In multi-tensor operators, which Inductor makes one kernel of on a device that has Triton.
+
+
+def traced(u: Update) -> list[Tensor]:
+    """The averages, in the form to compile and to trace."""
+    news: list[Any] = [None] * len(u.shadows)
+    for leaves, group in _groups(u):
+        olds, bases, steps = _increments(group)
+        averages = _torch.foreach_add(bases, steps)
+        if any(a is not s for a, s in zip(olds, group.shadows, strict=True)):
+            # Copied in one operator, too.
+            rows = zip(averages, group.rows(), strict=True)
+            rounded = [_rounded(average, s, key) for average, (s, _, _, key) in rows]
+            averages = [torch.empty_like(s) for s in group.shadows]
+            _torch.foreach_copy_(averages, rounded)
+        for i, average in zip(leaves, averages, strict=True):
+            news[i] = average
+    for i, (s, p) in enumerate(zip(u.shadows, u.params, strict=True)):
+        if news[i] is None:
+            news[i] = p.to(s.dtype, copy=True)
+    return news
+
+
+def traced_(u: Update) -> None:
+    """`traced` in place."""
+    for _, group in _groups(u):
+        olds, bases, steps = _increments(group)
+        if all(a is b is s for a, b, s in zip(olds, bases, group.shadows, strict=True)):
+            _torch.foreach_add_([*map(_view, olds)], [*map(_view, steps)])
+            continue
+        rows = zip(_torch.foreach_add(bases, steps), group.rows(), strict=True)
+        rounded = [_rounded(average, s, key) for average, (s, _, _, key) in rows]
+        _torch.foreach_copy_([*map(_view, group.shadows)], [*map(_view, rounded)])
+    for s, p in zip(u.shadows, u.params, strict=True):
+        if not _is_averaged(p):
+            s.copy_(p)
+
+
+def _view(tensor: Tensor) -> Tensor:
+    """A view of a 0-d tensor: torch.compile loses a write to one in float64 (2.11 to 2.13)."""
+    return tensor.view(1) if tensor.ndim == 0 else tensor
+
+
+def _groups(u: Update) -> Iterable[tuple[list[int], Update]]:
+    """The leaves of each arithmetic precision; those that are copied are in no group."""
+    groups: dict[torch.dtype, list[int]] = {}
+    for i, (s, p) in enumerate(zip(u.shadows, u.params, strict=True)):
+        if _is_averaged(p):
+            groups.setdefault(precision(s, p), []).append(i)
+    everything = [*range(len(u.shadows))]
+    for leaves in groups.values():
+        yield leaves, u if leaves == everything else u.part(leaves)
+
+
+def _increments(u: Update) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The shadows at full precision, and the two terms of each average.
+
+    `s + alpha (p - s)` from the nearer end, as `torch.lerp` does: `p + (alpha - 1) (p - s)` where
+    `alpha >= 1/2`.
+    """
+    dtype = precision(u.shadows[0], u.params[0])
+    olds = [s if s.dtype == dtype else s.to(dtype) for s in u.shadows]
+    # Operators promote 16 bits to the shadow's precision by themselves, but not 8.
+    params = [p if p.dtype.itemsize > 1 else p.to(dtype) for p in u.params]
+    differences = _torch.foreach_sub(params, olds)
+    if u.skip:
+        both = zip(params, differences, strict=True)
+        differences = [torch.where(torch.isfinite(p), d, 0) for p, d in both]
+    real = dtype.to_real() if dtype.is_complex else dtype
+    ends = [_nearer_end(alpha, olds[0].device, real) for alpha in u.alphas]
+    if len(ends) == 1:
+        factor: Any = ends[0][1]
+        at_params = [ends[0][0]] * len(olds)
+    else:
+        factor, at_params = _alike([f for _, f in ends], olds[0].device, real), [a for a, _ in ends]
+    rows = zip(at_params, olds, params, strict=True)
+    bases = [_base(at_param, old, p, u.skip) for at_param, old, p in rows]
+    return olds, bases, _torch.foreach_mul(differences, factor)
+
+
+def _base(at_param: bool | Tensor, old: Tensor, param: Tensor, skip: bool) -> Tensor:
+    """The nearer end, the shadow for a parameter that is to be skipped."""
+    if at_param is False:
+        return old
+    if skip:
+        finite = torch.isfinite(param)
+        return torch.where(finite if at_param is True else finite & at_param, param, old)
+    return param if at_param is True else torch.where(at_param, param, old)
+
+
+def _alike(factors: list[Any], device: torch.device, dtype: torch.dtype) -> list[Any]:
+    """All of them numbers, or all of them tensors."""
+    if not any(isinstance(factor, Tensor) for factor in factors):
+        return factors
+    return [
+        f if isinstance(f, Tensor) else torch.full((), f, dtype=dtype, device=device)
+        for f in factors
+    ]
+
+
+def _nearer_end(alpha: Any, device: torch.device, dtype: torch.dtype) -> End:
+    """The end, with its factor on the leaves' device and in the dtype of their arithmetic."""
+    if isinstance(alpha, tuple):
+        at_param, factor = alpha
+        return at_param, factor.to(device, dtype)
+    if isinstance(alpha, Tensor):
+        alpha = alpha.to(device)
+        at_param = alpha >= 0.5
+        return at_param, torch.where(at_param, alpha - 1.0, alpha).to(dtype)
+    return (True, alpha - 1.0) if alpha >= 0.5 else (False, alpha)
+
+
+def _is_averaged(param: Tensor) -> bool:
+    return param.is_floating_point() or param.is_complex()
+
+
+def _rounded(average: Tensor, shadow: Tensor, key: Key | None) -> Tensor:
+    """The average in the shadow's dtype."""
     if key is not None and shadow.dtype in _rounding.SUPPORTED:
         words, region = key
-        return _rounding.stochastic(average, shadow.dtype, words.to(s.device), region)
+        return _rounding.stochastic(average, shadow.dtype, words.to(average.device), region)
     return average.to(shadow.dtype)
 
 
-def _at(weight: Weight, device: torch.device, dtype: torch.dtype) -> Weight:
-    return weight.to(device, dtype) if isinstance(weight, Tensor) else weight
+def _at(alpha: Alpha, device: torch.device, dtype: torch.dtype) -> Any:
+    return alpha.to(device, dtype) if isinstance(alpha, Tensor) else alpha
 
 
-def _precision(shadow: Tensor, param: Tensor) -> torch.dtype:
+def precision(shadow: Tensor, param: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic: float64 or complex128 if a leaf is, else the 32-bit one."""
     return torch.promote_types(_at_least_32_bits(shadow), _at_least_32_bits(param))
 
 
@@ -60,100 +278,3 @@ def _at_least_32_bits(tensor: Tensor) -> torch.dtype:
     if tensor.is_complex():
         return torch.promote_types(tensor.dtype, torch.complex64)
     return tensor.dtype if tensor.dtype.itemsize >= 4 else torch.float32
-
-
-def _keys_of(keys: Keys | None, shadows: Sequence[Tensor]) -> Sequence[Key | None]:
-    if keys is None:
-        return [None] * len(shadows)
-    return [*zip(keys.words.unbind(), keys.regions, strict=True)]
-
-
-def each(weights: Sequence[Weight], shadows: Sequence[Tensor]) -> Sequence[Weight]:
-    """The weight of each leaf."""
-    return weights if len(weights) == len(shadows) else [*weights] * len(shadows)
-
-
-def _rows(
-    shadows: Sequence[Tensor],
-    params: Sequence[Tensor],
-    weights: Sequence[Weight],
-    keys: Keys | None,
-) -> Iterable[tuple[Tensor, Tensor, Weight, Key | None]]:
-    return zip(shadows, params, each(weights, shadows), _keys_of(keys, shadows), strict=True)
-
-
-def average(
-    shadows: Sequence[Tensor],
-    params: Sequence[Tensor],
-    weights: Sequence[Weight],
-    skip: bool,
-    keys: Keys | None = None,
-) -> list[Tensor]:
-    """Blend every leaf; the form to compile and to trace."""
-    return [blend(s, p, w, skip, key) for s, p, w, key in _rows(shadows, params, weights, keys)]
-
-
-def average_(
-    shadows: Sequence[Tensor],
-    params: Sequence[Tensor],
-    weights: Sequence[Weight],
-    skip: bool,
-    keys: Keys | None = None,
-) -> None:
-    """Blend every leaf in place; the form to compile and to trace."""
-    for s, p, w, key in _rows(shadows, params, weights, keys):
-        # torch.compile loses a write to a 0-d float64 input (2.11 to 2.13), not to a view of it.
-        target = s.view(1) if s.ndim == 0 else s
-        target.copy_(blend(s, p, w, skip, key))
-
-
-def eager_average_(
-    shadows: Sequence[Tensor],
-    params: Sequence[Tensor],
-    weights: Sequence[Weight],
-    skip: bool,
-    keys: Keys | None = None,
-) -> None:
-    """`average_` with half the temporaries for a shadow that needs no rounding."""
-    at = cache(_at)
-    for s, p, w, key in _rows(shadows, params, weights, keys):
-        if p.is_floating_point() and s.dtype == _precision(s, p) and not skip:
-            s.lerp_(p.to(s.dtype), at(w, s.device, s.dtype))
-        else:
-            s.copy_(blend(s, p, w, skip, key))
-
-
-FULL = {(dtype, dtype) for dtype in (torch.float32, torch.float64)}
-
-
-def lerps(
-    dtypes: AbstractSet[tuple[torch.dtype, torch.dtype]], weights: Iterable[Weight], skip: bool
-) -> bool:
-    """Whether `_foreach_lerp_` is the whole update of leaves that have these pairs of dtypes.
-
-    It is not for a weight that is a tensor, for which it launches one kernel a leaf.
-    """
-    return not skip and dtypes <= FULL and set(map(type, weights)) == {float}
-
-
-def foreach_average(
-    shadows: list[Tensor], params: list[Tensor], weights: list[Weight]
-) -> list[Tensor]:
-    """`average` of leaves that `lerps`, in one call."""
-    return list(torch._foreach_lerp(shadows, params, _scalars(weights)))
-
-
-def foreach_average_(shadows: list[Tensor], params: list[Tensor], weights: list[Weight]) -> None:
-    """`average_` of leaves that `lerps`, in one call."""
-    torch._foreach_lerp_(shadows, params, _scalars(weights))
-
-
-def foreach_averages_(shadows: list[Tensor], params: list[Tensor], weights: list[Weight]) -> None:
-    """One average after the other, each of the same params; for Ctrl-C it is one call."""
-    size = len(params) // len(weights)
-    each = [shadows[i : i + size] for i in range(0, len(shadows), size)]
-    [*map(torch._foreach_lerp_, each, repeat(params[:size]), weights)]  # type: ignore[arg-type]
-
-
-def _scalars(weights: list[Weight]) -> Any:
-    return weights[0] if len(weights) == 1 else weights

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from emajit import _memory
+from emajit import _torch
 from emajit._shards import Region
 
 SUPPORTED = torch.bfloat16, torch.float16, torch.complex32
@@ -63,42 +62,39 @@ def _without(bits: int, x: Tensor, noise: Tensor) -> Tensor:
 
 
 class Keys(NamedTuple):
-    """Of each leaf two words, int32, of shape (leaves, 2), and which part of it is there."""
+    """The hash keys of leaves: two words each, int32, of shape (leaves, 2), and their regions."""
 
     words: Tensor
-    regions: list[Region | None]
+    regions: Sequence[Region | None]
 
     def part(self, leaves: Sequence[int]) -> Keys:
         words = torch.stack([self.words[i] for i in leaves]) if leaves else self.words[:0]
         return Keys(words, [self.regions[i] for i in leaves])
 
-    def keys(self, device: torch.device) -> Keys:  # noqa: ARG002, as `Noise.keys`
-        return self
+    def at(self, step: int | Tensor) -> Keys:
+        """The keys of one step, of those of the paths."""
+        device = self.words.device
+        is_traced = torch.compiler.is_compiling() or _torch.in_transform()
+        if device.type == "cpu" or is_traced or (isinstance(step, Tensor) and not step.is_cpu):
+            mixed = _mixed(step, device)
+        else:  # the host knows the step: hash it there, without a launch for each operator
+            words = _mixed(step, torch.device("cpu")).tolist()
+            # `tensor` would copy them from the host.
+            each = [torch.full((), w, dtype=torch.int32, device=device) for w in words]
+            mixed = torch.stack(each)
+        if _torch.is_capturing(device):
+            _captured.append(self.words)
+        return Keys(self.words ^ mixed, self.regions)
 
 
-class Noise(NamedTuple):
-    """What tells the noise of one call from that of any other; its parts share `mixed`."""
+# What a captured graph reads at each replay, as long as it may be replayed.
+_captured: list[Tensor] = []
 
-    paths: list[str]
-    regions: list[Region | None]
-    step: int | Tensor
-    mixed: dict[torch.device, Tensor]
 
-    def part(self, leaves: Sequence[int]) -> Noise:
-        paths, regions = [self.paths[i] for i in leaves], [self.regions[i] for i in leaves]
-        return Noise(paths, regions, self.step, self.mixed)
-
-    def keys(self, device: torch.device) -> Keys:
-        """Those of the leaves. A graph that was compiled or captured serves every step."""
-        # In a trace, or in a mode, such as that of fake tensors, they are not what others want.
-        one_time = _memory.is_traced() or _memory.in_dispatch_mode()
-        if device not in self.mixed:
-            mixed = _mixed_by_number if device.type == "cuda" and not one_time else _mixed
-            self.mixed[device] = mixed(self.step, device)
-        words = (_words.__wrapped__ if one_time else _words)(tuple(self.paths), device)
-        if not one_time and words.is_cuda and torch.cuda.is_current_stream_capturing():
-            _captured.append(words)
-        return Keys(words ^ self.mixed[device], self.regions)
+def of_paths(paths: Sequence[str], regions: Sequence[Region | None], device: torch.device) -> Keys:
+    """The part of the keys that no step changes."""
+    words = torch.tensor([_digest(path) for path in paths], dtype=torch.int32, device=device)
+    return Keys(words.view(len(paths), 2), regions)
 
 
 def _mixed(step: int | Tensor, device: torch.device) -> Tensor:
@@ -111,32 +107,10 @@ def _mixed(step: int | Tensor, device: torch.device) -> Tensor:
     return torch.stack([first, second])
 
 
-def _mixed_by_number(step: int | Tensor, device: torch.device) -> Tensor:
-    """`_mixed`, without the launches of a hash on a GPU where the host knows the step."""
-    if isinstance(step, Tensor) and not step.is_cpu:
-        return _mixed(step, device)
-    words = _mixed(int(step), torch.device("cpu")).tolist()
-    # `tensor` would copy them from the host.
-    return torch.stack([torch.full((), w, dtype=torch.int32, device=device) for w in words])
-
-
-# What a captured CUDA graph reads at each replay, as long as it may be replayed.
-_captured: list[Tensor] = []
-
-
-@lru_cache(maxsize=64)
-def _words(paths: tuple[str, ...], device: torch.device) -> Tensor:
-    return torch.tensor([_digest(path) for path in paths], dtype=torch.int32, device=device)
-
-
+@_torch.constant_in_traces
 def _digest(path: str) -> list[int]:
     digest = hashlib.blake2b(path.encode(), digest_size=8).digest()
     return [int.from_bytes(half, "little", signed=True) for half in (digest[:4], digest[4:])]
-
-
-# Called while tracing, its result is a constant: `torch.compiler.assume_constant_result`, which
-# would import all of dynamo, sets the same mark.
-_digest._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _noise(x: Tensor, key: Tensor, region: Region | None) -> Tensor:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from emajit import _torch
+
 
 class Region(NamedTuple):
     """The indices of a shard in the row-major order of the whole: `first + sum(i * strides)`."""
@@ -37,9 +39,9 @@ def are_in(leaves: Iterable[Any]) -> bool:
 
 
 def local(leaves: Iterable[Any]) -> list[Any]:
-    """The shards of DTensors that this process holds; what is none is itself."""
+    """The shards of DTensors that this process holds; other tensors unchanged."""
     kind = _kind()
-    return [leaf._local_tensor if isinstance(leaf, kind) else leaf for leaf in leaves]
+    return [_torch.shard(leaf) if isinstance(leaf, kind) else leaf for leaf in leaves]
 
 
 def placed(leaves: Iterable[Any]) -> list[Any]:
@@ -122,20 +124,17 @@ def region(leaf: Any) -> Region | None:
     """Where the shard of a DTensor lies; nothing for a tensor that is whole."""
     if not is_one(leaf):
         return None
-    return _region(leaf.shape, leaf.device_mesh, leaf.placements)
+    found: Region = _region(leaf.shape, leaf.device_mesh, leaf.placements)
+    return found
 
 
+@_torch.constant_in_traces
 def _region(shape: torch.Size, mesh: Any, placements: tuple[Any, ...]) -> Region:
     return _computed_region(shape, mesh, placements)
 
 
-_region._dynamo_marked_constant = True  # type: ignore[attr-defined] # as in `_rounding`
-
-
 @lru_cache(maxsize=1024)
 def _computed_region(shape: torch.Size, mesh: Any, placements: tuple[Any, ...]) -> Region:
-    from torch.distributed.tensor import _utils  # noqa: PLC0415, only who has DTensors has it
-
     for i, placement in enumerate(placements):
         parts = getattr(placement, "split_factor", None)
         later = [
@@ -146,5 +145,5 @@ def _computed_region(shape: torch.Size, mesh: Any, placements: tuple[Any, ...]) 
         if parts not in (None, math.prod(later)):  # of FSDP upon tensor parallelism it is that
             raise ValueError(f"expected shards that are blocks of the whole, found {placements}")
     strides = tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
-    _, offsets = _utils.compute_local_shape_and_global_offset(shape, mesh, placements)
+    offsets = _torch.shard_offsets(shape, mesh, placements)
     return Region(sum(o * s for o, s in zip(offsets, strides, strict=True)), strides)

@@ -1,95 +1,55 @@
 r"""The average as a pure function of (shadow, params, step), and its in-place twin.
 
-$s \leftarrow s + w (p - s)$ with $w = 1 - \beta(t)$, for each leaf $s$ of the shadow and $p$ of the
-parameters.
+$s \leftarrow s + \alpha (p - s)$ with $\alpha = 1 - \beta(t)$, for each leaf $s$ of the shadow and
+$p$ of the parameters.
 """
 
 from __future__ import annotations
 
 import operator
-import warnings
-from collections.abc import Callable, Iterable
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
-from emajit import _compile, _host, _kernels, _memory, _offload, _tree, scope
-from emajit._kernels import Weight
-from emajit._rounding import Noise
+from emajit import _plan, _torch, _tree, scope
+from emajit._kernels import Alpha
 
 Step = int | Tensor
 Decay = float | Tensor
 Schedule = Callable[[Step], Decay]
 Tree = TypeVar("Tree")
+Rounding = Literal["nearest", "stochastic"]
+Nonfinite = Literal["propagate", "skip"]
 
 
 @overload
 def init(
-    params: dict[str, nn.Parameter],
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    pin_memory: bool = False,
+    params: dict[str, nn.Parameter], *, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]: ...
 @overload
-def init(
-    params: Tree,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    pin_memory: bool = False,
-) -> Tree: ...
-def init(
-    params: Any,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    pin_memory: bool = False,
-) -> Any:
+def init(params: Tree, *, dtype: torch.dtype | None = None) -> Tree: ...
+def init(params: Any, *, dtype: torch.dtype | None = None) -> Any:
     """The first shadow of `params`: a detached copy of each leaf, in the same structure.
 
     Args:
         params: a pytree whose leaves are tensors or None: a dict of named parameters, a
             `state_dict()`, nested tuples, a registered dataclass.
         dtype: the dtype of the floating-point leaves (complex leaves take its complex partner).
-            Default: that of each parameter. Parameters in bfloat16 or float16 want float32 here,
-            since at a decay near 1 a step of the average is below the resolution of 16 bits.
-        device: "cpu" keeps the shadow of CUDA parameters in host memory. `update_` then averages on
-            the device, in pieces, which take 16 to 160 MiB there (a leaf that is not contiguous is
-            one piece). Whatever reads such a leaf or a view of it waits for the device; what reads
-            its memory behind torch's back, as an array of `numpy()` does later, has to call
-            `torch.cuda.synchronize()`. Default: that of each parameter.
-        pin_memory: with `device="cpu"`, lock the pages, so that neither the host nor the training
-            waits for `update_`: it goes on in a side stream, for which the next `step` of an
-            optimizer of `torch.optim` waits on the device. For leaves that require no grad, such as
-            buffers, the training waits at once. Before anything else writes the parameters, such as
-            operators of your own or an optimizer in a CUDA graph, call `torch.cuda.synchronize()`.
-            PyTorch locks a power of two of bytes for each leaf, up to twice its size, unless told
-            otherwise (`PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:...`, where it knows that).
-            Without a CUDA device this has no effect.
+            Default: that of each parameter. Use float32 for 16-bit parameters: increments near
+            decay 1 are too small for them.
 
     Leaves that are tied in `params` are tied in the shadow. Strides of dense leaves are kept.
 
     Raises:
         TypeError: a leaf is neither a tensor nor None.
-        ValueError: `dtype` is not a real floating-point dtype; `device` is neither "cpu" nor None,
-            or the parameters are DTensors or on a device without CUDA; `pin_memory` without
-            `device="cpu"`.
+        ValueError: `dtype` is not a real floating-point dtype.
     """
     _tree.check_dtype(dtype)
-    if device is not None and str(device).partition(":")[0] != "cpu":
-        raise ValueError(
-            f"device: expected cpu, or none for that of the parameters, found {device}"
-        )
-    if pin_memory and device is None:
-        raise ValueError("pin_memory: expected device='cpu' with it, found none")
     with torch.no_grad():
-        if device is None:
-            return _tree.copy(params, dtype)
-        return _tree.copy_to_host(params, dtype, pinned=pin_memory)
+        return _tree.copy(params, dtype)
 
 
 def update(
@@ -97,18 +57,17 @@ def update(
     params: Any,
     step: Step,
     *,
-    decay: Decay | Schedule | list[Any],
-    rounding: Literal["nearest", "stochastic"] = "nearest",
-    nonfinite: Literal["propagate", "skip"] = "propagate",
+    decay: Decay | Schedule,
+    rounding: Rounding = "nearest",
+    nonfinite: Nonfinite = "propagate",
     backend: str = "auto",
 ) -> Tree:
-    r"""The shadow after one more step, in new tensors: $s + w (p - s)$, $w = 1 - \beta(t)$.
+    r"""The shadow after one more step, in new tensors: $s + \alpha (p - s)$.
 
-    It is finite where $p - s$ is. The weight is computed in float64. The leaves are averaged in
-    float64 if one of the two is, else in float32, and rounded once to the shadow's dtype. An
-    integer or bool parameter is copied, None stays None, and leaves of the shadow that are one
-    tensor are averaged once and stay one.
-    The result never requires grad.
+    Alpha is $1 - \beta(t)$, computed in float64. The result is finite where $p - s$ is. The leaves
+    are averaged in float64 if one of the two is, else in float32, and rounded once, to the shadow's
+    dtype. An integer or bool parameter is copied, None stays None, and leaves of the shadow that
+    are one tensor are averaged once and stay one. The result never requires grad.
 
     Args:
         shadow: the averages so far, from `init` or an earlier update.
@@ -118,24 +77,23 @@ def update(
         step: how many updates the shadow has already taken, 0 on the first call. An int, or a 0-d
             integer tensor; one on a GPU is never read back to the host. Within your own
             `torch.compile` give a tensor: an int recompiles as it grows.
-        decay: $\beta$, the share of the old shadow that is kept, in [0, 1]: a float, a 0-d tensor,
-            or a schedule, `step -> decay` (see `emajit.schedules`). Or a list of those: `shadow` is
-            then a list of as many shadows, which are updated in one pass over the parameters.
-        rounding: how bfloat16 and float16 shadows round. To "nearest" they stall: where a step of
-            the average is below half the distance to the next number, which for bfloat16 and a
-            decay of 0.9999 is nearly always, it is lost; one warning says so, unless the weight is
-            a tensor on a device or the call is traced. "stochastic" goes to either neighbour at
-            random, so that the mean is right; a single element has noise of some of those
-            distances. The noise is a hash of the step, the path of the leaf in `shadow` and the
-            index of the element: the same call gives the same bits. Number the steps, and do not
-            use one twice. Within `torch.func.vmap` (torch 2.13) the examples share their noise.
-        nonfinite: "propagate" does the arithmetic as written: what is NaN or infinite, such as a
-            mask among the buffers of a `state_dict()`, stays NaN or infinite or becomes NaN. With
-            "skip" an element whose parameter is NaN or infinite keeps its old average.
-        backend: "eager" uses a `torch._foreach` operator for the leaves that need no temporary, and
-            takes the others one by one; "inductor" (or the name of another `torch.compile` backend)
-            compiles all; "auto" takes for each leaf the faster. Inside your own `torch.compile` the
-            call is traced and `backend` has no effect.
+        decay: $\beta$, the decay rate: the share of the old shadow that is kept, in [0, 1]. A
+            float, a 0-d tensor, or a schedule, `step -> decay` (see `emajit.schedules`).
+        rounding: how bfloat16 and float16 shadows round. To "nearest" they stall: near decay 1
+            almost every increment is under half an ulp and rounds away; one warning says so, unless
+            alpha is a tensor on a device or the call is traced. "stochastic" goes to either
+            neighbour at random, so that the mean is right; a single element has noise of some ulps.
+            The noise is a hash of the step, the path of the leaf in `shadow` and the index of the
+            element: the same call gives the same bits. Number the steps, and do not use one twice.
+            Within `torch.func.vmap` (torch 2.13) the examples share their noise.
+        nonfinite: "propagate" does the arithmetic as written: a NaN or an infinity, such as in a
+            mask among the buffers of a `state_dict()`, stays or becomes NaN. With "skip" an element
+            whose parameter is NaN or infinite keeps its old average.
+        backend: "eager" is multi-tensor, one `torch._foreach` operator, for the leaves that need
+            no temporary, and single-tensor for the others; "inductor" (or the name of another
+            `torch.compile` backend) compiles all; "auto" takes for each leaf the faster, and
+            compiles nothing for decays of 1/2 and below, where a warm-up begins. Inside your own
+            `torch.compile` the call is traced and `backend` has no effect.
 
     Raises:
         ValueError: structure, shape or device differ, or the shadow's dtype cannot hold the
@@ -150,12 +108,9 @@ def update(
     >>> update(shadow, {"w": torch.tensor([1.0])}, 0, decay=0.75)
     {'w': tensor([0.2500])}
     """
-    pairs, work = prepare(shadow, params, step, decay, rounding, nonfinite, writable=False)
-    check_backend(backend)
-    with torch.no_grad():
-        new = _compile.average(work, backend)
-    several = len(decay) if isinstance(decay, list) else 1
-    return pairs.rebuild(_tree.deinterleave(new, several))  # type: ignore[no-any-return]
+    alphas = [_alpha(decay, step)]
+    new: Tree = _pure([shadow], params, alphas, step, rounding, nonfinite, backend)[0]
+    return new
 
 
 def update_(
@@ -163,24 +118,24 @@ def update_(
     params: Any,
     step: Step,
     *,
-    decay: Decay | Schedule | list[Any],
-    rounding: Literal["nearest", "stochastic"] = "nearest",
-    nonfinite: Literal["propagate", "skip"] = "propagate",
+    decay: Decay | Schedule,
+    rounding: Rounding = "nearest",
+    nonfinite: Nonfinite = "propagate",
     backend: str = "auto",
 ) -> Tree:
     """`update` written into the shadow's own memory; returns `shadow`.
 
-    The shadow comes first: the other way round, the weights are written. The results are those of
-    `update`. Everything is checked before the first leaf is written. One operator then writes all
-    leaves of one kind: float32 and float64 with parameters of the same dtype, or what is compiled
-    (on the CPU in groups of leaves, with stochastic rounding or of more than 2**26 elements).
-    Between two operators, and in eager mode between two leaves of any other dtype, Ctrl-C or a lack
-    of memory can leave some averaged and some not.
+    The results are those of `update`. Everything is checked before the first leaf is written. One
+    operator then writes all leaves of one kind: float32 and float64 with parameters of the same
+    dtype, or a compiled group (on the CPU groups of leaves, with stochastic rounding or of more
+    than 2**26 elements). Interrupting between two operators, or between two leaves of any other
+    dtype in eager mode, can leave some leaves updated.
 
     Raises:
-        ValueError: as `update`; also where a leaf of the shadow overlaps the memory of another
-            leaf, of a parameter, or its own. Inside a trace memory cannot be seen: there overlap
-            is not checked, and only leaves that are one object are known to be tied.
+        ValueError: as `update`; also where a leaf of the shadow requires grad, as if the params
+            came first, or overlaps the memory of another leaf, of a parameter, or its own. Inside a
+            trace memory cannot be seen: there overlap is not checked, and only leaves that are one
+            object are known to be tied.
         TypeError, RuntimeError: as `update`.
 
     >>> shadow = {"w": torch.tensor([0.0])}
@@ -189,167 +144,101 @@ def update_(
     >>> shadow
     {'w': tensor([0.2500])}
     """
-    weights = _weights(decay, step)
-    writable = not _memory.is_traced()
-    plain = rounding == "nearest" and nonfinite == "propagate" and backend in ("auto", "eager")
-    pairs = None
-    if writable and isinstance(decay, list):
-        pairs = _tree.known_several(shadow, params, len(decay))
-    elif writable:
-        pairs = _tree.known(shadow, params)
-    if pairs and plain and _repeat_(pairs, weights):
-        return shadow
-    pairs = pairs or _pairs(shadow, params, decay, writable=writable)
-    work = _work(pairs, weights, step, rounding, nonfinite, on_host=writable)
-    check_backend(backend)
+    alphas = [_alpha(decay, step)]
+    plan = _plan.find([shadow], params, alphas, rounding, nonfinite, backend)
+    scope.check_outside(plan.params)
     with torch.set_grad_enabled(False):  # half a microsecond less than `no_grad`
-        if _host.is_used():
-            work = _offload.average_(work)
-        _compile.average_(work, backend)
+        plan.run(alphas, step)
     return shadow
 
 
-# Of so many parameters, which are more than a cache holds, each is read once for all averages. Of
-# fewer it takes a quarter less time to average one after the other: a scalar for each leaf is a
-# slower operator. (2 cores of an AMD EPYC with 32 MiB of cache, 2026-11-23.)
-_READ_ONCE = 2**23
-
-
-def _repeat_(pairs: _tree.Pairs, weights: list[Weight]) -> bool:
-    """`update_` of full precision, of leaves that an earlier call has checked; else nothing.
-
-    That is nearly every call of a training. Of six leaves it takes a tenth less time than the way
-    for all options, most of which is code that was last run a step ago.
-    """
-    memo = pairs.memo
-    if not (memo and pairs.shadows and memo.dtypes <= _kernels.FULL and type(weights[0]) is float):
-        return False
-    scope.check_outside(pairs.params)
-    with torch.set_grad_enabled(False):
-        if len(weights) == 1:
-            torch._foreach_lerp_(pairs.shadows, pairs.params, weights[0])
-        elif set(map(type, weights)) != {float}:
-            return False
-        elif memo.elements // len(weights) >= _READ_ONCE:
-            _kernels.foreach_average_(*_interleaved(pairs, weights))
-        else:
-            _kernels.foreach_averages_(pairs.shadows, pairs.params, weights)
-    return True
-
-
-def prepare(
-    shadow: Any,
+def update_many(
+    shadows: Sequence[Tree],
     params: Any,
     step: Step,
-    decay: Decay | Schedule | list[Any],
-    rounding: str,
-    nonfinite: str,
     *,
-    writable: bool,
-) -> tuple[_tree.Pairs, _compile.Work]:
-    """Check everything; the pairs of leaves, and what is to be computed of them."""
-    weights = _weights(decay, step)
-    pairs = _pairs(shadow, params, decay, writable=writable)
-    return pairs, _work(pairs, weights, step, rounding, nonfinite)
+    decays: Sequence[Decay | Schedule],
+    rounding: Rounding = "nearest",
+    nonfinite: Nonfinite = "propagate",
+    backend: str = "auto",
+) -> list[Tree]:
+    """`update` of several shadows of the same params, each with its own decay, in one pass.
+
+    Args:
+        shadows: as many as `decays`, of one structure; no two share a tensor.
+        decays: a decay or a schedule for each shadow.
+        params: as in `update`.
+        step: as in `update`.
+        rounding: as in `update`. The path of a leaf, of which the noise is a hash, begins with the
+            index of its shadow.
+        nonfinite: as in `update`.
+        backend: as in `update`.
+
+    Raises:
+        ValueError: as `update`; also where the numbers of shadows and decays differ, two shadows
+            share a tensor, or are not tied alike.
+        TypeError, RuntimeError: as `update`.
+
+    >>> shadows = [{"w": torch.tensor([0.0])}, {"w": torch.tensor([0.0])}]
+    >>> update_many(shadows, {"w": torch.tensor([1.0])}, 0, decays=[0.5, 0.75])
+    [{'w': tensor([0.5000])}, {'w': tensor([0.2500])}]
+    """
+    alphas = alphas_of(shadows, decays, step)
+    return _pure(shadows, params, alphas, step, rounding, nonfinite, backend)
 
 
-def _work(
-    pairs: _tree.Pairs,
-    weights: list[Weight],
+def update_many_(
+    shadows: Sequence[Tree],
+    params: Any,
+    step: Step,
+    *,
+    decays: Sequence[Decay | Schedule],
+    rounding: Rounding = "nearest",
+    nonfinite: Nonfinite = "propagate",
+    backend: str = "auto",
+) -> Sequence[Tree]:
+    """`update_many` written into the shadows' own memory; returns `shadows`. Raises as `update_`.
+
+    >>> shadows = [{"w": torch.tensor([0.0])}, {"w": torch.tensor([0.0])}]
+    >>> update_many_(shadows, {"w": torch.tensor([1.0])}, 0, decays=[0.5, 0.75]) is shadows
+    True
+    >>> shadows
+    [{'w': tensor([0.5000])}, {'w': tensor([0.2500])}]
+    """
+    alphas = alphas_of(shadows, decays, step)
+    plan = _plan.find(shadows, params, alphas, rounding, nonfinite, backend)
+    scope.check_outside(plan.params)
+    with torch.no_grad():
+        plan.run(alphas, step)
+    return shadows
+
+
+def _pure(
+    shadows: Sequence[Any],
+    params: Any,
+    alphas: Sequence[Alpha],
     step: Step,
     rounding: str,
     nonfinite: str,
-    *,
-    on_host: bool = False,
-) -> _compile.Work:
-    """What is to be computed of leaves that fit, of which some may be in host memory."""
-    _check_option("rounding", rounding, ("nearest", "stochastic"))
-    _check_option("nonfinite", nonfinite, ("propagate", "skip"))
-    if _host.is_used() and not on_host:
-        _host.refuse(pairs.shadows, pairs.params)
-    noise = None
-    if rounding == "stochastic":
-        paths, regions = (_tree.interleave(t, len(weights)) for t in _places(pairs))
-        noise = Noise(paths, regions, step, {})
-    skip = nonfinite == "skip"
-    work = _compile.Work(*_interleaved(pairs, weights), skip, noise, pairs.memo)
-    if not work.is_traced:
-        if noise is None and not work.dtypes <= _NEVER_STALL:
-            _warn_of_stalls(work)
-        scope.check_outside(work.params)
-    return work
+    backend: str,
+) -> list[Any]:
+    """The new trees."""
+    plan = _plan.find(shadows, params, alphas, rounding, nonfinite, backend, in_place=False)
+    scope.check_outside(plan.params)
+    with torch.no_grad():
+        return plan.rebuild(shadows, plan.run(alphas, step))
 
 
-def _interleaved(
-    pairs: _tree.Pairs, weights: list[Weight]
-) -> tuple[list[Tensor], list[Tensor], list[Weight]]:
-    """Shadows, params and weights, so that the averages of a parameter follow each other."""
-    several = len(weights)
-    if several == 1:
-        return pairs.shadows, pairs.params, weights
-    shadows, params = (_tree.interleave(leaves, several) for leaves in pairs[1:3])
-    return shadows, params, weights * (len(shadows) // max(1, several))
-
-
-_NEVER_STALL = {
-    (shadow, param)
-    for shadow in (torch.float32, torch.float64)
-    for param in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-}
-
-
-_RESOLUTION = {
-    dtype: torch.finfo(dtype).eps / 2
-    for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
-}
-
-
-def _warn_of_stalls(work: _compile.Work) -> None:
-    for s, p, w in {(s.dtype, p.dtype, w) for s, p, w in work.rows() if isinstance(w, float)}:
-        if p.is_floating_point:
-            warn_of_stalls([s], w)
-
-
-def warn_of_stalls(dtypes: Iterable[torch.dtype], weight: float) -> None:
-    """One warning for each dtype in which an average loses nearly every step of this weight."""
-    for dtype in dtypes:
-        if 0 < weight < _RESOLUTION.get(dtype, 0):
-            _warn_of_stall(dtype)
-
-
-@lru_cache
-def _warn_of_stall(dtype: torch.dtype) -> None:
-    message = (
-        f"an average in {dtype} stalls: where 1 - decay is below {_RESOLUTION[dtype]:.2g}, "
-        "rounding to nearest loses nearly every step; an average in float32 does not"
-    )
-    if dtype.itemsize > 1:
-        message += ", nor does rounding='stochastic' of emajit.update_"
-    warnings.warn(message, UserWarning, stacklevel=6)
-
-
-def _pairs(shadow: Any, params: Any, decay: Any, *, writable: bool) -> _tree.Pairs:
-    """The leaves of one shadow, or of as many as there are decays."""
-    if not isinstance(decay, list):
-        return _tree.align(shadow, params, writable=writable)
-    if not isinstance(shadow, list) or len(shadow) != len(decay):
-        found = (
-            f"a list of {len(shadow)}" if isinstance(shadow, list) else type(shadow).__qualname__
-        )
-        raise ValueError(f"shadow: expected a list of {len(decay)}, as decay, found {found}")
-    return _tree.align_several(shadow, params, writable=writable)
-
-
-def _places(pairs: _tree.Pairs) -> tuple[list[str], list[Any]]:
-    """Paths and regions of the shadows, each of a dtype that can be rounded at random."""
-    paths = pairs.paths()
-    for path, s in zip(paths, pairs.shadows, strict=True):
-        if s.dtype.itemsize < 2 and s.is_floating_point():
-            raise ValueError(
-                f"shadow{path}: expected bfloat16, float16 or wider for rounding='stochastic', "
-                f"found {s.dtype}"
-            )
-    return paths, pairs.regions()
+def alphas_of(
+    shadows: Sequence[Any], decays: Sequence[Decay | Schedule], step: Step
+) -> list[Alpha]:
+    """The alpha of each of several shadows."""
+    for name, found in (("shadows", shadows), ("decays", decays)):
+        if not isinstance(found, list | tuple):
+            raise TypeError(f"{name}: expected a list, found {type(found).__qualname__}")
+    if len(shadows) != len(decays):
+        raise ValueError(f"shadows: expected {len(decays)}, as decays, found {len(shadows)}")
+    return [_alpha(decay, step) for decay in decays]
 
 
 # `float` first: to ask `Real` takes longer, and so does to make a union in each call.
@@ -357,24 +246,17 @@ _INTEGERS = int, torch.SymInt
 _NUMBERS = float, Real, torch.SymFloat, torch.SymInt
 
 
-def _weights(decay: Decay | Schedule | list[Any], step: Step) -> list[Weight]:
-    """The weight of each average."""
+def _alpha(decay: Decay | Schedule, step: Step) -> float | Tensor:
+    """`1 - decay(step)` in float64: in float32, 1 - 0.9999 is off by 1.7e-4 of itself."""
     if type(decay) is float and 0.0 <= decay <= 1.0 and type(step) is int and step >= 0:
-        return [1.0 - decay]
+        return 1.0 - decay
     step = _checked_step(step)
-    if isinstance(decay, list):
-        return [_weight(one, step) for one in decay]
-    return [_weight(decay, step)]
-
-
-def _weight(decay: Decay | Schedule, step: Step) -> Weight:
-    """`w = 1 - beta(step)` in float64: in float32, 1 - 0.9999 is off by 1.7e-4 of itself."""
     beta = decay(step) if callable(decay) else decay
     if isinstance(beta, Tensor):
         if beta.ndim != 0 or not beta.is_floating_point():
             found = f"shape {tuple(beta.shape)} and {beta.dtype}"
             raise ValueError(f"decay: expected a 0-d floating-point tensor, found {found}")
-        if beta.device.type != "cpu" or _memory.is_traced():
+        if beta.device.type != "cpu" or torch.compiler.is_compiling() or _torch.in_transform():
             return 1.0 - beta.detach().to(torch.float64)
         beta = float(beta.detach())  # in host memory, so nothing waits for it
     if not isinstance(beta, _NUMBERS):
@@ -404,16 +286,4 @@ def _checked_step(step: Step) -> Step:
 
 def check_decay(decay: Any) -> None:
     """Raise ValueError or TypeError for what is no decay, nor a schedule that begins with one."""
-    _weight(decay, 0)
-
-
-def check_backend(backend: str) -> None:
-    """Raise ValueError for a backend that nobody knows."""
-    ours = ("auto", "eager", "inductor")
-    if backend not in ours and backend not in torch.compiler.list_backends(exclude_tags=()):
-        _check_option("backend", backend, (*ours, "a name of torch.compiler.list_backends()"))
-
-
-def _check_option(name: str, found: str, expected: tuple[str, ...]) -> None:
-    if found not in expected:
-        raise ValueError(f"{name}: expected {' or '.join(expected)}, found {found!r}")
+    _alpha(decay, 0)

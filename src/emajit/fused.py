@@ -1,25 +1,33 @@
-"""The optimizer's step and the update of an average as one compiled graph.
+"""Optimizer step and average in one graph (experimental: not yet measured on a GPU).
 
-A new weight is averaged while it is at hand: the average costs one read and one write of itself.
+A new parameter is averaged while it is at hand: the average costs one read and one write of itself.
 """
 
 from __future__ import annotations
 
 import inspect
-import warnings
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable, Sequence
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import optimizer as _torch
 
-from emajit import _compile, _host, _kernels, _memory, _shards, functional, scope
-from emajit._compile import Work
-from emajit._rounding import Keys
-from emajit.functional import Decay, Schedule, Step
+from emajit import (
+    _alias,
+    _choose,
+    _compile,
+    _optimizer,
+    _plan,
+    _shards,
+    _torch,
+    _warn,
+    functional,
+    offload,
+    scope,
+)
+from emajit._kernels import Update
+from emajit.functional import Decay, Nonfinite, Rounding, Schedule, Step
 from emajit.litema import LitEma
 
 _GRAPHS = 8
@@ -36,9 +44,9 @@ class FusedOptimizer:
 
     The first step runs the two one after the other, since it creates the optimizer's state; the
     second one compiles, seconds to minutes. Part of the graph are the other options of the
-    parameter groups, and which gradients are None. One after the other, as long as it is so, run
-    complex weights, 0-d ones in float64, DTensors, an optimizer with step hooks, and, with a
-    warning, options that differ at nearly every step (`OneCycleLR` with its momentum) and what
+    parameter groups, and which gradients are None. Falls back to two separate steps for complex
+    parameters, 0-d ones in float64, DTensors, an optimizer with step hooks, and, with a warning,
+    for options that differ at nearly every step (`OneCycleLR` with its momentum) and for what
     `torch.compile` refuses (sparse gradients).
 
     It is itself what `torch.amp.GradScaler` takes: `scaler.step(fused)`, `scaler.unscale_(fused)`.
@@ -50,6 +58,7 @@ class FusedOptimizer:
         ema: a `LitEma`, or a shadow from `emajit.init`.
         params: the model of the `LitEma`, or the parameters of the shadow.
         decay, rounding, nonfinite: as in `emajit.update_`, for a shadow only.
+        decays: in place of `decay`, one for each shadow of a list, as in `emajit.update_many_`.
         backend: "inductor", or the name of another `torch.compile` backend; "auto" is "inductor",
             and without a compiler one after the other, with a warning.
 
@@ -77,9 +86,10 @@ class FusedOptimizer:
         ema: Any,
         params: Any,
         *,
-        decay: Decay | Schedule | list[Any] | None = None,
-        rounding: Literal["nearest", "stochastic"] = "nearest",
-        nonfinite: Literal["propagate", "skip"] = "propagate",
+        decay: Decay | Schedule | None = None,
+        decays: Sequence[Decay | Schedule] | None = None,
+        rounding: Rounding = "nearest",
+        nonfinite: Nonfinite = "propagate",
         backend: str = "auto",
     ) -> None:
         # Another's step may keep numbers in its state or options, which a graph would freeze.
@@ -92,17 +102,19 @@ class FusedOptimizer:
         if any(group.get("differentiable") for group in optimizer.param_groups):
             raise ValueError("optimizer: expected differentiable=False, found True")
         if isinstance(ema, LitEma):
-            if (decay, rounding, nonfinite) != (None, "nearest", "propagate"):
+            if (decay, decays, rounding, nonfinite) != (None, None, "nearest", "propagate"):
                 raise ValueError("decay, rounding, nonfinite: expected none beside a LitEma")
             if not isinstance(params, nn.Module):
                 found = type(params).__qualname__
                 raise TypeError(f"params: expected the model of the LitEma, found {found}")
-        elif decay is None:
-            raise TypeError("decay: expected one beside a shadow, found None")
-        functional.check_backend(backend)
+        elif (decay is None) == (decays is None):
+            found = "None" if decay is None else "decays too"
+            raise TypeError(f"decay: expected one beside a shadow, found {found}")
+        _choose.check_backend(backend)
         self.optimizer = optimizer
         self._ema, self._params = ema, params
-        self._options: tuple[Any, ...] = decay, rounding, nonfinite
+        self._decay, self._decays = decay, decays
+        self._options = rounding, nonfinite
         self._backend = backend
         self._graphs: dict[Any, Any] = {}
         self._rates: list[Tensor] = []
@@ -125,21 +137,21 @@ class FusedOptimizer:
         `emajit.update_` raise; in either case before anything is written.
         """
         try:
-            self._step(self._work(step))
+            self._step(*self._update(step))
         except BaseException:  # GradScaler clears them after a step that succeeds, and only then
             vars(self).pop("grad_scale", None)
             vars(self).pop("found_inf", None)
             raise
 
-    def _step(self, work: Work) -> None:
-        _host.hold_training()
+    def _step(self, update: Update, updates: int | Tensor) -> None:
+        scope.wait_for_readers()
         scale, skipped = vars(self).get("grad_scale"), self._skipped()
-        key = self._key(work, scale, skipped)
-        graph = self._graph(key, work, scale is not None)
-        if not graph or not self._run(graph, key, work, scale, skipped):
-            self._one_after_the_other(work, scale, skipped)
+        key = self._key(update, scale, skipped)
+        graph = self._graph(key, update, scale is not None)
+        if not graph or not self._run(graph, key, update, scale, skipped):
+            self._one_after_the_other(update, scale, skipped)
         if isinstance(self._ema, LitEma):
-            self._ema._done(self._params, self._ema.num_updates, unless=skipped)
+            self._ema._finish_update(self._params, updates, unless=skipped)
 
     def _skipped(self) -> Tensor | None:
         """A flag on the device, whether the step is to be left out; None without GradScaler."""
@@ -151,20 +163,27 @@ class FusedOptimizer:
             )
         return (self.found_inf != 0).reshape(())
 
-    def _work(self, step: Step | None) -> Work:
-        """What is to be averaged, checked."""
+    def _update(self, step: Step | None) -> tuple[Update, int | Tensor]:
+        """The update of the average, checked, and how many a LitEma has had."""
         scope.check_outside(self._weights())
-        shadow, params, options = self._ema, self._params, self._options
-        if isinstance(shadow, LitEma):
+        shadows, params = self._ema, self._params
+        decays: Any = self._decays
+        updates: int | Tensor = -1
+        if isinstance(self._ema, LitEma):
             if step is not None:
                 raise TypeError(f"step: expected none, since a LitEma counts, found {step}")
-            shadow, params, updates, decay = shadow._due(params)
+            averages, params, updates, decay = self._ema._prepare_update(params)
+            shadows, decays = [averages], [decay]
             step = updates if isinstance(updates, Tensor) else max(0, updates)
-            options = (decay, "nearest", "propagate")
         elif step is None:
             raise TypeError("step: expected the number of updates so far, found None")
-        _, work = functional.prepare(shadow, params, step, *options, writable=True)
-        return work._replace(params=self._own(work.params))
+        elif decays is None:
+            shadows, decays = [self._ema], [self._decay]
+        alphas = functional.alphas_of(shadows, decays, step)
+        found = _plan.find(shadows, params, alphas, *self._options, "eager")
+        scope.check_outside(found.params)
+        update = found.update(alphas, step)
+        return update._replace(params=self._own(update.params)), updates
 
     def _own(self, params: list[Tensor]) -> list[Tensor]:
         """The optimizer's tensors in place of others that lie in the same memory.
@@ -174,11 +193,11 @@ class FusedOptimizer:
         mine = {id(p): p for p in self._weights()}
         if all(id(p) in mine for p in params):
             return params
-        twins = {_memory.identity(p): p for p in mine.values()}
-        own = [twins.get(_memory.identity(p), p) for p in params]
+        twins = {_alias.identity(p): p for p in mine.values()}
+        own = [twins.get(_alias.identity(p), p) for p in params]
         leaves = [*(p for p in own if id(p) not in mine), *mine.values()]
         others = len(leaves) - len(mine)
-        for i, j in _memory.overlaps(leaves, others):
+        for i, j in _alias.overlaps(leaves, others):
             if j >= others:
                 raise ValueError(
                     f"params: expected the optimizer's own tensors or none of their memory, found "
@@ -186,22 +205,22 @@ class FusedOptimizer:
                 )
         return own
 
-    def _graph(self, key: Hashable, work: Work, is_scaled: bool) -> Any:
+    def _graph(self, key: Hashable, update: Update, is_scaled: bool) -> Any:
         """The graph for this step; nothing where the two are to run one after the other."""
         optimizer = self.optimizer
         if self._state is not optimizer.state:  # another one was loaded
             self._state = optimizer.state
             self._graphs.clear()
-        leaves = (*work.shadows, *work.params)
+        leaves = (*update.shadows, *update.params)
         scaled = [g for g in self._gradients() if g.layout is torch.strided] if is_scaled else []
         if (
-            _memory.in_dispatch_mode()
+            _torch.in_dispatch_mode()
             or _shards.are_in(self._weights())
             or any(leaf.is_complex() or leaf.is_neg() for leaf in leaves)
-            or _compile.merged((*leaves, *self._weights(), *scaled))
-            or any(not _host.is_hook(hook) for hook in _hooks(optimizer))
-            or not _steps_on_its_own(optimizer)
-            or (self._backend == "auto" and not _compile.can_compile(work.device.type))
+            or _compile.aliased_inputs((*leaves, *self._weights(), *scaled))
+            or any(not offload.is_hook(hook) for hook in _torch.step_hooks(optimizer))
+            or not _optimizer.steps_on_its_own(optimizer)
+            or (self._backend == "auto" and not _compile.can_compile(_device(update).type))
         ):
             return None
         graph = self._graphs.get(key, False)
@@ -213,7 +232,9 @@ class FusedOptimizer:
                 state.update({k: v.to(p.device) for k, v in numbers.items()})
             # torch.compile loses a write to a 0-d float64 tensor (2.11 to 2.13).
             lost = any(t.ndim == 0 and t.dtype == torch.float64 for t in self._written())
-            graph = not lost and _compiled(optimizer, work.skip, self._backend)
+            graph = not lost and _optimizer.compiled_step(
+                optimizer, update.skip, self._backend, _device(update)
+            )
             self._graphs[key] = graph
         return graph
 
@@ -221,36 +242,45 @@ class FusedOptimizer:
         self,
         graph: Any,
         key: Hashable,
-        work: Work,
+        update: Update,
         scale: Tensor | None,
         skipped: Tensor | None,
     ) -> bool:
         """Whether the graph could be made, and then has done the step."""
-        weights, keys = _compile.scalars(work), work.keys()
+        alphas = _compile.scalars(update.alphas, _device(update))
         gradients = [] if scale is None else self._gradients()
-        written = [] if skipped is None else [*self._written(), *work.shadows]
+        written = [] if skipped is None else [*self._written(), *update.shadows]
         try:
-            with self._traceable_groups():
-                graph(work.shadows, work.params, weights, keys, gradients, scale, written, skipped)
-        except torch._dynamo.exc.TorchDynamoException as error:  # before anything is written
+            with _optimizer.traceable_groups(self.optimizer, self._rates):
+                graph(
+                    update.shadows,
+                    update.params,
+                    alphas,
+                    update.keys,
+                    gradients,
+                    scale,
+                    written,
+                    skipped,
+                )
+        except _torch.compile_errors() as error:  # before anything is written
             self._graphs[key] = False
             self._warn(f"torch.compile failed: {error}")
             return False
-        # Learning-rate schedulers warn without it.
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        _torch.mark_stepped(self.optimizer)
         return True
 
     def _one_after_the_other(
-        self, work: Work, scale: Tensor | None, skipped: Tensor | None
+        self, update: Update, scale: Tensor | None, skipped: Tensor | None
     ) -> None:
         if scale is not None:
-            torch._foreach_div_(self._gradients(), scale)
+            _torch.foreach_div_(self._gradients(), scale)
         if skipped is not None and skipped:
             return
         self.optimizer.step()
-        _compile.average_(work, "auto")
+        for leaves, kernel in _choose.groups(update, "eager", in_place=True):
+            kernel(update if leaves is None else update.part(leaves))
         # Only now there is all the state that a graph would have to put back.
-        key = self._key(work, scale, skipped)
+        key = self._key(update, scale, skipped)
         if key not in self._graphs and len(self._graphs) < _GRAPHS:
             self._graphs[key] = None
         elif key not in self._graphs:
@@ -261,13 +291,13 @@ class FusedOptimizer:
 
     def _warn(self, reason: str) -> None:
         message = f"FusedOptimizer runs optimizer and average one after the other: {reason}"
-        warnings.warn(message, RuntimeWarning, stacklevel=5)
+        _warn.warn(message, RuntimeWarning)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the graphs, which belong to the optimizer that they were made for."""
         return vars(self) | {"_graphs": {}, "_state": None}
 
-    def _key(self, work: Work, scale: Tensor | None, skipped: Tensor | None) -> Hashable:
+    def _key(self, update: Update, scale: Tensor | None, skipped: Tensor | None) -> Hashable:
         """What a graph depends on."""
         options = tuple(
             (name, value if isinstance(value, Hashable) else repr(value))
@@ -277,7 +307,7 @@ class FusedOptimizer:
         )
         weights = self._weights()
         gradients = [p.grad for p in weights]
-        averaged = {*map(id, work.params)}
+        averaged = {*map(id, update.params)}
         forms = (
             tuple([g if g is None else (g.dtype, _strides(g)) for g in gradients]),
             tuple([p.stride() for p in weights if id(p) not in averaged]),
@@ -285,10 +315,10 @@ class FusedOptimizer:
         numbers = [
             v for group in self.param_groups for v in group.values() if isinstance(v, Tensor)
         ]
-        same = _compile.same([*work.params, *weights, *numbers])
+        same = _compile.alias_pattern([*update.params, *weights, *numbers])
         state = tuple(map(id, self.optimizer.state))
         scaling = scale is None, skipped is None
-        return options, forms, state, same, _compile.layout(work), scaling
+        return options, forms, state, same, _compile.layout(update), scaling
 
     def _weights(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -303,87 +333,10 @@ class FusedOptimizer:
         values = chain.from_iterable(state.values() for state in states)
         return stepped + [value for value in values if isinstance(value, Tensor)]
 
-    @contextmanager
-    def _traceable_groups(self) -> Iterator[None]:
-        """Inside, the groups ask for the form of the step that a graph is made of.
-
-        Learning rates are tensors, whose values a graph does not depend on; in float64, as Python
-        numbers are, since in float32 `1 - lr * weight_decay` is off. Inductor fuses the operators
-        of single tensors, and nothing with the kernels of `foreach` and `fused`.
-        """
-        names = "lr", "foreach", "fused"
-        before = [{n: group[n] for n in names if n in group} for group in self.param_groups]
-        while len(self._rates) < len(before):
-            self._rates.append(torch.zeros((), dtype=torch.float64))
-        for group, rate in zip(self.param_groups, self._rates, strict=False):
-            if not isinstance(group["lr"], Tensor):
-                group["lr"] = rate.fill_(group["lr"])
-            group.update({name: False for name in names[1:] if name in group})
-        try:
-            yield
-        finally:
-            for group, options in zip(self.param_groups, before, strict=True):
-                group.update(options)
-
-
-def _compiled(optimizer: torch.optim.Optimizer, skip: bool, backend: str) -> Any:
-    from emajit._hoist import Hoist  # noqa: PLC0415, imports Inductor
-
-    bare_step = inspect.unwrap(type(optimizer).step)  # below the wrappers that break a graph
-
-    def run(
-        shadows: list[Tensor],
-        params: list[Tensor],
-        weights: list[Tensor],
-        keys: Keys | None,
-        gradients: list[Tensor],
-        grad_scale: Tensor | None,
-        written: list[Tensor],
-        skipped: Tensor | None,
-    ) -> None:
-        if grad_scale is not None:
-            torch._foreach_div_(gradients, grad_scale)
-        before = [tensor.clone() for tensor in written]
-        bare_step(optimizer)
-        _kernels.average_(shadows, params, weights, skip, keys)
-        if skipped is not None:
-            for tensor, old in zip(written, before, strict=True):
-                # A view of a 0-d tensor, as in `_kernels.average_`.
-                new = tensor.view(1) if tensor.ndim == 0 else tensor
-                new.copy_(torch.where(skipped.to(new.device), old.view_as(new), new))
-
-    return _compile.compiled(
-        _compile.fresh(run),
-        "inductor" if backend == "auto" else backend,
-        # A weight in 16 bits is averaged as it was rounded, not as it was before.
-        emulate_precision_casts=True,
-        post_grad_custom_post_pass=Hoist(),
-    )
-
 
 def _strides(gradient: Tensor) -> Hashable:
     return gradient.stride() if gradient.layout is torch.strided else gradient.layout
 
 
-def _steps_on_its_own(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether `step` is that of the class, within no wrappers but torch's and a scheduler's."""
-    own: Any = type(optimizer).step
-    replaced = vars(optimizer).get("step", own)
-    if replaced is not own and not (
-        hasattr(replaced, "_wrapped_by_lr_sched") and replaced.__wrapped__ is own
-    ):
-        return False
-    while hasattr(own, "__wrapped__"):
-        module = getattr(own, "__globals__", {}).get("__name__", "")
-        if module.partition(".")[0] != "torch":
-            return False
-        own = own.__wrapped__
-    return True
-
-
-def _hooks(optimizer: torch.optim.Optimizer) -> list[Any]:
-    every = (
-        *(_torch._global_optimizer_pre_hooks, _torch._global_optimizer_post_hooks),
-        *(optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks),
-    )
-    return [hook for hooks in every for hook in hooks.values()]
+def _device(update: Update) -> torch.device:
+    return update.shadows[0].device if update.shadows else torch.device("cpu")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple, TypeGuard, overload
 import torch
 from torch import Tensor, nn
 
-from emajit import _tree, checkpoint
+from emajit import _paths, _tree, _warn, checkpoint
 from emajit.checkpoint import files
 from emajit.checkpoint.saved import Saved, count, opened
 from emajit.schedules import gamma_to_sigma_rel, sigma_rel_to_gamma
@@ -133,7 +132,7 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 def _check_range(which: str, shadow: Any, dtype: torch.dtype | None) -> None:
     """Raise ValueError where a finite number would be infinite in `dtype`."""
-    for path, _, leaf in _tree.named_leaves(which, shadow):
+    for path, _, leaf in _paths.named_leaves(which, shadow):
         if dtype is not None and leaf.is_floating_point():
             files.cast(path, leaf.detach(), dtype)
 
@@ -320,9 +319,9 @@ def _warn_of_gaps(chosen: Sequence[Snapshot]) -> None:
     count = Counter(snapshot.step for snapshot in chosen)
     gaps = [str(step) for step in count if count[step] < len(gammas)]
     if gaps:
-        steps = _tree.some(gaps)
+        steps = _paths.some(gaps)
         message = f"snapshots: expected {len(gammas)} lengths at each step, some lack at {steps}"
-        warnings.warn(message, UserWarning, stacklevel=4)
+        _warn.warn(message)
 
 
 def _warn_of_two_runs(chosen: Sequence[Snapshot]) -> None:
@@ -333,7 +332,7 @@ def _warn_of_two_runs(chosen: Sequence[Snapshot]) -> None:
         oldest = min(dated)
         if oldest[0] < newest[0]:
             message = f"snapshots: {oldest[1]} is older than {newest[1]}: of another run?"
-            warnings.warn(message, UserWarning, stacklevel=4)
+            _warn.warn(message)
             return
         newest = max(newest, *dated)
 
@@ -351,7 +350,7 @@ def _warn_of_errors(
             f"sigma_rel {sigma_rel:g} is {where}: the expected error is {solution.error:.2g} of "
             f"the profile, and {rounding:.2g} of each weight from the rounding of the files"
         )
-        warnings.warn(message, UserWarning, stacklevel=4)
+        _warn.warn(message)
 
 
 def _unit(snapshot: Snapshot) -> float:
@@ -418,7 +417,7 @@ def _check_alike(file: Saved, other: Saved) -> None:
     """Raise ValueError where two snapshots are of different models."""
     differ = sorted({*file.names()} ^ {*other.names()})
     if differ:
-        found = f"another at {_tree.some(differ)}"
+        found = f"another at {_paths.some(differ)}"
         raise ValueError(f"{file.path}: expected the leaves of {other.path}, found {found}")
     if file.record.tied != other.record.tied:
         ties = file.record.tied

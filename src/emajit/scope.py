@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from emajit import _host, _names, _shards
+from emajit import _names, _shards, _torch
 
 # The scopes that are entered now, in that order, and the parameters and buffers in each, which the
 # scope keeps alive. A dict has no state between two operations, whatever thread or signal comes.
 _inside: dict[object, set[int]] = {}
 _entered = itertools.count()
+
+# Called before emajit writes parameters: whoever reads them in a stream of its own waits here.
+before_writing: list[Callable[[], object]] = []
+
+
+def wait_for_readers() -> None:
+    """Wait for whoever still reads parameters that are to be written."""
+    for wait in before_writing:
+        wait()
 
 
 def check_outside(tensors: Iterable[Tensor], *, before: object = None) -> None:
@@ -39,10 +48,9 @@ def ema_scope(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> Iterator
     Nothing is copied: each parameter refers to the memory of its average inside, and to its own
     again afterwards, whatever was raised. The `nn.Parameter` objects stay the same, so optimizers,
     hooks, tied weights and compiled models keep working. Only an average in another dtype than its
-    parameter is cast to that, and one that `init` has put in host memory is copied. What writes
-    parameters inside writes the averages: call `model.eval()` if averages of buffers are among
-    them. Autograd refuses to differentiate on one side of the scope's boundary what was computed on
-    the other, except that a graph from before the scope can be used after it.
+    parameter is cast to that. Code that writes parameters inside writes the averages: call
+    `model.eval()` if averages of buffers are among them. Do not backpropagate across the boundary:
+    autograd raises, except for graphs from before the scope that are used after it.
 
     Into the shards of DTensors the averages are copied, and the training weights kept meanwhile:
     FSDP gathers parameters from memory of its own. No process waits for another.
@@ -91,10 +99,10 @@ def ema_scope(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> Iterator
 
 
 def _copy_into_shards(averages: list[tuple[Tensor, Tensor]], undo: ExitStack) -> None:
-    _host.hold_training()
+    wait_for_readers()
     shards = [shard.detach() for shard in _shards.local(tensor for tensor, _ in averages)]
-    undo.callback(torch._foreach_copy_, shards, [shard.clone() for shard in shards])
-    torch._foreach_copy_(shards, _shards.local(average for _, average in averages))
+    undo.callback(_torch.foreach_copy_, shards, [shard.clone() for shard in shards])
+    _torch.foreach_copy_(shards, _shards.local(average for _, average in averages))
 
 
 def _move_to_another_version(tensors: Iterable[Tensor], undo: ExitStack) -> None:
@@ -103,12 +111,11 @@ def _move_to_another_version(tensors: Iterable[Tensor], undo: ExitStack) -> None
     Autograd compares versions, not memory: a graph from inside would otherwise be differentiated
     with the weights from outside, without an error.
     """
-    set_versions = torch._C._autograd._unsafe_set_version_counter
     tracked = tuple(tensor for tensor in tensors if not tensor.is_inference())
     versions = tuple(tensor._version for tensor in tracked)
-    undo.callback(set_versions, tracked, versions)
+    undo.callback(_torch.set_versions, tracked, versions)
     entered = 2**30 + next(_entered) % 2**14 * 2**16
-    set_versions(tracked, tuple(version + entered for version in versions))
+    _torch.set_versions(tracked, tuple(version + entered for version in versions))
 
 
 def _averages(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> list[tuple[Tensor, Tensor]]:
@@ -116,7 +123,6 @@ def _averages(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> list[tup
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, found {type(model).__qualname__}")
     _check_named(shadow)
-    shadow = {name: _host.at_home(average) for name, average in shadow.items()}
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors |= dict(model.named_buffers(remove_duplicate=False))
     partners = _names.match(tensors, shadow)

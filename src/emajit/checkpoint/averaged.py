@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from emajit import _memory, _names, _tree
+from emajit import _alias, _names, _paths
 
 State = Mapping[str, Tensor]
 NO_NAMES = "found none; pass names=model, on the command line --names FILE"
@@ -151,9 +151,9 @@ def completed(
     An average of a tied parameter is there under every name that the parameter has in `raw`.
     """
     by_identity = {
-        _memory.identity(raw[name]): average for name, average in averages.items() if name in raw
+        _alias.identity(raw[name]): average for name, average in averages.items() if name in raw
     }
-    tied = {n: by_identity[i] for n, v in raw.items() if (i := _memory.identity(v)) in by_identity}
+    tied = {n: by_identity[i] for n, v in raw.items() if (i := _alias.identity(v)) in by_identity}
     averages = tied | averages
     missing = [name for name in raw if name not in averages]
     weights = {name: averages.get(name, value) for name, value in raw.items()} | averages
@@ -163,7 +163,7 @@ def completed(
 def averages_of(averaged: Averaged) -> dict[str, Tensor]:
     """The averages alone, each tied one only under its first name."""
     named = {n: v for n, v in averaged.weights.items() if n not in averaged.raw_only}
-    tied = _memory.ties(named)
+    tied = _alias.ties(named)
     return {name: value for name, value in named.items() if name not in tied}
 
 
@@ -188,13 +188,13 @@ def in_order(layout: str, averaged: Averaged, names: Names) -> list[Tensor]:
     check_unique(layout, names.parameters)
     held = {n: v for n, v in averaged.weights.items() if n not in averaged.raw_only}
     unknown = [name for name in names.parameters if name not in held]
-    named = {_memory.identity(held[name]) for name in names.parameters if name in held}
+    named = {_alias.identity(held[name]) for name in names.parameters if name in held}
     averages = averages_of(averaged)
-    left_out = [name for name, v in averages.items() if _memory.identity(v) not in named]
+    left_out = [name for name, v in averages.items() if _alias.identity(v) not in named]
     if unknown or left_out:
         hint = "; of the parameters of a model alone with names=model" * bool(left_out)
-        told = [f"without {_tree.some(left_out)}"] * bool(left_out)
-        told += [f"with {_tree.some(unknown)}, which is no average"] * bool(unknown)
+        told = [f"without {_paths.some(left_out)}"] * bool(left_out)
+        told += [f"with {_paths.some(unknown)}, which is no average"] * bool(unknown)
         raise ValueError(
             f"{layout}: expected names of all averages, found them {' and '.join(told)}{hint}"
         )

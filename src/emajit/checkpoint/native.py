@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from emajit import _host, _memory, _names, _shards, _tree
+from emajit import _alias, _names, _paths, _shards, _tree, offload
+from emajit._torch import pytree
 from emajit.checkpoint import files
 from emajit.checkpoint.saved import KEY, SHADOW, Record, count, opened
 
@@ -69,7 +69,7 @@ def save(
             raise ValueError(
                 f"{name!r}: expected a whole tensor, found {found}; save_sharded writes those"
             )
-    tied = _memory.ties(named)
+    tied = _alias.ties(named)
     tensors = {name: leaf for name, leaf in named.items() if name not in tied}
     record = Record(taken, tied, own)
     casts = files.float_casts(tensors, dtype)
@@ -112,11 +112,11 @@ def load(path: str | os.PathLike[str], like: Tree) -> tuple[Tree, int]:
         loaded: dict[str, Tensor] = {}
         first: dict[Hashable, str] = {}
         for name, leaf in wanted.items():
-            same = first.setdefault(_memory.identity(leaf), name)
+            same = first.setdefault(_alias.identity(leaf), name)
             if same == name:
                 # A copy: the file's own memory changes with the file.
                 own = torch.empty_like(leaf, requires_grad=False).copy_(saved.read(name))
-                loaded[name] = _host.like(leaf, own)
+                loaded[name] = offload.like(leaf, own)
             elif tied.get(same, same) == tied.get(name, name):
                 loaded[name] = loaded[same]
             else:
@@ -183,7 +183,7 @@ def load_sharded(path: str | os.PathLike[str], like: Tree) -> tuple[Tree, int]:
     leaves: list[Tensor] = []
     first: dict[Hashable, Tensor] = {}
     for (name, leaf), own in zip(wanted.items(), loaded.values(), strict=True):
-        leaves.append(first.setdefault(_memory.identity(leaf), _host.like(leaf, own)))
+        leaves.append(first.setdefault(_alias.identity(leaf), offload.like(leaf, own)))
         if not torch.equal(*map(_bits, _shards.local([leaves[-1], own]))):
             raise ValueError(f"{path}: expected {name!r} tied as in like, found another value")
     return _rebuilt(like, leaves), int(step)
@@ -204,8 +204,8 @@ def _bits(tensor: Tensor) -> Tensor:
 def _check_names(path: Path, held: set[str], wanted: dict[str, Tensor]) -> None:
     missing, unknown = sorted(wanted.keys() - held), sorted(held - wanted.keys())
     if missing or unknown:
-        told = [f"without {_tree.some(missing)}"] * bool(missing)
-        told += [f"with {_tree.some(unknown)} too"] * bool(unknown)
+        told = [f"without {_paths.some(missing)}"] * bool(missing)
+        told += [f"with {_paths.some(unknown)} too"] * bool(unknown)
         raise ValueError(f"{path}: expected the leaves of like, found it {' and '.join(told)}")
 
 
@@ -219,7 +219,7 @@ def _check_form(path: Path, name: str, form: tuple[Any, Any], leaf: Tensor) -> N
 def _named(which: str, tree: Any) -> dict[str, Tensor]:
     """The leaves of a tree, without None, by their names in a file."""
     named: dict[str, tuple[str, Tensor]] = {}
-    for path, name, leaf in _tree.named_leaves(which, tree):
+    for path, name, leaf in _paths.named_leaves(which, tree):
         other, _ = named.setdefault(name, (path, leaf))
         if other != path or name == "__metadata__":
             reason = "which safetensors reserves" if other == path else f"as {other} has"

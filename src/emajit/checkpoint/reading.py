@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from emajit import _names, _tree
+from emajit import _names, _paths
+from emajit._torch import pytree
 from emajit.checkpoint import files
 from emajit.checkpoint.averaged import Averaged, Names, listed
 from emajit.checkpoint.files import Opaque
@@ -94,7 +94,7 @@ def _recognise(tree: Any, names: Names) -> Averaged:
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"expected averages in a layout that is known, found {error!r}") from None
     if not found:
-        keys = _tree.some([str(key) for key in tree])
+        keys = _paths.some([str(key) for key in tree])
         raise ValueError(
             "expected averages in a layout that is known, found none among "
             f"{keys}{_pickled(leaves)}"
@@ -113,7 +113,7 @@ def _pickled(leaves: Sequence[Any]) -> str:
     """The end of an error message: the classes of pickled objects, or nothing if there is none."""
     kinds = {type(leaf) for leaf in leaves if isinstance(leaf, Opaque)}
     names = sorted(f"{kind.__module__}.{kind.__name__}" for kind in kinds)
-    return f", beside what is not unpickled: {_tree.some(names)}" if names else ""
+    return f", beside what is not unpickled: {_paths.some(names)}" if names else ""
 
 
 def _check_values(found: Averaged) -> None:

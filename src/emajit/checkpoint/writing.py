@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from emajit import _memory, _tree
+from emajit import _alias, _tree
 from emajit.checkpoint import files
 from emajit.checkpoint.averaged import Averaged, listed
 from emajit.checkpoint.layouts import WRITERS
@@ -78,7 +78,7 @@ def write(
         state = writer.state(averaged, listed(names))
         narrowed = {name: value for name, value in state.items() if name not in CONTROLS}
         casts, header = files.float_casts(narrowed, dtype), {"format": "pt"}
-        if tied := _memory.ties(state):  # the file has a copy of a tied tensor for each name
+        if tied := _alias.ties(state):  # the file has a copy of a tied tensor for each name
             header[TIED] = json.dumps(tied)
         files.write_tensors(path, state, lambda *_: header, casts=casts, tell=tell)
         return
@@ -102,6 +102,6 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str,
     """`tensors` in `dtype`, if one is given and they are floating-point; tied ones stay tied."""
     cast: dict[Hashable, Tensor] = {}
     for name, narrow in files.float_casts(tensors, dtype).items():
-        if (identity := _memory.identity(tensors[name])) not in cast:
+        if (identity := _alias.identity(tensors[name])) not in cast:
             cast[identity] = files.cast(repr(name), tensors[name], narrow)
-    return {name: cast.get(_memory.identity(v), v) for name, v in tensors.items()}
+    return {name: cast.get(_alias.identity(v), v) for name, v in tensors.items()}

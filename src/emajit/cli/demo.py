@@ -218,7 +218,7 @@ def train(
         (share * loss_of(parallel, images, t, noise)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         trained = clock(device)
-        emajit.update_(shadows, params, step, decay=decays)
+        emajit.update_many_(shadows, params, step, decays=decays)
         averaged = clock(device)
         history.step_seconds.append(averaged - began)
         history.average_seconds.append(averaged - trained)

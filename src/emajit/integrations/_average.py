@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emajit import _buffers, _shards, _tree, functional
+from emajit import _module, _shards, _tree, functional
 from emajit.functional import Decay, Schedule
 from emajit.litema import LitEma
 
 
 def checked(
-    decay: Any, dtype: torch.dtype | None, buffers: _buffers.Policy, every: int
+    decay: Any, dtype: torch.dtype | None, buffers: _module.Policy, every: int
 ) -> dict[str, Any]:
     """The options of an `Average`; ValueError and TypeError name the one that is unusable."""
     functional.check_decay(decay)
     _tree.check_dtype(dtype)
-    _buffers.check(buffers)
+    _module.check_policy(buffers)
     if not isinstance(every, int) or every < 1:
         raise ValueError(f"every: expected a number of steps, >= 1, found {every!r}")
     return {"decay": decay, "dtype": dtype, "buffers": buffers}
@@ -35,7 +35,7 @@ class Average(LitEma):
         decay: Decay | Schedule,
         *,
         dtype: torch.dtype | None,
-        buffers: _buffers.Policy,
+        buffers: _module.Policy,
     ) -> None:
         vars(self)["_schedule"] = decay  # before LitEma chooses keys that nothing has
         super().__init__(model, dtype=dtype, buffers=buffers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -11,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from emajit import _buffers, _names, _shards, schedules, scope
+from emajit import _module, _names, _shards, _warn, schedules, scope
 from emajit.functional import Decay, Schedule
 from emajit.integrations._average import Average, checked, fingerprint
 
@@ -59,7 +58,7 @@ class EMACallback(Callback):
         decay: Decay | Schedule = schedules.warmup(0.9999),  # noqa: B008, a function without state
         *,
         dtype: torch.dtype | None = None,
-        buffers: _buffers.Policy = "ignore",
+        buffers: _module.Policy = "ignore",
         every: int = 1,
         save: Literal["raw", "averaged"] = "raw",
     ) -> None:
@@ -129,16 +128,14 @@ class EMACallback(Callback):
         if stage != "fit":
             return
         if any(_is_a("ModelCheckpoint", c) and c.save_weights_only for c in callbacks):
-            warnings.warn(
+            _warn.warn(
                 "ModelCheckpoint(save_weights_only=True) saves the trained weights alone, since "
-                "Lightning calls no callback for it",
-                stacklevel=2,
+                "Lightning calls no callback for it"
             )
         if _is_a("_MultiProcessingLauncher", trainer.strategy.launcher):
-            warnings.warn(
+            _warn.warn(
                 "the averages end with the processes that this strategy starts for the training; "
-                "only checkpoints keep them",
-                stacklevel=2,
+                "only checkpoints keep them"
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -216,9 +213,8 @@ class EMACallback(Callback):
         if self._loaded is None:
             self._average = None
             if trainer.ckpt_path:  # and not one that Lightning has made for itself
-                warnings.warn(
-                    "the checkpoint has no averages of EMACallback; its weights stand for them",
-                    stacklevel=2,
+                _warn.warn(
+                    "the checkpoint has no averages of EMACallback; its weights stand for them"
                 )
         elif "raw" in self._loaded:
             state = pl_module.state_dict()  # as Lightning has loaded it

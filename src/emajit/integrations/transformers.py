@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from emajit import _buffers, _shards, checkpoint, schedules
+from emajit import _module, _shards, _warn, checkpoint, schedules
 from emajit.checkpoint import saved
 from emajit.functional import Decay, Schedule
 from emajit.integrations._average import Average, checked, fingerprint
@@ -85,7 +84,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         decay: Decay | Schedule = schedules.warmup(0.9999),  # noqa: B008, a function without state
         *,
         dtype: torch.dtype | None = None,
-        buffers: _buffers.Policy = "ignore",
+        buffers: _module.Policy = "ignore",
         every: int = 1,
     ) -> None:
         self._options = checked(decay, dtype, buffers, every)
@@ -153,10 +152,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             folders = [*([Path(str(told))] if told else []), _folder(args, state)]
             found = [folder for folder in folders if folder.is_dir()]
             if found and not any((folder / _FILE).is_file() for folder in found):
-                warnings.warn(
-                    f"{found[0]} has no averages of EMACallback; its weights stand for them",
-                    stacklevel=2,
-                )
+                _warn.warn(f"{found[0]} has no averages of EMACallback; its weights stand for them")
             else:
                 self._load(model, folders)
         self._is_training = True
@@ -185,11 +181,10 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     ) -> None:
         """Give the model its trained weights back, unless there may be another data set."""
         if self._is_training and not self._is_inside:
-            warnings.warn(
+            _warn.warn(
                 f"the evaluation at step {state.global_step} was of the trained weights, since "
                 "EMACallback was not told of it before; it belongs behind the callback that asked "
-                "for the evaluation",
-                stacklevel=2,
+                "for the evaluation"
             )
         if "eval_runtime" in kwargs["metrics"]:  # eval_<name>_runtime where there are several
             self.restore()

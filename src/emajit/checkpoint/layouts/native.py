@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from emajit import _tree
+from emajit import _paths
 from emajit.checkpoint.averaged import Averaged, Layout, Names, check_unique, step_of
 
 
 def _read(tree: Mapping[str, Any], _: Names) -> Averaged | None:
     if not {"shadow", "step"} <= tree.keys():
         return None
-    named = _tree.named_leaves("shadow", tree["shadow"])
+    named = _paths.named_leaves("shadow", tree["shadow"])
     check_unique("emajit", [name for _, name, _ in named])
     return Averaged({name: leaf for _, name, leaf in named}, "emajit", step_of(tree["step"]))
 

@@ -1,35 +1,18 @@
-"""Where tensors lie, if anywhere: which are the same view, and which have bytes in common."""
+"""Aliases: which tensors are one view of one memory, and which have bytes in common."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 
-def is_traced() -> bool:
-    """Whether the call is part of somebody's `torch.compile` or of a `torch.func` transform.
-
-    Addresses mean nothing there, and `foreach` operators have no batching rule.
-    """
-    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
-
-
-def in_dispatch_mode() -> bool:
-    """Whether a `TorchDispatchMode` is on, such as one that counts or records operators.
-
-    Dynamo runs no graph inside of one; it raises after it has run the function as it is.
-    """
-    return torch._C._len_torch_dispatch_stack() > 0
-
-
 def identity(tensor: Tensor) -> Hashable:
-    """What two leaves have in common if they are one tensor, or the same view of one memory.
+    """A key that two tensors share if they are one tensor, or the same view of one memory.
 
-    A leaf without memory of its own (empty, fake, inside a `torch.func` transform) is like no
-    other. Inside a trace it is the tensor: `data_ptr()` and `id()` would become guards on it.
+    A tensor without memory of its own (empty, fake, inside a `torch.func` transform) has a key of
+    its own. Inside a trace the key is the tensor: `data_ptr()` and `id()` would become guards.
     """
     if torch.compiler.is_compiling():
         return tensor
@@ -44,7 +27,7 @@ def identity(tensor: Tensor) -> Hashable:
 
 
 def ties(named: Mapping[str, Tensor]) -> dict[str, str]:
-    """Of the names that one tensor has, each but the first, with the first.
+    """For each name of a tied tensor but its first, the first name.
 
     >>> w = torch.ones(1)
     >>> ties({"a": w, "b": torch.ones(1), "c": w.detach()})
@@ -56,44 +39,40 @@ def ties(named: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def tied(a: Tensor, b: Tensor) -> bool:
-    # A trace sees objects, not memory: what is tied there cannot be told from what is not.
+    # A trace sees objects, not memory: two views of one memory look like any two tensors.
     return a is b or torch.compiler.is_compiling() or identity(a) == identity(b)
 
 
-def ranges(leaves: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The addresses where each leaf starts and stops."""
-    starts = tuple([leaf.data_ptr() for leaf in leaves])
-    if all(map(Tensor.is_contiguous, leaves)):
-        return starts, tuple([a + leaf.nbytes for a, leaf in zip(starts, leaves, strict=True)])
-    return starts, tuple([end(view(leaf)) for leaf in leaves])
+def ranges(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+    """The addresses where each tensor starts and stops."""
+    starts = [tensor.data_ptr() for tensor in tensors]
+    if all(map(Tensor.is_contiguous, tensors)):
+        return starts, [a + tensor.nbytes for a, tensor in zip(starts, tensors, strict=True)]
+    return starts, [end(view(tensor)) for tensor in tensors]
 
 
-@lru_cache(maxsize=64)
-def touching(
-    starts: tuple[int, ...], stops: tuple[int, ...], shadows: int
-) -> list[tuple[int, int]]:
-    """The pairs of leaves whose addresses intersect, at least one among the first `shadows`."""
+def touching(starts: Sequence[int], stops: Sequence[int], first: int) -> list[tuple[int, int]]:
+    """The pairs of ranges that intersect, at least one of the two among the `first` ones."""
     pairs: list[tuple[int, int]] = []
     reached: list[int] = []
     for i in sorted(range(len(starts)), key=starts.__getitem__):
-        if starts[i] == stops[i] or not starts[i]:  # nothing there; a meta tensor
+        if starts[i] == stops[i] or not starts[i]:  # empty; a meta tensor
             continue
         reached = [j for j in reached if stops[j] > starts[i]]
-        pairs += [(min(i, j), max(i, j)) for j in reached if min(i, j) < shadows]
+        pairs += [(min(i, j), max(i, j)) for j in reached if min(i, j) < first]
         reached.append(i)
     return pairs
 
 
-def overlaps(leaves: Sequence[Tensor], first: int) -> Iterator[tuple[int, int]]:
-    """The pairs of leaves that have a byte in common, at least one among the `first` ones."""
-    for i, j in touching(*ranges(leaves), first):
-        if leaves[i].device == leaves[j].device and share_memory(
-            *map(view, (leaves[i], leaves[j]))
+def overlaps(tensors: Sequence[Tensor], first: int) -> Iterator[tuple[int, int]]:
+    """The pairs of tensors that share a byte, at least one of the two among the `first` ones."""
+    for i, j in touching(*ranges(tensors), first):
+        if tensors[i].device == tensors[j].device and share_memory(
+            *map(view, (tensors[i], tensors[j]))
         ):
             yield i, j
 
 
-@lru_cache(maxsize=1024)
 def repeats_itself(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether two indices may mean one element: a step does not clear all smaller ones together."""
     reach = 0
@@ -111,7 +90,6 @@ def view(tensor: Tensor) -> View:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.itemsize
 
 
-@lru_cache(maxsize=1024)
 def share_memory(a: View, b: View) -> bool:
     """Whether two views have a byte in common: exact, at the cost of a mask over both."""
     start = min(a[0], b[0])

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from emajit import _memory
+from emajit import _alias
 
 
 @st.composite
@@ -27,10 +27,10 @@ BUFFER = torch.zeros(64)
 
 @given(views(), views())
 def test_overlap_is_exact(a: tuple[Tensor, set[int]], b: tuple[Tensor, set[int]]) -> None:
-    both = [_memory.view(tensor) for tensor, _ in (a, b)]
-    starts, stops = tuple(view[0] for view in both), tuple(map(_memory.end, both))
-    touching = _memory.touching(starts, stops, 2)
-    shares = any(_memory.share_memory(both[i], both[j]) for i, j in touching)
+    both = [_alias.view(tensor) for tensor, _ in (a, b)]
+    starts, stops = tuple(view[0] for view in both), tuple(map(_alias.end, both))
+    touching = _alias.touching(starts, stops, 2)
+    shares = any(_alias.share_memory(both[i], both[j]) for i, j in touching)
     assert shares == bool(a[1] & b[1])
 
 
@@ -38,15 +38,15 @@ def test_overlap_is_exact(a: tuple[Tensor, set[int]], b: tuple[Tensor, set[int]]
 def test_a_view_that_repeats_an_element_is_seen(view: tuple[Tensor, set[int]]) -> None:
     tensor, covered = view
     if len(covered) < tensor.numel():
-        assert _memory.repeats_itself(tensor.shape, tensor.stride())
+        assert _alias.repeats_itself(tensor.shape, tensor.stride())
 
 
 def test_dense_layouts_do_not_repeat() -> None:
     x = torch.zeros(2, 3, 4, 5)
     for t in (x, x.transpose(0, 2), x.to(memory_format=torch.channels_last), x[..., ::2], x[:1]):
-        assert not _memory.repeats_itself(t.shape, t.stride())
+        assert not _alias.repeats_itself(t.shape, t.stride())
 
 
 def test_touching_names_pairs_with_a_shadow_only() -> None:
-    assert _memory.touching((1, 20, 5, 6), (10, 30, 8, 9), 2) == [(0, 2), (0, 3)]
-    assert _memory.touching((1, 4, 2), (4, 8, 2), 3) == []
+    assert _alias.touching((1, 20, 5, 6), (10, 30, 8, 9), 2) == [(0, 2), (0, 3)]
+    assert _alias.touching((1, 4, 2), (4, 8, 2), 3) == []

@@ -1,0 +1,298 @@
+"""The state of a `LitEma`: its buffers, their keys, and how they are loaded, saved and cast."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from emajit import _decay, _names, _paths, _shards, _warn, functional, schedules
+
+_RANGES = {"decay": (0, 1), "num_updates": (-1, 2**31 - 1)}
+_warmup = functools.lru_cache(schedules.warmup)
+
+
+class HostNumber:
+    """The number in a 0-d buffer, read back from a device only after somebody else has written it.
+
+    It is known as long as the buffer is the very tensor, at the very version, that was read or
+    written last. A write through `.data` changes no version: on a device it goes unnoticed. Host
+    memory is read each time.
+    """
+
+    def __init__(self) -> None:
+        self._seen: tuple[Any, int] | None = None
+        self._number: Any = None
+
+    def wrote(self, buffer: Tensor, number: float | None) -> None:
+        """Remember what the buffer has been given; None if only the device knows."""
+        if not is_on_host(buffer):
+            self._seen = None if buffer.is_inference() else (buffer, buffer._version)
+            self._number = number
+
+    def read(self, buffer: Tensor) -> Any:
+        """The number, or None if only the device knows."""
+        if is_on_host(buffer):
+            return buffer.item()
+        seen = self._seen
+        if seen is None or seen[0] is not buffer or seen[1] != buffer._version:
+            self.wrote(buffer, buffer.item())
+        return self._number
+
+    def moved(self, old: Tensor, new: Tensor) -> None:
+        """The number in `old` is in `new` now: where the host knows it, it need not be read."""
+        if old.is_meta or new.is_meta:
+            return
+        if is_on_host(old):
+            self.wrote(new, old.item())
+        elif self._seen is not None and self._seen[0] is old and self._seen[1] == old._version:
+            self.wrote(new, self._number)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HostNumber:
+        """A copy of the buffer has another version: it is read."""
+        return HostNumber()
+
+    def __reduce__(self) -> Any:
+        return HostNumber, ()
+
+
+def is_on_host(buffer: Tensor) -> bool:
+    return buffer.is_cpu
+
+
+class LitEmaState(nn.Module):
+    """The buffers of a `LitEma`.
+
+    `decay` (float32, 0-d), `num_updates` (int32, 0-d; -1 without warm-up), and each average under
+    its key in `m_name2s_name`.
+    """
+
+    decay: Tensor
+    num_updates: Tensor
+
+    def __init__(self, decay: float, *, warm_up: bool) -> None:
+        super().__init__()
+        # Every attribute is set before the keys are chosen, so that no average takes its name.
+        self.m_name2s_name: dict[str, str] = {}
+        self._written_decay = float(decay), _decay.float32(decay)
+        self._first_update = 0 if warm_up else -1
+        self._is_updated = False
+        self._host_decay, self._host_updates = HostNumber(), HostNumber()
+        # Keys of averages that were neither updated nor loaded, and of those among them that are
+        # to start from the model at the next use.
+        self._untouched: set[str] = set()
+        self._uninitialised: set[str] = set()
+        # Keys of buffers that are copied.
+        self._copied: set[str] = set()
+        self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
+        self.register_buffer("num_updates", torch.tensor(self._first_update, dtype=torch.int32))
+
+    def _hold(
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], dtype: torch.dtype | None
+    ) -> None:
+        """Register the first average of each parameter and buffer."""
+        self.m_name2s_name = _names.flat_keys([*params, *buffers], lambda key: hasattr(self, key))
+        for name, average in functional.init({**params, **buffers}, dtype=dtype).items():
+            self.register_buffer(self.m_name2s_name[name], average)
+        self._untouched.update(self.m_name2s_name.values())
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Hidden from the parent module in a process group, once it was updated.
+
+        So `DistributedDataParallel` does not broadcast the averages. It does at its construction,
+        when they may still differ.
+        """
+        hidden = prefix and self._is_updated and dist.is_available() and dist.is_initialized()
+        if not hidden:
+            yield from super().named_modules(memo, prefix, remove_duplicate)
+
+    # The decay that was given counts as it was written, while the float32 buffer still holds it.
+    # Another one, from a file, is taken for the number of 7 decimals that has this float32,
+    # if there is one: 1 minus the float32 of 0.9999 is 1.7e-4 of itself above 1e-4.
+
+    def _decay_at(self, updates: int | Tensor) -> float | Tensor:
+        """In Python numbers, which take a tenth of the time of a dozen 0-d tensor operators."""
+        if isinstance(updates, Tensor):
+            return self._decay_on_device()
+        held = self._host_decay.read(self._buffers["decay"])  # type: ignore[arg-type]
+        written, as_held = self._written_decay
+        decay = written if held == as_held else _decay.decimal(held)
+        return decay if updates < 0 else float(_warmup(decay)(updates))
+
+    def _decay_on_device(self) -> Tensor:
+        """In tensors that are never read back."""
+        written, as_held = self._written_decay
+        if not (self._is_updated or torch.compiler.is_compiling()):
+            averaged = {*self.m_name2s_name.values()} - self._copied
+            dtypes = {self.get_buffer(key).dtype for key in averaged}
+            for dtype in dtypes:
+                _warn.warn_of_stall(dtype, 1.0 - written)
+        held = self.decay.to(torch.float64)
+        decimal = torch.round(held, decimals=7)
+        decay = torch.where(decimal.to(torch.float32) == self.decay, decimal, held)
+        decay = torch.where(self.decay == as_held, written, decay)
+        warm = torch.as_tensor(schedules.warmup(decay)(self.num_updates))
+        return torch.where(self.num_updates < 0, decay, warm)
+
+    def reset_num_updates(self) -> None:
+        """Start the warm-up again; without warm-up there is nothing to reset."""
+        self.num_updates.clamp_(max=0)
+
+    def named_averages(self) -> dict[str, Tensor]:
+        """The averages themselves, under the names that the parameters have in the bare model.
+
+        A shadow for `emajit.ema_scope`, for `torch.func.functional_call` and to save.
+
+        Raises RuntimeError after a load without some of them, which start from the model's weights
+        at the next use of the model.
+        """
+        if self._uninitialised:
+            raise RuntimeError(
+                f"named_averages: expected all averages, found {len(self._uninitialised)} that the "
+                f"state_dict did not have, {min(self._uninitialised)} for one; ema_scope(model) "
+                "and copy_to(model) start them from the model's weights"
+            )
+        return {name: self.get_buffer(key) for name, key in self._keys_by_name().items()}
+
+    def _keys_by_name(self) -> dict[str, str]:
+        bare = _names.canonical_of(self.m_name2s_name)
+        return {bare[name]: key for name, key in self.m_name2s_name.items()}
+
+    def _match(self, names: list[str]) -> dict[str, str]:
+        """The key of the average for each parameter of a model that has one."""
+        partners = _names.match(self.m_name2s_name, names)
+        found = set(partners.values())
+        missing = [name for name in self.m_name2s_name if name not in found]
+        if missing:
+            raise ValueError(f"model: expected every averaged parameter, found it lacks {missing}")
+        return {name: self.m_name2s_name[partners[name]] for name in names if name in partners}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LitEmaState:
+        """Keep the dtypes of the controls, whatever the averages are cast to.
+
+        What was on the meta device and gets memory starts as it was built: the averages from the
+        model's weights at the next use.
+        """
+        decay, num_updates = self.decay, self.num_updates
+        on_meta = [key for key, buffer in self._buffers.items() if buffer.is_meta]  # type: ignore[union-attr]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for key in on_meta:
+            if self.get_buffer(key).is_meta:
+                continue
+            if key in _RANGES:
+                first = self._written_decay[0] if key == "decay" else self._first_update
+                self.get_buffer(key).fill_(first)
+            else:
+                self._uninitialised.add(key)
+                self._untouched.add(key)
+        if self.decay.dtype != torch.float32:  # in float16, 0.9999 is 1
+            self.decay = decay.to(self.decay.device)
+        if self.num_updates.dtype != torch.int32:
+            self.num_updates = num_updates.to(self.num_updates.device)
+        self._host_decay.moved(decay, self.decay)
+        self._host_updates.moved(num_updates, self.num_updates)
+        return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """Leave out averages that wait for the model's weights: theirs mean nothing."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for key in self._uninitialised:
+            del destination[prefix + key]
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load all of it, or raise and load nothing.
+
+        With `strict=False` averages may be missing: those that were never updated or loaded start
+        from the model at the next use, the others stay. With `assign` the values are copied all the
+        same, in their own dtype and on their device. Loaded as part of another module, a value that
+        does not fit still leaves all averages as they are, but of missing ones torch tells only
+        when the others are loaded.
+
+        Raises RuntimeError for missing and unexpected keys (if `strict`), for a value that is no
+        tensor or of another shape or kind of number, for a decay outside [0, 1], and for a
+        negative number of updates other than -1.
+        """
+        if strict and isinstance(state_dict, Mapping):
+            known = self.state_dict().keys() | self._uninitialised
+            found = _names.unwrap_flat_keys(state_dict, known).keys()
+            told = [f'missing key "{key}"' for key in sorted(known - found)]
+            told += [f'unexpected key "{key}"' for key in sorted(found - known)]
+            if told:
+                raise RuntimeError(
+                    f"LitEma: expected the keys of its state, found {_paths.some(told)}"
+                )
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        state = _names.unwrap_flat_keys(state_dict, [prefix + key for key in self._buffers])
+        controls = {prefix + "decay": self.decay, prefix + "num_updates": self.num_updates}
+        held = {key: state[key] for key in controls if isinstance(state.get(key), Tensor)}
+        broken = [key for key, value in held.items() if value.dtype.itemsize < 4]
+        if broken:
+            _warn.warn(
+                f"{' and '.join(broken)} were saved in {state[broken[0]].dtype}, which cannot hold "
+                "them; the present ones are kept",
+            )
+            state |= {key: controls[key] for key in broken}
+        misfits = [
+            f"{prefix}{key}: {misfit}"
+            for key, buffer in self._buffers.items()
+            if prefix + key in state and (misfit := _misfit(key, state[prefix + key], buffer))
+        ]
+        if misfits:
+            error_msgs += misfits
+            return
+        if local_metadata.get("assign_to_params_buffers"):
+            for key in [prefix + key for key in self._buffers if prefix + key in state]:
+                own = torch.empty_like(state[key], requires_grad=False).copy_(state[key].detach())
+                state[key] = own.to(controls[key].dtype) if key in controls else own
+        super()._load_from_state_dict(
+            state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self._untouched = {key for key in self._untouched if prefix + key not in state}
+        self._uninitialised = set(self._untouched)
+        if self._uninitialised:
+            _warn.warn(
+                f"{len(self._uninitialised)} of {len(self.m_name2s_name)} averages are not in the "
+                f"state_dict, {prefix}{min(self._uninitialised)} for one; at the next use they "
+                "start from the model's weights",
+            )
+
+
+def _misfit(key: str, value: object, buffer: Any) -> str:
+    """What is wrong with a value that is to be loaded into a buffer; nothing if it fits."""
+    if not isinstance(value, Tensor):
+        return f"expected a tensor, found {type(value).__qualname__}"
+    if value.shape != buffer.shape or value.layout is not torch.strided:
+        found = tuple(value.shape) if value.layout is torch.strided else value.layout
+        return f"expected shape {tuple(buffer.shape)}, found {found}"
+    if value.is_meta and not buffer.is_meta:
+        return "expected numbers, found a tensor on the meta device"
+    if key in _RANGES and not (value.is_complex() or value.is_meta):
+        # of any dtype: converters cast them along with the rest
+        (low, high), number = _RANGES[key], value.item()
+        fits = low <= number <= high and (key == "decay" or number % 1 == 0)
+        return "" if fits else f"expected a number in [{low}, {high}], found {number}"
+    kinds = [(t.is_floating_point(), t.is_complex()) for t in (value, buffer)]
+    if kinds[0] != kinds[1]:
+        return f"expected a number of the kind of {buffer.dtype}, found {value.dtype}"
+    return _shards.misplaced(value, buffer)

@@ -1,0 +1,300 @@
+"""Find how the leaves of an update are computed: one cache, one function that fills it.
+
+`find` is the only way into an update. It checks everything, and `_choose` chooses how the leaves
+are computed. For an update in place the plan is cached, and the next update of the same memory is a
+cache hit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from emajit import _choose, _kernels, _paths, _rounding, _shards, _torch, _tree, _warn
+from emajit._choose import Group
+from emajit._kernels import Alpha, Kernel, Update
+from emajit._paths import PyTree
+from emajit._rounding import Keys
+from emajit._torch import pytree
+from emajit._tree import Leaves, Pairs
+
+# Plans in the cache.
+MOST_PLANS = 64
+
+_BY_ALPHA: list[Group] = [(None, _kernels.multi_tensor_by_alpha_)]
+
+Options = tuple[Any, ...]  # of `find`
+
+
+class Plan(NamedTuple):
+    """How the leaves of one update are computed. It keeps no tensor of the trees alive."""
+
+    groups: list[Group]
+    slots: Sequence[int | None]
+    skip: bool
+    # For stochastic rounding, the part of the hash keys that no step changes.
+    keys: Keys | None
+    # The dtypes narrower than float32 in which averages are rounded to nearest, each with the index
+    # of its alpha.
+    low_precision: list[tuple[torch.dtype, int]]
+    # How many averages each parameter has.
+    several: int
+    # On a cache hit: the leaves that are different objects, the places of those that are one, the
+    # check of their forms, and the first leaf of each pair, where leaves are tied.
+    unique: list[int] | None = None
+    duplicates: Sequence[tuple[int, int]] = ()
+    fits: Callable[..., bool] | None = None
+    firsts: list[int] | None = None
+
+
+class Found(NamedTuple):
+    """A plan, and the leaves that it is for."""
+
+    plan: Plan
+    shadows: list[Tensor]
+    params: list[Tensor]
+
+    def run(self, alphas: Sequence[Alpha], step: Any) -> Any:
+        """Compute the averages: in place, or as a list in the order of the pairs."""
+        plan = self.plan
+        if plan.groups is _BY_ALPHA:
+            return plan.groups[0][1](Update(self.shadows, self.params, alphas))
+        update = self.update(alphas, step)
+        if len(plan.groups) == 1 and plan.groups[0][0] is None:
+            news = plan.groups[0][1](update)
+        else:
+            news = {}
+            for leaves, kernel in plan.groups:
+                part = update if leaves is None else update.part(leaves)
+                averages = kernel(part)
+                if averages is not None:
+                    news.update(zip(leaves or range(len(averages)), averages, strict=True))
+            news = [news[i] for i in range(len(news))]
+        return _tree.deinterleave(news, plan.several) if news else news
+
+    def rebuild(self, shadows: Sequence[PyTree], averages: list[Tensor]) -> list[PyTree]:
+        """The trees of the shadows, with averages in the order of the pairs."""
+        averages = [*map(_laid_out_as, self.shadows, averages)]
+        leaves = [None if slot is None else averages[slot] for slot in self.plan.slots]
+        size = len(leaves) // max(1, len(shadows))
+        trees = enumerate(shadows)
+        return [_tree.rebuild(tree, leaves[i * size : (i + 1) * size]) for i, tree in trees]
+
+    def update(self, alphas: Sequence[Alpha], step: Any) -> Update:
+        """What the kernels are given."""
+        plan, shadows, params = self
+        for dtype, i in plan.low_precision:
+            _warn.warn_of_stall(dtype, alphas[i])
+        keys = plan.keys.at(step) if plan.keys is not None else None
+        if plan.several > 1:
+            return _interleaved(plan.several, shadows, params, alphas, plan.skip, keys)
+        return Update(shadows, params, alphas, plan.skip, keys)
+
+
+def _interleaved(
+    several: int, shadows: list[Tensor], params: list[Tensor], alphas: Sequence[Alpha], *rest: Any
+) -> Update:
+    """An update in which the averages of a parameter follow each other."""
+    each = len(shadows) // max(1, several)
+    shadows, params = (_tree.interleave(leaves, several) for leaves in (shadows, params))
+    return Update(shadows, params, [*alphas] * each, *rest)
+
+
+def _laid_out_as(shadow: Tensor, average: Tensor) -> Tensor:
+    """The average in the strides that `empty_like` gives it: the shadow's, if that is dense.
+
+    Inductor takes the parameter's where the two differ. A trace goes without.
+    """
+    if average.stride() == shadow.stride() or torch.compiler.is_compiling():
+        return average
+    laid_out = torch.empty_like(shadow)
+    return average if average.stride() == laid_out.stride() else laid_out.copy_(average)
+
+
+_plans: dict[Hashable, Plan] = {}
+
+
+def find(
+    shadows: Sequence[PyTree],
+    params: PyTree,
+    alphas: Sequence[Alpha],
+    rounding: str,
+    nonfinite: str,
+    backend: str,
+    *,
+    in_place: bool = True,
+    same_device: bool = True,
+) -> Found:
+    """The plan for an update of these shadows, each with its alpha, and the leaves in its order.
+
+    The cache's key is the address of each leaf of the shadows and of the params, the options, the
+    types of the alphas, for stochastic rounding the names of the leaves, and of DTensors their
+    placements. A hit is one only if each leaf still has the shape, the strides, the dtype and the
+    device that it had. A miss, an update that is not in place, and one inside of a trace check
+    everything.
+
+    Raises ValueError and TypeError as `emajit.update_` says, before anything is written.
+    """
+    if torch.compiler.is_compiling():
+        return _traced(shadows, params, rounding, nonfinite, in_place=in_place)
+    flat = _tree.flatten(shadows, params)
+    if flat is None or not in_place or not same_device:
+        given = rounding, nonfinite, backend
+        return _made(
+            shadows, params, flat, alphas, given, in_place=in_place, same_device=same_device
+        )
+    kinds = type(alphas[0]) if len(alphas) == 1 else tuple(map(type, alphas))
+    names = None
+    if rounding == "stochastic":  # of which the noise is a hash
+        names = tuple([tuple(s) if type(s) is dict else None for s in shadows])
+    options: tuple[Any, ...] = rounding, nonfinite, backend, kinds, names
+    addresses = _addresses(flat)
+    found = _hit((addresses, options), flat)
+    if found is None and _shards.are_in(chain(*flat)):
+        placed = _shards.placed(flat.shadows)
+        if placed != _shards.placed(flat.params) * len(shadows):
+            return _made(shadows, params, None, alphas, options[:3], in_place=True)
+        flat = Leaves(_shards.local(flat.shadows), _shards.local(flat.params))
+        addresses, options = _addresses(flat), (*options, tuple(placed))
+        found = _hit((addresses, options), flat)
+    if found is None:
+        found = _made(shadows, params, flat, alphas, options[:3], in_place=True)
+        if addresses is not None and not _torch.in_dispatch_mode():
+            if len(_plans) >= MOST_PLANS:
+                _plans.clear()
+            _plans[addresses, options] = _remembered(found.plan, flat)
+    return found
+
+
+def _addresses(flat: Leaves) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    try:
+        return tuple(map(Tensor.data_ptr, flat.shadows)), tuple(map(Tensor.data_ptr, flat.params))
+    except (TypeError, RuntimeError):  # None, or a leaf without memory of its own
+        return None
+
+
+def _hit(key: Hashable, flat: Leaves) -> Found | None:
+    """The plan for the leaves at these addresses, if they have the same forms as then."""
+    plan = _plans.get(key)
+    if plan is None or plan.fits is None:
+        return None
+    shadows, params = flat
+    leaves = shadows + params
+    if plan.unique is not None:  # of which the others are the very same objects
+        if any(leaves[i] is not leaves[j] for i, j in plan.duplicates):
+            return None
+        leaves = [leaves[i] for i in plan.unique]
+    if not plan.fits(*leaves):
+        return None
+    if plan.several > 1:
+        params = params * plan.several
+    if plan.firsts is not None:
+        shadows, params = [shadows[i] for i in plan.firsts], [params[i] for i in plan.firsts]
+    return Found(plan, shadows, params)
+
+
+def _remembered(plan: Plan, flat: Leaves) -> Plan:
+    """The plan, with what a later call needs to know whether it fits."""
+    leaves = flat.shadows + flat.params
+    places: dict[int, int] = {}
+    duplicates = [
+        (i, j) for i, leaf in enumerate(leaves) if (j := places.setdefault(id(leaf), i)) < i
+    ]
+    unique = [*places.values()]
+    firsts = None
+    if not isinstance(plan.slots, range):
+        firsts = _tree.firsts(plan.slots)
+    return plan._replace(
+        unique=unique if duplicates else None,
+        duplicates=duplicates,
+        fits=_torch.forms([leaves[i] for i in unique]),
+        firsts=firsts,
+    )
+
+
+def _made(
+    shadows: Sequence[PyTree],
+    params: PyTree,
+    flat: Leaves | None,
+    alphas: Sequence[Alpha],
+    options: Options,
+    *,
+    in_place: bool,
+    same_device: bool = True,
+) -> Found:
+    """A new plan, after everything has been checked."""
+    rounding, nonfinite, backend = options
+    _choose.check_options(rounding, nonfinite)
+    _choose.check_backend(backend)
+    if _torch.in_transform():
+        return _traced(shadows, params, rounding, nonfinite, in_place=in_place)
+    if _torch.in_dispatch_mode():
+        backend = "eager"
+    pairs = _tree.pair(shadows, params, flat, same_device=same_device)
+    if in_place:
+        _tree.check_averages(shadows)
+        _tree.check_writable(pairs, shadows)
+    several, skip = len(shadows), nonfinite == "skip"
+    keys = _keys(shadows, pairs) if rounding == "stochastic" else None
+    update = Update(pairs.shadows, pairs.params, alphas, skip, keys)
+    if several != 1:
+        update = _interleaved(several, *update)
+    groups = _choose.groups(update, backend, in_place=in_place)
+    if several > 1 and _choose.is_by_alpha(groups, update, several):
+        groups = _BY_ALPHA
+    low = _low_precision(pairs, several) if keys is None else []
+    return Found(Plan(groups, pairs.slots, skip, keys, low, several), *pairs[:2])
+
+
+def _low_precision(pairs: Pairs, several: int) -> list[tuple[torch.dtype, int]]:
+    """The dtypes in which averages may stall, each with the index of its alpha."""
+    each = max(1, len(pairs.shadows) // max(1, several))
+    rows = enumerate(zip(pairs.shadows, pairs.params, strict=True))
+    return list(
+        {
+            (s.dtype, i // each)
+            for i, (s, p) in rows
+            if s.dtype in _warn.RESOLUTION and p.is_floating_point()
+        }
+    )
+
+
+def _traced(
+    shadows: Sequence[PyTree], params: PyTree, rounding: str, nonfinite: str, *, in_place: bool
+) -> Found:
+    """A plan of one group, for the user's own trace or transform."""
+    _choose.check_options(rounding, nonfinite)
+    pairs = _tree.pair(shadows, params, None)
+    if in_place and not _torch.in_transform():
+        _tree.check_averages(shadows)
+    keys = _keys(shadows, pairs) if rounding == "stochastic" else None
+    if _torch.in_transform():  # the multi-tensor operators have no batching rule
+        kernel: Kernel = _kernels.transformed_ if in_place else _kernels.single_tensor
+    else:
+        kernel = _kernels.traced_ if in_place else _kernels.traced
+    plan = Plan([(None, kernel)], pairs.slots, nonfinite == "skip", keys, [], len(shadows))
+    return Found(plan, pairs.shadows, pairs.params)
+
+
+def _keys(shadows: Sequence[PyTree], pairs: Pairs) -> Keys:
+    """The hash keys of the pairs, in the order of the kernels."""
+    paths: list[str] = []
+    regions: list[Any] = []
+    for i, shadow in enumerate(shadows):
+        prefix = "" if len(shadows) == 1 else f"[{i}]"
+        paths += [prefix + path for path in _paths.paths(shadow)]
+        regions += map(_shards.region, pytree.tree_leaves(shadow))
+    firsts = _tree.firsts(pairs.slots)
+    for leaf, s in zip(firsts, pairs.shadows, strict=True):
+        if s.dtype.itemsize < 2 and s.is_floating_point():
+            raise ValueError(
+                f"shadow{paths[leaf]}: expected bfloat16, float16 or wider for "
+                f"rounding='stochastic', found {s.dtype}"
+            )
+    device = pairs.shadows[0].device if pairs.shadows else torch.device("cpu")
+    places = _tree.interleave(firsts, len(shadows))
+    return _rounding.of_paths([paths[i] for i in places], [regions[i] for i in places], device)

@@ -1,0 +1,41 @@
+"""Warnings that point at the caller's line."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+_INSIDE = tuple(str(Path(file).parent) for file in (__file__, torch.__file__))
+
+
+def warn(message: str, kind: type[Warning] = UserWarning) -> None:
+    """Warn with the line of the first caller outside of emajit and torch."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, kind, stacklevel=level)
+
+
+RESOLUTION = {
+    dtype: torch.finfo(dtype).eps / 2
+    for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
+}
+_told: set[torch.dtype] = set()
+
+
+def warn_of_stall(dtype: torch.dtype, alpha: object) -> None:
+    """Warn, once for each dtype, if almost every increment of an average is under half an ulp."""
+    limit = RESOLUTION.get(dtype, 0.0)
+    if not isinstance(alpha, float) or not 0 < alpha < limit or dtype in _told:
+        return
+    _told.add(dtype)
+    message = (
+        f"an average in {dtype} stalls: where 1 - decay is below {limit:.2g}, almost every "
+        "increment is under half an ulp and rounds away; an average in float32 does not stall"
+    )
+    if dtype.itemsize > 1:
+        message += ", nor does rounding='stochastic'"
+    warn(message)
