@@ -33,8 +33,8 @@ GROUP_ELEMENTS = 2**26
 # With the noise of more leaves in a function, gcc inlines no longer: 9.3 ms become 13.9.
 NOISY_LEAVES = 32
 
-# Some leaves, or all of them, and the kernel that averages them.
-Group = tuple[Sequence[int] | None, Kernel]
+# Some leaves, a `range` if all of them, and the kernel that averages them.
+Group = tuple[Sequence[int], Kernel]
 
 
 def groups(update: Update, backend: str, *, in_place: bool) -> list[Group]:
@@ -49,7 +49,7 @@ def groups(update: Update, backend: str, *, in_place: bool) -> list[Group]:
     if not pairs:
         return []
     if eager and _kernels.is_one_lerp({*pairs}, update.alphas, update.skip):
-        return [(None, multi)]
+        return [(range(len(pairs)), multi)]
     compilable = _compilable(update) if backend != "eager" else set()
     ways: dict[Hashable, list[int]] = {}
     for i, (s, p, alpha, _) in enumerate(update.rows()):
@@ -72,14 +72,15 @@ def groups(update: Update, backend: str, *, in_place: bool) -> list[Group]:
                 for group in _in_graphs(leaves, part)
             ]
     if len(chosen) == 1 and chosen[0][0] == [*range(len(pairs))]:
-        return [(None, chosen[0][1])]
+        return [(range(len(pairs)), chosen[0][1])]
     return chosen
 
 
 def is_by_alpha(groups: list[Group], update: Update, several: int) -> bool:
     """Whether several averages are to be updated one after the other."""
     elements = sum(map(Tensor.numel, update.shadows)) // several
-    return groups == [(None, _kernels.multi_tensor_)] and elements < READ_ONCE
+    kernels = [kernel for _, kernel in groups]
+    return kernels == [_kernels.multi_tensor_] and elements < READ_ONCE
 
 
 def _compilable(update: Update) -> set[int]:

@@ -45,7 +45,9 @@ class Update(NamedTuple):
     keys: Keys | None = None
 
     def part(self, leaves: Sequence[int]) -> Update:
-        """Some of the leaves, in this order."""
+        """Some of the leaves, in this order; a `range` is all of them."""
+        if isinstance(leaves, range):
+            return self
         alphas = self.alphas
         return Update(
             [self.shadows[i] for i in leaves],

@@ -25,7 +25,7 @@ from emajit._tree import Leaves, Pairs
 # Plans in the cache.
 MOST_PLANS = 64
 
-_BY_ALPHA: list[Group] = [(None, _kernels.multi_tensor_by_alpha_)]
+_BY_ALPHA: list[Group] = [(range(0), _kernels.multi_tensor_by_alpha_)]
 
 Options = tuple[Any, ...]  # of `find`
 
@@ -64,15 +64,14 @@ class Found(NamedTuple):
         if plan.groups is _BY_ALPHA:
             return plan.groups[0][1](Update(self.shadows, self.params, alphas))
         update = self.update(alphas, step)
-        if len(plan.groups) == 1 and plan.groups[0][0] is None:
+        if len(plan.groups) == 1 and isinstance(plan.groups[0][0], range):
             news = plan.groups[0][1](update)
         else:
             news = {}
             for leaves, kernel in plan.groups:
-                part = update if leaves is None else update.part(leaves)
-                averages = kernel(part)
+                averages = kernel(update.part(leaves))
                 if averages is not None:
-                    news.update(zip(leaves or range(len(averages)), averages, strict=True))
+                    news.update(zip(leaves, averages, strict=True))
             news = [news[i] for i in range(len(news))]
         return _tree.deinterleave(news, plan.several) if news else news
 
@@ -276,7 +275,8 @@ def _traced(
         kernel: Kernel = _kernels.transformed_ if in_place else _kernels.single_tensor
     else:
         kernel = _kernels.traced_ if in_place else _kernels.traced
-    plan = Plan([(None, kernel)], pairs.slots, nonfinite == "skip", keys, [], len(shadows))
+    everything = range(len(pairs.shadows))
+    plan = Plan([(everything, kernel)], pairs.slots, nonfinite == "skip", keys, [], len(shadows))
     return Found(plan, pairs.shadows, pairs.params)
 
 

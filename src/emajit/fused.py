@@ -278,7 +278,7 @@ class FusedOptimizer:
             return
         self.optimizer.step()
         for leaves, kernel in _choose.groups(update, "eager", in_place=True):
-            kernel(update if leaves is None else update.part(leaves))
+            kernel(update.part(leaves))
         # Only now there is all the state that a graph would have to put back.
         key = self._key(update, scale, skipped)
         if key not in self._graphs and len(self._graphs) < _GRAPHS:
