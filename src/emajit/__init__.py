@@ -20,10 +20,11 @@ touches, beside its tests:
 from emajit import schedules
 from emajit.functional import init, update, update_, update_many, update_many_
 from emajit.litema import LitEma
-from emajit.scope import ema_scope
+from emajit.scope import averaged_module, ema_scope
 
 __all__ = [
     "LitEma",
+    "averaged_module",
     "ema_scope",
     "init",
     "schedules",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -10,86 +9,34 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from emajit import _decay, _names, _paths, _shards, _warn, functional, schedules
+from emajit import _names, _paths, _shards, _warn, functional
+from emajit._controls import Controls, decimal
+from emajit.functional import Schedule
 
 _RANGES = {"decay": (0, 1), "num_updates": (-1, 2**31 - 1)}
-_warmup = functools.lru_cache(schedules.warmup)
 
 
-class HostNumber:
-    """The number in a 0-d buffer, read back from a device only after somebody else has written it.
+class LitEmaState(Controls):
+    """The buffers of a `LitEma`: controls, and each average under its key in `m_name2s_name`."""
 
-    It is known as long as the buffer is the very tensor, at the very version, that was read or
-    written last. A write through `.data` changes no version: on a device it goes unnoticed. Host
-    memory is read each time.
-    """
-
-    def __init__(self) -> None:
-        self._seen: tuple[Any, int] | None = None
-        self._number: Any = None
-
-    def wrote(self, buffer: Tensor, number: float | None) -> None:
-        """Remember what the buffer has been given; None if only the device knows."""
-        if not is_on_host(buffer):
-            self._seen = None if buffer.is_inference() else (buffer, buffer._version)
-            self._number = number
-
-    def read(self, buffer: Tensor) -> Any:
-        """The number, or None if only the device knows."""
-        if is_on_host(buffer):
-            return buffer.item()
-        seen = self._seen
-        if seen is None or seen[0] is not buffer or seen[1] != buffer._version:
-            self.wrote(buffer, buffer.item())
-        return self._number
-
-    def moved(self, old: Tensor, new: Tensor) -> None:
-        """The number in `old` is in `new` now: where the host knows it, it need not be read."""
-        if old.is_meta or new.is_meta:
-            return
-        if is_on_host(old):
-            self.wrote(new, old.item())
-        elif self._seen is not None and self._seen[0] is old and self._seen[1] == old._version:
-            self.wrote(new, self._number)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> HostNumber:
-        """A copy of the buffer has another version: it is read."""
-        return HostNumber()
-
-    def __reduce__(self) -> Any:
-        return HostNumber, ()
-
-
-def is_on_host(buffer: Tensor) -> bool:
-    return buffer.is_cpu
-
-
-class LitEmaState(nn.Module):
-    """The buffers of a `LitEma`.
-
-    `decay` (float32, 0-d), `num_updates` (int32, 0-d; -1 without warm-up), and each average under
-    its key in `m_name2s_name`.
-    """
-
-    decay: Tensor
-    num_updates: Tensor
-
-    def __init__(self, decay: float, *, warm_up: bool) -> None:
-        super().__init__()
+    def __init__(self, decay: float | Schedule, chosen: _names.Filter, *, counts: bool) -> None:
+        super().__init__(decay, counts=counts)
         # Every attribute is set before the keys are chosen, so that no average takes its name.
         self.m_name2s_name: dict[str, str] = {}
-        self._written_decay = float(decay), _decay.float32(decay)
-        self._first_update = 0 if warm_up else -1
+        self._chosen = chosen
         self._is_updated = False
-        self._host_decay, self._host_updates = HostNumber(), HostNumber()
         # Keys of averages that were neither updated nor loaded, and of those among them that are
         # to start from the model at the next use.
         self._untouched: set[str] = set()
         self._uninitialised: set[str] = set()
         # Keys of buffers that are copied.
         self._copied: set[str] = set()
-        self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
-        self.register_buffer("num_updates", torch.tensor(self._first_update, dtype=torch.int32))
+        # Of the model seen last the names of its tensors, those without the prefixes of wrappers,
+        # the keys of their averages, and the names that the filter leaves out.
+        self._known: list[str] = []
+        self._bare: dict[str, str] = {}
+        self._keys: dict[str, str] = {}
+        self._left_out: set[str] = set()
 
     def _hold(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], dtype: torch.dtype | None
@@ -112,37 +59,17 @@ class LitEmaState(nn.Module):
         if not hidden:
             yield from super().named_modules(memo, prefix, remove_duplicate)
 
-    # The decay that was given counts as it was written, while the float32 buffer still holds it.
-    # Another one, from a file, is taken for the number of 7 decimals that has this float32,
-    # if there is one: 1 minus the float32 of 0.9999 is 1.7e-4 of itself above 1e-4.
-
-    def _decay_at(self, updates: int | Tensor) -> float | Tensor:
-        """In Python numbers, which take a tenth of the time of a dozen 0-d tensor operators."""
-        if isinstance(updates, Tensor):
-            return self._decay_on_device()
-        held = self._host_decay.read(self._buffers["decay"])  # type: ignore[arg-type]
-        written, as_held = self._written_decay
-        decay = written if held == as_held else _decay.decimal(held)
-        return decay if updates < 0 else float(_warmup(decay)(updates))
-
-    def _decay_on_device(self) -> Tensor:
-        """In tensors that are never read back."""
-        written, as_held = self._written_decay
-        if not (self._is_updated or torch.compiler.is_compiling()):
-            averaged = {*self.m_name2s_name.values()} - self._copied
-            dtypes = {self.get_buffer(key).dtype for key in averaged}
-            for dtype in dtypes:
-                _warn.warn_of_stall(dtype, 1.0 - written)
-        held = self.decay.to(torch.float64)
-        decimal = torch.round(held, decimals=7)
-        decay = torch.where(decimal.to(torch.float32) == self.decay, decimal, held)
-        decay = torch.where(self.decay == as_held, written, decay)
-        warm = torch.as_tensor(schedules.warmup(decay)(self.num_updates))
-        return torch.where(self.num_updates < 0, decay, warm)
-
-    def reset_num_updates(self) -> None:
-        """Start the warm-up again; without warm-up there is nothing to reset."""
-        self.num_updates.clamp_(max=0)
+    def extra_repr(self) -> str:
+        """The decay or schedule, the number of updates, and what the averages are."""
+        decay, count = self._written_decay[0], self._first_update
+        if not self.decay.is_meta:
+            decay, count = decimal(float(self.decay)), int(self.num_updates)
+        averages = [self.get_buffer(key) for key in self.m_name2s_name.values()]
+        dtypes = sorted({str(average.dtype).removeprefix("torch.") for average in averages})
+        warm_up = " after a warm-up" if count >= 0 and self.schedule is None else ""
+        updates = f"updates={count}, " if count >= 0 else ""
+        held = f"averages={len(averages)} in {', '.join(dtypes)}"
+        return f"decay={self.schedule or decay}{warm_up}, {updates}{held}"
 
     def named_averages(self) -> dict[str, Tensor]:
         """The averages themselves, under the names that the parameters have in the bare model.
@@ -164,14 +91,17 @@ class LitEmaState(nn.Module):
         bare = _names.canonical_of(self.m_name2s_name)
         return {bare[name]: key for name, key in self.m_name2s_name.items()}
 
-    def _match(self, names: list[str]) -> dict[str, str]:
-        """The key of the average for each parameter of a model that has one."""
+    def _match(self, names: list[str]) -> None:
+        """Find the average of each tensor of a model, by name."""
         partners = _names.match(self.m_name2s_name, names)
         found = set(partners.values())
         missing = [name for name in self.m_name2s_name if name not in found]
         if missing:
             raise ValueError(f"model: expected every averaged parameter, found it lacks {missing}")
-        return {name: self.m_name2s_name[partners[name]] for name in names if name in partners}
+        self._bare = _names.canonical_of(names)
+        self._keys = {n: self.m_name2s_name[partners[n]] for n in names if n in partners}
+        self._left_out = {name for name, bare in self._bare.items() if not self._chosen(bare)}
+        self._known = names
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LitEmaState:
         """Keep the dtypes of the controls, whatever the averages are cast to.
@@ -202,7 +132,9 @@ class LitEmaState(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        """Leave out averages that wait for the model's weights: theirs mean nothing."""
+        """With the schedule's decay of the last update, without averages that are not there yet."""
+        if self.schedule is not None and not self.num_updates.is_meta:
+            self.decay.fill_(float(self.schedule(max(0, int(self.num_updates) - 1))))
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for key in self._uninitialised:
             del destination[prefix + key]
@@ -261,6 +193,12 @@ class LitEmaState(nn.Module):
         if misfits:
             error_msgs += misfits
             return
+        if self._must_count and state.get(prefix + "num_updates") == -1:
+            _warn.warn(
+                f"{prefix}num_updates is -1: the updates of this state were not counted; they are "
+                "now, from 0"
+            )
+            state[prefix + "num_updates"] = torch.zeros_like(self.num_updates)
         if local_metadata.get("assign_to_params_buffers"):
             for key in [prefix + key for key in self._buffers if prefix + key in state]:
                 own = torch.empty_like(state[key], requires_grad=False).copy_(state[key].detach())

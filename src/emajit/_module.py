@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from emajit import _alias, _shards, _torch, scope
+from emajit import _alias, _names, _shards, _torch, scope
 
 Policy = Literal["ignore", "copy", "average"]
 
@@ -17,6 +17,32 @@ def check_policy(policy: str) -> None:
     """Raise ValueError for an unknown policy."""
     if policy not in ("ignore", "copy", "average"):
         raise ValueError(f"buffers: expected ignore or copy or average, found {policy!r}")
+
+
+def averaged(
+    model: nn.Module, policy: Policy, chosen: _names.Filter
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The trainable parameters and the buffers to be averaged.
+
+    Raises ValueError where no parameter is left, or a pattern of `chosen` matches no name.
+    """
+    _shards.reshard(model)
+    params: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    buffers = held_buffers(model, policy)
+    if params:
+        every = [name for of in (model.named_parameters(), model.named_buffers()) for name, _ in of]
+        bare = _names.canonical_of(every)
+        chosen.check(bare.values())
+        params, buffers = (
+            {name: tensor for name, tensor in tensors.items() if chosen(bare[name])}
+            for tensors in (params, buffers)
+        )
+    if not params:
+        raise ValueError(
+            f"model: expected parameters that require grad, found none in {type(model).__name__}; "
+            "build LitEma after the layers of the model"
+        )
+    return params, buffers
 
 
 def held_buffers(model: nn.Module, policy: Policy) -> dict[str, Tensor]:
@@ -52,13 +78,25 @@ def named_parameters(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters())
 
 
-def listed(use: str, parameters: Iterable[Tensor]) -> list[Tensor]:
-    listed = [parameters] if isinstance(parameters, nn.Module) else list(parameters)
-    for one in listed:
-        if not isinstance(one, Tensor):
-            found = type(one).__qualname__
-            raise TypeError(f"{use}: expected tensors, as model.parameters() gives, found {found}")
-    return listed  # type: ignore[return-value]
+def listed(
+    use: str, parameters: Iterable[Tensor], seen: Callable[[], nn.Module | None] | None
+) -> list[Tensor]:
+    """The parameters; the shards of the model `seen` last, where a forward left them whole."""
+    model = seen() if seen is not None else None
+    if model is not None:
+        _shards.reshard(model)
+    found: list[Any] = [parameters] if isinstance(parameters, nn.Module) else [*parameters]
+    for each in found:
+        if not isinstance(each, Tensor):
+            kind = type(each).__qualname__
+            raise TypeError(f"{use}: expected tensors, as model.parameters() gives, found {kind}")
+    own = set(map(id, model.parameters())) if model is not None else set()
+    if model is not None and any(not _shards.is_one(p) and id(p) not in own for p in found):
+        raise ValueError(
+            f"{use}: expected the parameters as shards, found whole ones; list them after "
+            "model.reshard()"
+        )
+    return found
 
 
 def copy_(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
@@ -87,6 +125,8 @@ def check_shapes(averages: dict[str, Tensor], params: dict[str, Tensor]) -> None
         expected, found = tuple(average.shape), tuple(params[name].shape)
         if expected != found:
             raise ValueError(f"{name}: expected shape {expected} as averaged, found {found}")
+        if misplaced := _shards.misplaced(params[name], average):
+            raise ValueError(f"{name}: {misplaced}")
 
 
 def check_stored(stored: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:

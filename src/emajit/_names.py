@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
+# Names with wildcards, as in file names, or a predicate.
+Patterns = str | Sequence[str] | Callable[[str], bool]
 
 # torch.compile; DataParallel and DistributedDataParallel; activation checkpointing; FSDP.
 _WRAPPERS = frozenset({"_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -72,6 +75,45 @@ def match(names: Collection[str], others: Collection[str]) -> dict[str, str]:
             claims = [other for other, partner in partners.items() if partner == name]
             raise ValueError(f"{name}: expected one partner, found {claims}")
     return partners
+
+
+class Filter(NamedTuple):
+    """Which parameters are averaged: the included ones (by default all) but the excluded.
+
+    >>> [name for name in ("a.weight", "a.bias", "b.bias") if Filter("a.*", "*.bias")(name)]
+    ['a.weight']
+    """
+
+    include: Patterns | None = None
+    exclude: Patterns | None = None
+
+    def __call__(self, name: str) -> bool:
+        included = self.include is None or _matches(self.include, name)
+        return included and not (self.exclude is not None and _matches(self.exclude, name))
+
+    def check(self, names: Collection[str]) -> None:
+        """Raise TypeError for another type, ValueError for a pattern that matches no name."""
+        for option, patterns in self._asdict().items():
+            if patterns is None or callable(patterns):
+                continue
+            for pattern in _listed(option, patterns):
+                if not any(fnmatchcase(name, pattern) for name in names):
+                    raise ValueError(f"{option}: expected names, found none that match {pattern!r}")
+
+
+def _matches(patterns: Patterns, name: str) -> bool:
+    if callable(patterns):
+        return bool(patterns(name))
+    return any(fnmatchcase(name, pattern) for pattern in _listed("patterns", patterns))
+
+
+def _listed(option: str, patterns: Any) -> Sequence[str]:
+    if isinstance(patterns, str):
+        return [patterns]
+    if isinstance(patterns, list | tuple) and all(isinstance(each, str) for each in patterns):
+        return patterns
+    found = type(patterns).__qualname__
+    raise TypeError(f"{option}: expected names with wildcards or a predicate, found {found}")
 
 
 def flat_keys(names: Collection[str], is_taken: Callable[[str], bool]) -> dict[str, str]:

@@ -80,6 +80,12 @@ def reshard(model: Any) -> None:
                 raise ValueError(f"model: expected fully_shard, found {found}")  # noqa: TRY004
 
 
+def has_fsdp(model: nn.Module) -> bool:
+    """Whether `fully_shard` has wrapped a part of the model."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    return module is not None and any(isinstance(m, module.FSDPModule) for m in model.modules())
+
+
 def described(leaf: Any) -> str:
     """A DTensor or a tensor in words for an error."""
     if not is_one(leaf):

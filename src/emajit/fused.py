@@ -66,7 +66,7 @@ class FusedOptimizer:
         TypeError: `optimizer` is not of a class of `torch.optim`; `decay` is missing beside a
             shadow; the model of a `LitEma` is no module.
         ValueError: the optimizer needs a closure or is differentiable; options beside a `LitEma`,
-            which has its own; an unknown backend.
+            which has its own; a `LitEma` of `every` other than 1; an unknown backend.
 
     >>> model = nn.Linear(2, 2)
     >>> optimizer, ema = torch.optim.AdamW(model.parameters()), LitEma(model)
@@ -104,6 +104,9 @@ class FusedOptimizer:
         if isinstance(ema, LitEma):
             if (decay, decays, rounding, nonfinite) != (None, None, "nearest", "propagate"):
                 raise ValueError("decay, rounding, nonfinite: expected none beside a LitEma")
+            if ema.every != 1:
+                raise ValueError(f"ema: expected a LitEma of every=1, found every={ema.every}")
+            rounding, nonfinite = ema.rounding, ema.nonfinite
             if not isinstance(params, nn.Module):
                 found = type(params).__qualname__
                 raise TypeError(f"params: expected the model of the LitEma, found {found}")

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emajit import _choose, _module, _paths, _shards, _torch, functional, scope
-from emajit._litema_state import LitEmaState, is_on_host
+from emajit import _choose, _controls, _module, _names, _paths, _shards, _warn, functional, scope
+from emajit._litema_state import LitEmaState
+from emajit.functional import Decay, Nonfinite, Rounding, Schedule
 
 _log = logging.getLogger(__name__)
 
@@ -29,87 +30,117 @@ class LitEma(LitEmaState):
         model: the module whose trainable parameters are averaged. Only a weak reference is kept, to
             one that is sharded. With several processes, build it where all have the same weights:
             after `DistributedDataParallel`, or with one seed.
-        decay: the share of the average that an update keeps, in [0, 1].
-        use_num_upates: warm up with `min(decay, (1 + n) / (10 + n))` at update n = 1, 2, ...
+        decay: the share of the average that an update keeps, in [0, 1]; or a schedule of the number
+            of updates (see `emajit.schedules`). With a schedule the buffer `decay` holds the decay
+            of the last update when the state is saved, and a loaded one has no effect.
+        use_num_upates: warm up with `min(decay, (1 + n) / (10 + n))` at update n = 1, 2, ...; no
+            effect beside a schedule.
+        use_num_updates: the same argument, in the spelling of many copies of the class.
         dtype: of the averages; default that of each parameter.
         buffers: "ignore" leaves the model's buffers, such as the statistics of BatchNorm, as they
             are in training. Of the buffers that a `state_dict` has, "copy" holds the values at the
             last update, and "average" averages those that are floating-point.
-        backend: as in `emajit.update`.
+        include, exclude: names of parameters and buffers (without the prefixes of wrappers) with
+            wildcards such as "encoder.*", one or a list, or a predicate on the name. Included are
+            all by default. In a scope what is left out keeps the training weights.
+        every: update at every so many calls, counted from the construction; the state does not hold
+            the calls since the last update, `schedules.every` does.
+        rounding, nonfinite, backend: as in `emajit.update`.
 
     Raises:
-        ValueError: `decay` is not in [0, 1], no parameter of `model` requires grad, or an unknown
-            option.
-        TypeError: `model` is no module, or `decay` no number.
+        ValueError: `decay` is not in [0, 1], no parameter is left to average, a name matches none,
+            an unknown option, or `rounding="stochastic"` where updates are not counted.
+        TypeError: `model` is no module, or `decay` neither a number nor a schedule.
 
     >>> model = nn.Linear(2, 2)
     >>> ema = LitEma(model, decay=0.999)
     >>> ema(model)  # after each optimizer step
     >>> with ema.ema_scope(model):
     ...     prediction = model(torch.ones(2))
+    >>> ema
+    LitEma(decay=0.999 after a warm-up, updates=1, averages=2 in float32)
     """
 
     def __init__(
         self,
         model: nn.Module,
-        decay: float = 0.9999,
+        decay: float | Tensor | Schedule = 0.9999,
         use_num_upates: bool = True,
         *,
+        use_num_updates: bool | None = None,
         dtype: torch.dtype | None = None,
         buffers: _module.Policy = "ignore",
+        include: _names.Patterns | None = None,
+        exclude: _names.Patterns | None = None,
+        every: int = 1,
+        rounding: Rounding = "nearest",
+        nonfinite: Nonfinite = "propagate",
         backend: str = "auto",
     ) -> None:
-        if not isinstance(decay, float | int):
-            found = type(decay).__qualname__
-            raise TypeError(
-                f"decay: expected a number, found {found}; emajit.update_ has schedules"
-            )
-        if not 0.0 <= decay <= 1.0:
+        if isinstance(decay, float | int) and not 0.0 <= decay <= 1.0:
             raise ValueError(f"Decay must be between 0 and 1, found {decay}")
+        functional.check_decay(decay)
+        rate = decay if callable(decay) else float(decay)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a module, found {type(model).__qualname__}")
+        _choose.check_options(rounding, nonfinite)
         _choose.check_backend(backend)
-        _shards.reshard(model)
-        params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not params:
+        _controls.check_every(every)
+        warms_up = use_num_upates if use_num_updates is None else use_num_updates
+        counts = warms_up or callable(decay)
+        if rounding == "stochastic" and not counts:
             raise ValueError(
-                f"model: expected parameters that require grad, found none in "
-                f"{type(model).__name__}; build LitEma after the layers of the model"
+                "rounding: 'stochastic' needs the number of updates, which is not counted without "
+                "warm-up; for a constant decay, give decay=emajit.schedules.constant(...)"
             )
-        kept = _module.held_buffers(model, buffers)
-        super().__init__(decay, warm_up=use_num_upates)
-        self.backend = backend
+        chosen = _names.Filter(include, exclude)
+        params, kept = _module.averaged(model, buffers, chosen)
+        super().__init__(rate, chosen, counts=counts)
+        self._must_count = self._must_count or rounding == "stochastic"
+        self.every = every
+        self.rounding, self.nonfinite, self.backend = rounding, nonfinite, backend
         self.collected_params: list[Tensor] = []
         self._takes_buffers, self._is_sharded = bool(kept), _shards.are_in(params.values())
         # Models that `copy_to` has written since `store`, and what their buffers held.
         self._overwritten: list[tuple[nn.Module, dict[str, Tensor]]] = []
         self._seen = weakref.ref(model) if self._is_sharded else None
-        # The names of the parameters of the model seen last, and the key of each one's average.
-        self._known: list[str] = []
-        self._keys: dict[str, str] = {}
         self._hold(params, kept, dtype)
         if buffers == "copy":
             self._copied.update(self.m_name2s_name[name] for name in kept)
+        if rounding == "nearest":
+            for held in {average.dtype for average in self.buffers()}:
+                _warn.warn_of_stall(held, 1.0 - self._written_decay[0])
 
     def forward(self, model: nn.Module) -> None:
         """Update the averages with the parameters of `model`, without a host synchronisation.
 
         Raises, before anything is written: ValueError where the model lacks an averaged parameter,
-        has a trainable one that is not averaged, or a shape differs; TypeError if it is no module;
-        RuntimeError inside of a scope.
+        has a trainable one that is neither averaged nor left out, or a shape differs; TypeError if
+        it is no module; RuntimeError inside of a scope, and in a compiled or captured step with
+        `every`, where calls cannot be counted.
         """
+        if self.every > 1:
+            average = self.get_buffer(next(iter(self.m_name2s_name.values())))
+            if not self._is_due(average.device):
+                return
         averages, params, updates, decay = self._prepare_update(model)
         step = updates if isinstance(updates, Tensor) else max(0, updates)
+        options: Any = {
+            "decay": decay,
+            "rounding": self.rounding,
+            "nonfinite": self.nonfinite,
+            "backend": self.backend,
+        }
         try:
-            functional.update_(averages, params, step, decay=decay, backend=self.backend)
+            functional.update_(averages, params, step, **options)
         except _paths.DeviceError:
             params = {name: _moved(p, averages[name].device) for name, p in params.items()}
-            functional.update_(averages, params, step, decay=decay, backend=self.backend)
+            functional.update_(averages, params, step, **options)
         self._finish_update(model, updates)
 
     def _prepare_update(
         self, model: nn.Module
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], int | Tensor, float | Tensor]:
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], int | Tensor, Decay | Schedule]:
         """The averages of the next update, their parameters, the updates so far and the decay.
 
         The number of updates is -1 without warm-up, and a tensor where it must not be read.
@@ -122,26 +153,13 @@ class LitEma(LitEmaState):
                 {name: tensor for name, tensor in tensors.items() if name not in copies}
                 for tensors in (averages, params)
             )
-        updates = self._updates(averages)
-        return averages, params, updates, self._decay_at(updates)
-
-    def _updates(self, averages: dict[str, Tensor]) -> int | Tensor:
-        """The number of updates, on the host where it is known there or may be read."""
-        buffer: Tensor = self._buffers["num_updates"]  # type: ignore[assignment]
-        if torch.compiler.is_compiling() or buffer.is_meta:
-            return buffer
-        average = next(iter(averages.values()), buffer)
-        if average.is_cpu or not _torch.is_capturing(average.device):
-            updates: int | None = self._host_updates.read(buffer)
-            return buffer if updates is None else updates
-        if not is_on_host(buffer):
-            return buffer
-        if buffer.item() >= 0:
-            raise RuntimeError(
-                "num_updates is on the CPU during CUDA graph capture, so replays would repeat this "
-                "warm-up step; move the LitEma to the GPU first"
+        if self.rounding == "stochastic":  # a hash of the names, whatever wraps the model
+            bare = [self._bare[name] for name in averages]
+            averages, params = (
+                dict(zip(bare, tensors.values(), strict=True)) for tensors in (averages, params)
             )
-        return -1
+        updates = self._updates(next(iter(averages.values())).device)
+        return averages, params, updates, self._decay_at(updates)
 
     def _copies(self) -> dict[str, Tensor]:
         """The copies of buffers, under the names of the model seen last."""
@@ -159,19 +177,7 @@ class LitEma(LitEmaState):
                 pairs = zip(copies.values(), values, strict=True)
                 values = [torch.where(unless, old, new) for old, new in pairs]
             _module.copy_([*copies.values()], values)
-        if unless is not None:  # only the device knows, so that is where the updates are counted
-            self.decay, self.num_updates = (
-                control.to(unless.device) for control in (self.decay, self.num_updates)
-            )
-            self.num_updates.add_((self.num_updates >= 0) & ~unless)
-            self._host_updates.wrote(self.num_updates, None)
-        elif isinstance(updates, Tensor):
-            updates.add_(updates >= 0)
-            if not torch.compiler.is_compiling():
-                self._host_updates.wrote(updates, None)
-        elif updates >= 0:
-            self.num_updates.add_(1)
-            self._host_updates.wrote(self.num_updates, updates + 1)
+        self._count(updates, unless)
         self._untouched.clear()
         vars(self)["_is_updated"] = True  # past the checks of Module.__setattr__, a microsecond
 
@@ -197,7 +203,7 @@ class LitEma(LitEmaState):
                 "store: expected restore() after the last store(), found parameters still stored; "
                 "call restore() first"
             )
-        parameters = self._list_shards("store", parameters)
+        parameters = _module.listed("store", parameters, self._seen)
         scope.check_outside(parameters)
         self.collected_params = [p.detach().clone() for p in parameters]
         self._overwritten = []
@@ -209,7 +215,7 @@ class LitEma(LitEmaState):
 
         Raises RuntimeError if nothing is stored, and ValueError if number or shapes differ.
         """
-        parameters = self._list_shards("restore", parameters)
+        parameters = _module.listed("restore", parameters, self._seen)
         scope.check_outside(parameters)
         if not self.collected_params:
             raise RuntimeError("restore: expected store() before, found nothing stored")
@@ -230,8 +236,10 @@ class LitEma(LitEmaState):
         Raises RuntimeError if the model is inside of a scope already, and ValueError as `forward`.
         """
         averages, params = self._pairs(model)
-        averages = {name: average.to(params[name].device) for name, average in averages.items()}
-        with scope.ema_scope(model, averages):
+        _module.check_shapes(averages, params)
+        with scope.exchanged(
+            model, [(params[name], average) for name, average in averages.items()]
+        ):
             if context is not None:
                 _log.info("%s: Switched to EMA weights", context)
             try:
@@ -244,12 +252,12 @@ class LitEma(LitEmaState):
         """The averages and the parameters of `model` that they are of, under its names."""
         params = self._tensors_of(model)
         if list(params) != self._known:
-            self._keys, self._known = self._match(list(params)), list(params)
+            self._match(list(params))
         buffers: dict[str, Any] = self._buffers
         averages = {name: buffers[key] for name, key in self._keys.items()}
         if len(averages) < len(params):
             for name in [name for name in params if name not in averages]:
-                if params.pop(name).requires_grad:
+                if params.pop(name).requires_grad and name not in self._left_out:
                     raise ValueError(
                         f"{name}: expected no trainable parameter beside the averaged ones, found "
                         "this one requires grad; build a new LitEma to average it"
@@ -273,21 +281,6 @@ class LitEma(LitEmaState):
         if self._takes_buffers:
             tensors |= dict(model.named_buffers())
         scope.check_outside(tensors.values())
-        return tensors
-
-    def _list_shards(self, use: str, parameters: Iterable[Tensor]) -> list[Tensor]:
-        """The parameters; the shards of the model seen last, where a forward left them whole."""
-        model = self._seen() if self._seen else None
-        if model is None:
-            return _module.listed(use, parameters)
-        _shards.reshard(model)
-        tensors = _module.listed(use, parameters)
-        own = set(map(id, model.parameters()))
-        if any(not _shards.is_one(p) and id(p) not in own for p in tensors):
-            raise ValueError(
-                f"{use}: expected the parameters as shards, found whole ones; list them after "
-                "model.reshard()"
-            )
         return tensors
 
     def __getstate__(self) -> dict[str, Any]:

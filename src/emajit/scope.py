@@ -1,10 +1,12 @@
-"""Evaluate a model with its averaged weights."""
+"""Evaluate a model with its averaged weights: for a while, or as a module of their own."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +57,9 @@ def ema_scope(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> Iterator
     Into the shards of DTensors the averages are copied, and the training weights kept meanwhile:
     FSDP gathers parameters from memory of its own. No process waits for another.
 
+    It is for evaluation. What outlives it, such as an export, a trace or a kept `state_dict()`,
+    refers to the training weights again afterwards: for those, use `averaged_module`.
+
     Args:
         model: any module; one inside `torch.compile`, DDP or activation checkpointing is fine.
         shadow: averages by the names of `named_parameters()`, with or without the prefixes that
@@ -74,7 +79,14 @@ def ema_scope(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> Iterator
     """
     if isinstance(model, nn.Module):
         _shards.reshard(model)
-    averages = _averages(model, shadow)
+    with exchanged(model, _averages(model, shadow)):
+        yield
+
+
+@contextmanager
+def exchanged(model: nn.Module, averages: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """A context in which these tensors of `model` refer to the memory of their averages."""
+    averages = [(t, average.detach().to(t.device, t.dtype)) for t, average in averages]
     tensors = [tensor for tensor, _ in averages]
     shards = [pair for pair in averages if _shards.is_one(pair[0])]
     swapped = {*map(id, tensors), *map(id, _shards.local(tensors))}
@@ -96,6 +108,82 @@ def ema_scope(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> Iterator
             _copy_into_shards(shards, undo)
             undo.callback(_shards.reshard, model)
         yield
+
+
+def averaged_module(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> nn.Module:
+    """A module like `model` whose parameters are the tensors of `shadow`.
+
+    No average is copied: the module follows every `emajit.update_` of the shadow and every call of
+    a `LitEma` (`averaged_module(model, ema.named_averages())`) for as long as it lives, though not
+    the new tensors that `emajit.update` returns. It can be compiled once, exported, traced, saved,
+    deep-copied, and run as a teacher or in another thread. Its parameters do not require grad.
+
+    Parameters without an average, which do not require grad in `model`, are shared with it. Buffers
+    are the shadow's where it has them, else copies made now. Everything else is deep-copied:
+    submodules, hooks, attributes. It is in the mode of `model`; call `eval()` where BatchNorm
+    should not write its statistics and dropout should be off. The wrappers of `torch.compile`,
+    `DataParallel` and `DistributedDataParallel` around the whole model are left away.
+
+    The module computes in the dtype of the shadow: averages in float32 of a bfloat16 model want
+    float32 inputs, or `torch.autocast`. Floating-point buffers are copied in the dtype to which the
+    parameters of theirs went.
+
+    Args:
+        model: the trained module, outside of an `ema_scope`. It is not changed.
+        shadow: as in `ema_scope`.
+
+    Raises:
+        ValueError: as `ema_scope`; also for a model that `fully_shard` has wrapped, which cannot be
+            copied.
+        TypeError, RuntimeError: as `ema_scope`.
+
+    >>> model, shadow = nn.Linear(1, 1, bias=False), {"weight": torch.tensor([[2.0]])}
+    >>> teacher = averaged_module(model, shadow)
+    >>> shadow["weight"].fill_(3.0)
+    tensor([[3.]])
+    >>> teacher(torch.ones(1))
+    tensor([3.])
+    """
+    if isinstance(model, nn.Module):
+        model = _unwrapped(model)
+    averages = _averages(model, shadow)
+    check_outside([*model.parameters(), *model.buffers()])
+    if _shards.has_fsdp(model):
+        raise ValueError(
+            "model: expected one that can be copied, found fully_shard; use ema_scope, or build "
+            "another model from the full averages"
+        )
+    # What `deepcopy` is to put in place of a tensor, by the id of that.
+    copies: dict[int, Any] = {id(p): p for p in model.parameters()}
+    dtypes: dict[torch.dtype, set[torch.dtype]] = {}
+    for tensor, average in averages:
+        if isinstance(tensor, nn.Parameter):
+            dtypes.setdefault(tensor.dtype, set()).add(average.dtype)
+            copies[id(tensor)] = nn.Parameter(average.detach(), requires_grad=False)
+        else:
+            copies[id(tensor)] = average.detach()
+    for buffer in model.buffers():
+        if id(buffer) not in copies:
+            beside = dtypes.get(buffer.dtype, ())
+            dtype = next(iter(beside)) if len(beside) == 1 else buffer.dtype
+            copies[id(buffer)] = buffer.detach().to(dtype, copy=True)
+    for module in model.modules():  # such as the weight that an old `weight_norm` has computed
+        for value in vars(module).values():
+            if isinstance(value, Tensor):
+                copies.setdefault(id(value), value.detach().clone())
+    return copy.deepcopy(model, copies)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module in the wrappers around it."""
+    wrappers = nn.DataParallel, nn.parallel.DistributedDataParallel
+    while True:
+        if isinstance(model, wrappers):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
 
 
 def _copy_into_shards(averages: list[tuple[Tensor, Tensor]], undo: ExitStack) -> None:
@@ -152,7 +240,7 @@ def _averages(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> list[tup
         raise ValueError(
             f"shadow: expected an average of each trainable parameter, missing {missing}"
         )
-    return [(t, average.detach().to(t.dtype)) for t, (_, average) in averages.items()]
+    return [(tensor, average) for tensor, (_, average) in averages.items()]
 
 
 def _check_named(shadow: object) -> None:

@@ -1,4 +1,4 @@
-"""What the callbacks have in common: the averages of a module, beside it."""
+"""The averages of the callbacks: the options, the state in whole tensors, and a fingerprint."""
 
 from __future__ import annotations
 
@@ -7,68 +7,53 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from emajit import _module, _shards, _tree, functional
-from emajit.functional import Decay, Schedule
+from emajit import _controls, _module, _names, _shards, _tree, functional, schedules
 from emajit.litema import LitEma
 
 
 def checked(
     decay: Any, dtype: torch.dtype | None, buffers: _module.Policy, every: int
 ) -> dict[str, Any]:
-    """The options of an `Average`; ValueError and TypeError name the one that is unusable."""
+    """The options of a `LitEma`; ValueError and TypeError name the one that is unusable."""
     functional.check_decay(decay)
     _tree.check_dtype(dtype)
     _module.check_policy(buffers)
-    if not isinstance(every, int) or every < 1:
-        raise ValueError(f"every: expected a number of steps, >= 1, found {every!r}")
-    return {"decay": decay, "dtype": dtype, "buffers": buffers}
+    _controls.check_every(every)
+    # A number is the decay of every update, and is counted all the same.
+    schedule = decay if callable(decay) else schedules.constant(decay)
+    return {"decay": schedule, "dtype": dtype, "buffers": buffers}
 
 
-class Average(LitEma):
-    """A `LitEma` of any schedule, whose state has the parameters' own names."""
+def state_of(ema: LitEma) -> dict[str, Any]:
+    """What `restore` goes on from, in whole tensors; to be called by all processes."""
+    averages = ema.named_averages()
+    return {
+        "shadow": {name: _shards.whole(average) for name, average in averages.items()},
+        "step": int(ema.num_updates),
+    }
 
-    def __init__(
-        self,
-        model: nn.Module,
-        decay: Decay | Schedule,
-        *,
-        dtype: torch.dtype | None,
-        buffers: _module.Policy,
-    ) -> None:
-        vars(self)["_schedule"] = decay  # before LitEma chooses keys that nothing has
-        super().__init__(model, dtype=dtype, buffers=buffers)
 
-    def _decay_at(self, updates: int | Tensor) -> Any:
-        return self._schedule(updates) if callable(self._schedule) else self._schedule
-
-    def state(self) -> dict[str, Any]:
-        """What `restore_state` goes on from, in whole tensors; to be called by all processes."""
-        averages = self.named_averages()
-        return {
-            "shadow": {name: _shards.whole(average) for name, average in averages.items()},
-            "step": int(self.num_updates),
-        }
-
-    def restore_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave; ValueError, and nothing changed, where it does not fit."""
-        shadow, step = state["shadow"], torch.tensor(state["step"], dtype=torch.int32)
-        keys = self._keys_by_name()
-        missing, unknown = sorted(keys.keys() - shadow.keys()), sorted(shadow.keys() - keys.keys())
-        if missing or unknown:
-            raise ValueError(
-                f"averages: expected those of the model and of the option buffers, found {missing} "
-                f"missing and {unknown} unknown"
-            )
-        flat = {
-            keys[name]: _shards.split_as(self.get_buffer(keys[name]), value)
-            for name, value in shadow.items()
-        }
-        try:
-            self.load_state_dict({**flat, "decay": self.decay, "num_updates": step})
-        except RuntimeError as error:
-            raise ValueError(str(error)) from None
+def restore(ema: LitEma, state: Mapping[str, Any]) -> None:
+    """Go on from what `state_of` gave; ValueError, and nothing changed, where it does not fit."""
+    shadow, step = state["shadow"], torch.tensor(state["step"], dtype=torch.int32)
+    bare = _names.canonical_of(ema.m_name2s_name)
+    keys = {bare[name]: key for name, key in ema.m_name2s_name.items()}
+    missing, unknown = sorted(keys.keys() - shadow.keys()), sorted(shadow.keys() - keys.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"averages: expected those of the model and of the option buffers, found {missing} "
+            f"missing and {unknown} unknown"
+        )
+    flat = {
+        keys[name]: _shards.split_as(ema.get_buffer(keys[name]), value)
+        for name, value in shadow.items()
+    }
+    try:
+        ema.load_state_dict({**flat, "decay": ema.decay, "num_updates": step})
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
 
 
 def fingerprint(weights: Iterable[Tensor], dtype: torch.dtype | None = None) -> str:

@@ -12,7 +12,8 @@ from torch import nn
 
 from emajit import _module, _names, _shards, _warn, schedules, scope
 from emajit.functional import Decay, Schedule
-from emajit.integrations._average import Average, checked, fingerprint
+from emajit.integrations import _average
+from emajit.litema import LitEma
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -64,9 +65,9 @@ class EMACallback(Callback):
     ) -> None:
         if save not in ("raw", "averaged"):
             raise ValueError(f"save: expected raw or averaged, found {save!r}")
-        self._options = checked(decay, dtype, buffers, every)
+        self._options = _average.checked(decay, dtype, buffers, every)
         self._every, self._save = every, save
-        self._average: Average | None = None
+        self._average: LitEma | None = None
         # What the averages are of: the module, and a fingerprint of its weights after the training.
         self._trained: tuple[weakref.ref[nn.Module] | None, set[str]] | None = None
         self._training: weakref.ref[Trainer] | None = None
@@ -92,15 +93,15 @@ class EMACallback(Callback):
         with self._of(module).ema_scope(module):
             yield
 
-    def _of(self, module: nn.Module) -> Average:
+    def _of(self, module: nn.Module) -> LitEma:
         """The averages, which start from the module, or from what was loaded."""
         with torch.inference_mode(False):
             if self._average is None or self._loaded is not None:
-                self._average = Average(module, **self._options)
+                self._average = LitEma(module, **self._options)
                 if self._training is None:  # its end tells
                     self._trained = _identity(module)
             if self._loaded is not None:
-                self._average.restore_state(self._loaded)
+                _average.restore(self._average, self._loaded)
                 self._averaged_at = self._loaded["averaged_at"]
                 self._loaded = None
         return self._average
@@ -195,7 +196,7 @@ class EMACallback(Callback):
             trained = trainer.strategy.lightning_module_state_dict()
             checkpoint["state_dict"] = {name: value.clone() for name, value in trained.items()}
             self._enter(trainer, pl_module)
-        state, raw = self._of(pl_module).state(), checkpoint["state_dict"]
+        state, raw = _average.state_of(self._of(pl_module)), checkpoint["state_dict"]
         ours = checkpoint[_KEY] = {**state, "averaged_at": self._averaged_at}
         if self._save == "averaged":
             averages = _with_ties(pl_module, _names.match(raw, state["shadow"]))
@@ -227,13 +228,15 @@ def _identity(module: nn.Module) -> tuple[weakref.ref[nn.Module], set[str]]:
     """A module and what its weights are: as they are, or cast, as for a Trainer's precision."""
     _shards.reshard(module)
     casts = None, torch.float16, torch.bfloat16, torch.float32, torch.float64
-    return weakref.ref(module), {fingerprint(module.parameters(), dtype) for dtype in casts}
+    return weakref.ref(module), {
+        _average.fingerprint(module.parameters(), dtype) for dtype in casts
+    }
 
 
 def _is(module: nn.Module, seen: weakref.ref[nn.Module] | None, prints: set[str]) -> bool:
     _shards.reshard(module)
     is_it = seen is None or seen() is module
-    return is_it and fingerprint(module.parameters()) in prints
+    return is_it and _average.fingerprint(module.parameters()) in prints
 
 
 def _is_a(name: str, value: object) -> bool:

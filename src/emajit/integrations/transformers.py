@@ -13,7 +13,8 @@ from torch import nn
 from emajit import _module, _shards, _warn, checkpoint, schedules
 from emajit.checkpoint import saved
 from emajit.functional import Decay, Schedule
-from emajit.integrations._average import Average, checked, fingerprint
+from emajit.integrations import _average
+from emajit.litema import LitEma
 
 try:
     from transformers import (
@@ -87,9 +88,9 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         buffers: _module.Policy = "ignore",
         every: int = 1,
     ) -> None:
-        self._options = checked(decay, dtype, buffers, every)
+        self._options = _average.checked(decay, dtype, buffers, every)
         self._every = every
-        self._average: Average | None = None
+        self._average: LitEma | None = None
         self._is_training = False
         self._is_inside = False
         # The averages in the model for an evaluation of the Trainer, and what guards them there.
@@ -115,7 +116,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._evaluation.close()
         self._guards.close()
 
-    def _present(self) -> Average:
+    def _present(self) -> LitEma:
         if self._average is None:
             raise RuntimeError("expected averages, which train() starts, found none")
         return self._average
@@ -146,7 +147,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         for name, p in model.named_parameters():
             if _shards.is_one(p) or hasattr(p, "ds_id") or "_fsdp_wrapped_module" in name:
                 raise ValueError(f"{name}: expected a whole parameter, found one in shards")
-        self._average = Average(model, **self._options)
+        self._average = LitEma(model, **self._options)
         if state.global_step:
             told = args.resume_from_checkpoint
             folders = [*([Path(str(told))] if told else []), _folder(args, state)]
@@ -205,7 +206,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             )
         average, model = self._present(), kwargs["model"]
         of = {_OF: _fingerprint(average, model)}
-        checkpoint.save(folder / _FILE, **average.state(), metadata=of)
+        checkpoint.save(folder / _FILE, **_average.state_of(average), metadata=of)
         bare = getattr(model, "_orig_mod", model)
         if isinstance(bare, PreTrainedModel):
             with average.ema_scope(model):
@@ -237,7 +238,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         for file in (folder / _FILE for folder in folders):
             if file.is_file() and _saved_fingerprint(file) == _fingerprint(average, model):
                 shadow, step = checkpoint.load(file, like=average.named_averages())
-                average.restore_state({"shadow": shadow, "step": step})
+                _average.restore(average, {"shadow": shadow, "step": step})
                 return
         raise ValueError(
             f"expected {_FILE} that was saved beside the weights that the model has, found it in "
@@ -250,10 +251,10 @@ def _folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir or "", f"checkpoint-{state.global_step}")
 
 
-def _fingerprint(average: Average, model: nn.Module) -> str:
+def _fingerprint(average: LitEma, model: nn.Module) -> str:
     """Of the trained weights of what is averaged: it tells one training from another."""
     params = dict(model.named_parameters())
-    return fingerprint(params[name] for name in average.m_name2s_name if name in params)
+    return _average.fingerprint(params[name] for name in average.m_name2s_name if name in params)
 
 
 def _saved_fingerprint(path: Path) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emajit import _decay, _names
+from emajit import _controls, _names
 from emajit.checkpoint.averaged import (
     NO_NAMES,
     Averaged,
@@ -52,7 +52,7 @@ def _read(tree: Mapping[str, Any], names: Names) -> Averaged | None:
     is_exact = min(held_decay.dtype.itemsize, held_updates.dtype.itemsize) >= 4
     updates = step_of(held_updates) if is_exact else None
     step = None if updates is None or updates < 0 else updates
-    decay = _decay.decimal(float(held_decay)) if is_exact else None
+    decay = _controls.decimal(float(held_decay)) if is_exact else None
     layout = f"LitEma at {prefix.rstrip('.')}" if prefix else "LitEma"
     raw = {key: v for key, v in state.items() if not key.startswith(prefix)} if prefix else {}
     if raw:

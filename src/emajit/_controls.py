@@ -1,0 +1,178 @@
+"""The decay and the number of updates of a `LitEma`: tensors, and what the host knows of them."""
+
+from __future__ import annotations
+
+import struct
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emajit import _torch, schedules
+from emajit.functional import Decay, Schedule
+
+
+@lru_cache
+def decimal(held: float) -> float:
+    """The number of 7 decimals that has this float32, if there is one, or what is held itself.
+
+    >>> decimal(0.9998999834060669)
+    0.9999
+    """
+    short = round(held, 7)
+    return short if float32(short) == held else held
+
+
+def float32(number: float) -> float:
+    """The number as float32 has it."""
+    return float(struct.unpack("f", struct.pack("f", number))[0])
+
+
+def check_every(every: Any) -> None:
+    """Raise ValueError for what is no number of steps."""
+    if not isinstance(every, int) or every < 1:
+        raise ValueError(f"every: expected a number of steps, >= 1, found {every!r}")
+
+
+class HostNumber:
+    """The number in a 0-d buffer, read back from a device only after somebody else has written it.
+
+    It is known as long as the buffer is the very tensor, at the very version, that was read or
+    written last. A write through `.data` changes no version: on a device it goes unnoticed. Host
+    memory is read each time.
+    """
+
+    def __init__(self) -> None:
+        self._seen: tuple[Any, int] | None = None
+        self._number: Any = None
+
+    def wrote(self, buffer: Tensor, number: float | None) -> None:
+        """Remember what the buffer has been given; None if only the device knows."""
+        if not is_on_host(buffer):
+            self._seen = None if buffer.is_inference() else (buffer, buffer._version)
+            self._number = number
+
+    def read(self, buffer: Tensor) -> Any:
+        """The number, or None if only the device knows."""
+        if is_on_host(buffer):
+            return buffer.item()
+        seen = self._seen
+        if seen is None or seen[0] is not buffer or seen[1] != buffer._version:
+            self.wrote(buffer, buffer.item())
+        return self._number
+
+    def moved(self, old: Tensor, new: Tensor) -> None:
+        """The number in `old` is in `new` now: where the host knows it, it need not be read."""
+        if old.is_meta or new.is_meta:
+            return
+        if is_on_host(old):
+            self.wrote(new, old.item())
+        elif self._seen is not None and self._seen[0] is old and self._seen[1] == old._version:
+            self.wrote(new, self._number)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HostNumber:
+        """A copy of the buffer has another version: it is read."""
+        return HostNumber()
+
+    def __reduce__(self) -> Any:
+        return HostNumber, ()
+
+
+def is_on_host(buffer: Tensor) -> bool:
+    return buffer.is_cpu
+
+
+_warmup = lru_cache(schedules.warmup)
+
+
+class Controls(nn.Module):
+    """The buffers `decay` (float32, 0-d) and `num_updates` (int32, 0-d; -1 without warm-up)."""
+
+    decay: Tensor
+    num_updates: Tensor
+
+    def __init__(self, decay: float | Schedule, *, counts: bool) -> None:
+        super().__init__()
+        self.schedule: Schedule | None = decay if callable(decay) else None
+        first = float(decay(0) if callable(decay) else decay)
+        self._written_decay = first, float32(first)
+        self._first_update = 0 if counts else -1
+        # Whether the number of updates is needed, also after a load of a state without it.
+        self._must_count = callable(decay)
+        self.every, self._calls = 1, 0
+        self._host_decay, self._host_updates = HostNumber(), HostNumber()
+        self.register_buffer("decay", torch.tensor(first, dtype=torch.float32))
+        self.register_buffer("num_updates", torch.tensor(self._first_update, dtype=torch.int32))
+
+    # The decay that was given counts as it was written, while the float32 buffer still holds it.
+    # Another one, from a file, is taken for the number of 7 decimals that has this float32,
+    # if there is one: 1 minus the float32 of 0.9999 is 1.7e-4 of itself above 1e-4.
+
+    def _decay_at(self, updates: int | Tensor) -> Decay | Schedule:
+        """In Python numbers, which take a tenth of the time of a dozen 0-d tensor operators."""
+        if self.schedule is not None:
+            return self.schedule
+        if isinstance(updates, Tensor):
+            return self._decay_on_device()
+        held = self._host_decay.read(self._buffers["decay"])  # type: ignore[arg-type]
+        written, as_held = self._written_decay
+        decay = written if held == as_held else decimal(held)
+        return decay if updates < 0 else float(_warmup(decay)(updates))
+
+    def _decay_on_device(self) -> Tensor:
+        """In tensors that are never read back."""
+        written, as_held = self._written_decay
+        held = self.decay.to(torch.float64)
+        decimal = torch.round(held, decimals=7)
+        decay = torch.where(decimal.to(torch.float32) == self.decay, decimal, held)
+        decay = torch.where(self.decay == as_held, written, decay)
+        warm = torch.as_tensor(schedules.warmup(decay)(self.num_updates))
+        return torch.where(self.num_updates < 0, decay, warm)
+
+    def _updates(self, device: torch.device) -> int | Tensor:
+        """The number of updates, on the host where it is known there or may be read."""
+        buffer: Tensor = self._buffers["num_updates"]  # type: ignore[assignment]
+        if torch.compiler.is_compiling() or buffer.is_meta:
+            return buffer
+        if device.type == "cpu" or not _torch.is_capturing(device):
+            updates: int | None = self._host_updates.read(buffer)
+            return buffer if updates is None else updates
+        if not is_on_host(buffer):
+            return buffer
+        if buffer.item() >= 0:
+            raise RuntimeError(
+                "num_updates is on the CPU during CUDA graph capture, so replays would repeat this "
+                "warm-up step; move the LitEma to the GPU first"
+            )
+        return -1
+
+    def _count(self, updates: int | Tensor, unless: Tensor | None) -> None:
+        """Count an update; a flag on the device may say that it was left out."""
+        if unless is not None:  # only the device knows, so that is where the updates are counted
+            self.decay, self.num_updates = (
+                control.to(unless.device) for control in (self.decay, self.num_updates)
+            )
+            self.num_updates.add_((self.num_updates >= 0) & ~unless)
+            self._host_updates.wrote(self.num_updates, None)
+        elif isinstance(updates, Tensor):
+            updates.add_(updates >= 0)
+            if not torch.compiler.is_compiling():
+                self._host_updates.wrote(updates, None)
+        elif updates >= 0:
+            self.num_updates.add_(1)
+            self._host_updates.wrote(self.num_updates, updates + 1)
+
+    def _is_due(self, device: torch.device) -> bool:
+        """Count a call: whether it is one of those that update."""
+        if torch.compiler.is_compiling() or _torch.is_capturing(device):
+            raise RuntimeError(
+                f"every: expected 1 in a compiled or captured step, found {self.every}; call the "
+                f"LitEma at every {self.every}th step only"
+            )
+        self._calls += 1
+        return self._calls % self.every == 0
+
+    def reset_num_updates(self) -> None:
+        """Start the warm-up again; without warm-up there is nothing to reset."""
+        self.num_updates.clamp_(max=0)
