@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import emajit
-from emajit import LitEma, schedules
+from emajit import LitEma, _module, schedules
 from emajit.fused import FusedOptimizer
 from tests import reference
 
@@ -313,3 +313,30 @@ def test_tells_what_it_holds(options: Any, expected: str) -> None:
     ema = LitEma(small(), **options)
     assert repr(ema) == expected
     assert repr(ema.to("meta")) == expected
+
+
+class Hidden(nn.Module):
+    """Lists no module below it, as a LitEma does in a process group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(1, 1)
+
+    def named_modules(self, *_: Any, **__: Any) -> Any:
+        yield from ()
+
+
+def walked() -> list[nn.Module]:
+    tied = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    tied[1].weight = tied[0].weight
+    twice = nn.ModuleDict({"a": (linear := nn.Linear(2, 2, bias=False)), "b": linear})
+    hiding = nn.Sequential(nn.Linear(1, 1), Hidden())
+    other = small()
+    other.named_parameters = lambda *_, **__: iter([("w", other[0].weight)])  # type: ignore[assignment, method-assign]
+    return [small(), tied, twice, hiding, other, nn.TransformerDecoderLayer(8, 1, 8)]
+
+
+@pytest.mark.parametrize("model", walked())
+def test_parameters_are_those_that_torch_names(model: nn.Module) -> None:
+    found = _module.named_parameters(model)
+    assert [*found.items()] == [*model.named_parameters()]
