@@ -456,7 +456,7 @@ class Segment:
     length: Tensor
 
 
-pytree.register_dataclass(Segment)
+torch.export.register_dataclass(Segment)
 
 
 class TestTrees:

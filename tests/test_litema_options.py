@@ -99,7 +99,7 @@ class TestSchedule:
 
     def test_in_a_compiled_step(self) -> None:
         model = nn.Linear(2, 2)
-        ema = LitEma(model, decay=schedules.power_function(0.1))
+        ema = LitEma(model, decay=schedules.power_function(0.1), include=["w*", "b*"])
         expected = ema.named_averages()
         step = torch.compile(ema.forward, fullgraph=True, backend="aot_eager")
         for n in range(4):
@@ -226,7 +226,8 @@ class TestEvery:
         model = nn.Linear(2, 2)
         ema = LitEma(model, every=2)
         step = torch.compile(ema.forward, backend="eager", fullgraph=True)
-        with pytest.raises(Exception, match="every: expected 1 in a compiled or captured step"):
+        # before torch 2.7 with the line that raised, and not what it said
+        with pytest.raises(Exception, match=r"every: expected 1 in a compiled|_is_due"):
             step(model)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         with pytest.raises(ValueError, match="expected a LitEma of every=1, found every=2"):

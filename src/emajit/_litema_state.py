@@ -100,7 +100,7 @@ class LitEmaState(Controls):
             raise ValueError(f"model: expected every averaged parameter, found it lacks {missing}")
         self._bare = _names.canonical_of(names)
         self._keys = {n: self.m_name2s_name[partners[n]] for n in names if n in partners}
-        self._left_out = {name for name, bare in self._bare.items() if not self._chosen(bare)}
+        self._left_out = {name for name, bare in self._bare.items() if not self._chosen.keeps(bare)}
         self._known = names
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LitEmaState:

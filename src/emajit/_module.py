@@ -34,7 +34,7 @@ def averaged(
         bare = _names.canonical_of(every)
         chosen.check(bare.values())
         params, buffers = (
-            {name: tensor for name, tensor in tensors.items() if chosen(bare[name])}
+            {name: tensor for name, tensor in tensors.items() if chosen.keeps(bare[name])}
             for tensors in (params, buffers)
         )
     if not params:

@@ -31,8 +31,17 @@ def canonical_of(names: Collection[str]) -> dict[str, str]:
     >>> canonical_of(["_orig_mod.a", "b", "module.b"])
     {'_orig_mod.a': 'a', 'b': 'b', 'module.b': 'module.b'}
     """
-    count = Counter(map(canonical, names))
-    return {name: canonical(name) if count[canonical(name)] == 1 else name for name in names}
+    bare = {name: canonical(name) for name in names}
+    same = _grouped(bare)
+    return {name: it if len(same[it]) == 1 else name for name, it in bare.items()}
+
+
+def _grouped(pairs: Mapping[str, str]) -> dict[str, list[str]]:
+    """The keys of each value. Dynamo of torch 2.6 cannot trace a `Counter`."""
+    found: dict[str, list[str]] = {}
+    for key, value in pairs.items():
+        found.setdefault(value, []).append(key)
+    return found
 
 
 def below(prefix: str, held: Mapping[str, T]) -> dict[str, T]:
@@ -55,10 +64,8 @@ def match(names: Collection[str], others: Collection[str]) -> dict[str, str]:
     >>> match(["a.weight"], ["a.weight", "a.module.weight"])
     {'a.weight': 'a.weight'}
     """
-    by_canonical: dict[str, list[str]] = {}
+    by_canonical = _grouped({name: canonical(name) for name in names})
     same_name = set(names).intersection(others)
-    for name in names:
-        by_canonical.setdefault(canonical(name), []).append(name)
     partners: dict[str, str] = {}
     for other in others:
         if other in same_name:
@@ -70,9 +77,8 @@ def match(names: Collection[str], others: Collection[str]) -> dict[str, str]:
         if len(same) > 1:
             raise ValueError(f"{other}: expected one parameter of that name, found {same}")
         partners[other] = same[0]
-    for name, count in Counter(partners.values()).items():
-        if count > 1:
-            claims = [other for other, partner in partners.items() if partner == name]
+    for name, claims in _grouped(partners).items():
+        if len(claims) > 1:
             raise ValueError(f"{name}: expected one partner, found {claims}")
     return partners
 
@@ -80,14 +86,14 @@ def match(names: Collection[str], others: Collection[str]) -> dict[str, str]:
 class Filter(NamedTuple):
     """Which parameters are averaged: the included ones (by default all) but the excluded.
 
-    >>> [name for name in ("a.weight", "a.bias", "b.bias") if Filter("a.*", "*.bias")(name)]
+    >>> [name for name in ("a.weight", "a.bias", "b.bias") if Filter("a.*", "*.bias").keeps(name)]
     ['a.weight']
     """
 
     include: Patterns | None = None
     exclude: Patterns | None = None
 
-    def __call__(self, name: str) -> bool:
+    def keeps(self, name: str) -> bool:
         included = self.include is None or _matches(self.include, name)
         return included and not (self.exclude is not None and _matches(self.exclude, name))
 
@@ -150,9 +156,7 @@ def unwrap_flat_keys(state: Mapping[str, T], keys: Collection[str]) -> dict[str,
     >>> unwrap_flat_keys({"ema._orig_modaweight": 1, "ema.decay": 2}, ["ema.aweight", "ema.decay"])
     {'ema.aweight': 1, 'ema.decay': 2}
     """
-    by_bare: dict[str, list[str]] = {}
-    for key in keys:
-        by_bare.setdefault(bare(key), []).append(key)
+    by_bare = _grouped({key: bare(key) for key in keys})
     renamed: dict[str, T] = {}
     for key, value in state.items():
         same = [] if key in keys else by_bare.get(bare(key), [])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emajit import _shards
+from emajit import _shards, _torch
 from emajit._torch import pytree
 
 PyTree = Any
@@ -80,7 +80,7 @@ def _not_a_leaf(which: str, tree: PyTree, index: int, leaf: object) -> str:
 def not_a_pair(shadow: PyTree, index: int, s: object, p: object) -> Exception:
     """The error for a leaf of which one side is a tensor and the other is not."""
     for which, leaf in (("shadow", s), ("params", p)):
-        if not (leaf is None or isinstance(leaf, Tensor) or not pytree.tree_is_leaf(leaf)):
+        if not (leaf is None or isinstance(leaf, Tensor) or not _torch.is_leaf(leaf)):
             return TypeError(_not_a_leaf(which, shadow, index, leaf))
     expected, found = (
         "None" if x is None else "a tensor" if isinstance(x, Tensor) else type(x).__qualname__
@@ -120,7 +120,7 @@ def placed_differently(shadow: PyTree, index: int, s: Tensor, p: Tensor) -> Valu
 
 def structure_differs(shadow: PyTree, params: PyTree, error: ValueError) -> ValueError:
     """The error for two trees of different structures."""
-    if not (isinstance(params, Tensor) or params is None) and pytree.tree_is_leaf(params):
+    if not (isinstance(params, Tensor) or params is None) and _torch.is_leaf(params):
         kind, other = type(shadow).__qualname__, type(params).__qualname__
         return ValueError(f"params: expected {kind} as shadow, found {other}; {_HINT}")
     ours, theirs = set(paths(shadow)), set(paths(params))

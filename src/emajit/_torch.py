@@ -21,6 +21,15 @@ from torch.utils import _pytree as pytree  # torch has no public pytrees, and ne
 __all__ = ["pytree"]  # and the functions below
 
 
+def is_leaf(tree: Any) -> bool:
+    """Whether a tree is a leaf: no container that pytrees know."""
+    ask = getattr(pytree, "tree_is_leaf", None)  # not in torch 2.6
+    if ask is not None:
+        return bool(ask(tree))
+    leaves = pytree.tree_leaves(tree)
+    return len(leaves) == 1 and leaves[0] is tree
+
+
 def _find(path: str) -> Any:
     """The object of that dotted path, of modules that are imported already; None without it."""
     found: Any = sys.modules.get("torch")

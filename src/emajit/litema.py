@@ -105,6 +105,7 @@ class LitEma(LitEmaState):
         self._overwritten: list[tuple[nn.Module, dict[str, Tensor]]] = []
         self._seen = weakref.ref(model) if self._is_sharded else None
         self._hold(params, kept, dtype)
+        self._match([*self._tensors_of(model)])  # before a trace, which cannot match patterns
         if buffers == "copy":
             self._copied.update(self.m_name2s_name[name] for name in kept)
         if rounding == "nearest":
@@ -179,7 +180,8 @@ class LitEma(LitEmaState):
             _module.copy_([*copies.values()], values)
         self._count(updates, unless)
         self._untouched.clear()
-        vars(self)["_is_updated"] = True  # past the checks of Module.__setattr__, a microsecond
+        if not self._is_updated:  # to set an attribute of a module takes a microsecond
+            self._is_updated = True
 
     def copy_to(self, model: nn.Module) -> None:
         """Copy the averages into `model`; all of them, or an error and none.
