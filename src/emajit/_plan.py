@@ -287,7 +287,7 @@ def _keys(shadows: Sequence[PyTree], pairs: Pairs) -> Keys:
     for i, shadow in enumerate(shadows):
         prefix = "" if len(shadows) == 1 else f"[{i}]"
         paths += [prefix + path for path in _paths.paths(shadow)]
-        regions += map(_shards.region, pytree.tree_leaves(shadow))
+        regions += [_shards.region(leaf) for leaf in pytree.tree_leaves(shadow)]
     firsts = _tree.firsts(pairs.slots)
     for leaf, s in zip(firsts, pairs.shadows, strict=True):
         if s.dtype.itemsize < 2 and s.is_floating_point():
