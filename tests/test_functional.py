@@ -456,7 +456,15 @@ class Segment:
     length: Tensor
 
 
-torch.export.register_dataclass(Segment)
+pytree.register_pytree_node(  # `register_dataclass` came with torch 2.7
+    Segment,
+    lambda segment: ([segment.start, segment.length], None),
+    lambda children, _: Segment(*children),
+    flatten_with_keys_fn=lambda segment: (
+        [(pytree.GetAttrKey(name), getattr(segment, name)) for name in ("start", "length")],
+        None,
+    ),
+)
 
 
 class TestTrees:
