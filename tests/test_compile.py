@@ -390,6 +390,9 @@ def test_mixed_dtypes_and_tied_state_dicts_inside_a_trace() -> None:
     assert found["a.weight"] is found["b.weight"]
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.7", reason="Dynamo of torch 2.6 compiles a graph for each int"
+)
 def test_int_steps_inside_a_trace() -> None:
     """They recompile while dynamo learns that the step varies, and are right."""
     step = torch.compile(emajit.update, fullgraph=True, backend="aot_eager")

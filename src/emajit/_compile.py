@@ -102,7 +102,7 @@ class CompiledKernel:
             run = compiled(function, self.backend, **_torch.without_guards())
             self.graphs[threads] = function.__code__, run
         code, run = self.graphs[threads]
-        if _torch.has_no_graph(code):  # not traced yet, or reset since
+        if _torch.must_detach(code):
             raw = {id(leaf): leaf.detach() for leaf in (*shadows, *params)}
             shadows, params = ([raw[id(leaf)] for leaf in leaves] for leaves in (shadows, params))
         numbers: list[Any] = scalars(alphas, shadows[0].device)

@@ -42,7 +42,7 @@ def _find(path: str) -> Any:
 
 
 def _each(operator: Callable[..., Any], tensors: Any, *others: Any) -> list[Tensor]:
-    lists = [o if isinstance(o, list | tuple) else [o] * len(tensors) for o in others]
+    lists = [o if isinstance(o, (list, tuple)) else [o] * len(tensors) for o in others]
     return [operator(*row) for row in zip(tensors, *lists, strict=True)]
 
 
@@ -200,19 +200,24 @@ def compile_errors() -> tuple[type[Exception], ...]:
 _cache_entries = _find("torch._C._dynamo.eval_frame._debug_get_cache_entry_list")
 
 
-def has_no_graph(code: Any) -> bool:
-    """Whether Dynamo has not traced this code yet, or has forgotten it since.
+def must_detach(code: Any) -> bool:
+    """Whether Dynamo looks at the tensors that this code is given: it traces them, or has guards.
 
-    Without the name it is never known to be traced, which costs a view of each tensor at each call.
+    Without the name it always may, which costs a view of each tensor at each call.
     """
-    return _cache_entries is None or not _cache_entries(code)
+    return _cache_entries is None or not _drops_guards() or not _cache_entries(code)
+
+
+def _drops_guards() -> bool:
+    """Not before torch 2.8."""
+    from torch._dynamo.hooks import Hooks  # noqa: PLC0415, heavy
+
+    return hasattr(Hooks, "guard_filter_fn")
 
 
 def without_guards() -> dict[str, Any]:
-    """The option by which a graph has no guards; before torch 2.8, none: all guards are kept."""
-    from torch._dynamo.hooks import Hooks  # noqa: PLC0415, heavy
-
-    if not hasattr(Hooks, "guard_filter_fn"):
+    """The option by which a graph has no guards; none where all guards are kept."""
+    if not _drops_guards():
         return {}
     skip_all: Any = _find("torch.compiler.skip_all_guards_unsafe")
     return {"guard_filter_fn": skip_all or (lambda entries: [False] * len(entries))}

@@ -234,7 +234,7 @@ def alphas_of(
 ) -> list[Alpha]:
     """The alpha of each of several shadows."""
     for name, found in (("shadows", shadows), ("decays", decays)):
-        if not isinstance(found, list | tuple):
+        if not isinstance(found, (list, tuple)):
             raise TypeError(f"{name}: expected a list, found {type(found).__qualname__}")
     if len(shadows) != len(decays):
         raise ValueError(f"shadows: expected {len(decays)}, as decays, found {len(shadows)}")
