@@ -205,11 +205,11 @@ def must_detach(code: Any) -> bool:
 
     Without the name it always may, which costs a view of each tensor at each call.
     """
-    return _cache_entries is None or not _drops_guards() or not _cache_entries(code)
+    return _cache_entries is None or not drops_guards() or not _cache_entries(code)
 
 
-def _drops_guards() -> bool:
-    """Not before torch 2.8."""
+def drops_guards() -> bool:
+    """Whether a graph need have no guards; not before torch 2.8."""
     from torch._dynamo.hooks import Hooks  # noqa: PLC0415, heavy
 
     return hasattr(Hooks, "guard_filter_fn")
@@ -217,7 +217,7 @@ def _drops_guards() -> bool:
 
 def without_guards() -> dict[str, Any]:
     """The option by which a graph has no guards; none where all guards are kept."""
-    if not _drops_guards():
+    if not drops_guards():
         return {}
     skip_all: Any = _find("torch.compiler.skip_all_guards_unsafe")
     return {"guard_filter_fn": skip_all or (lambda entries: [False] * len(entries))}
