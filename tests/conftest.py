@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +22,14 @@ if find_spec("hypothesis"):
     hypothesis.settings.register_profile("default", max_examples=60, deadline=None)
     hypothesis.settings.register_profile("nightly", max_examples=1000, deadline=None)
     hypothesis.settings.load_profile("default")
+
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    # Several of pytest's processes share the cores, and so do the processes that tests start.
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+
+# What takes longest comes first, lest one process be left with it when the others are done.
+LONG = ["test_sharded", "test_compile", "test_demo", "test_torch"]
 
 
 class OnlyInstalled:
@@ -42,13 +52,29 @@ class OnlyInstalled:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(OnlyInstalled())
+    if config.getoption("dist", "no") == "load":  # as -n has it
+        config.option.dist = "loadfile"  # what tests of a file share is made once
+        config.option.loadscopereorder = False
+
+
+def by_length(item: pytest.Item) -> int:
+    return LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if workers:
+        items.sort(key=by_length)
     if not torch.cuda.is_available():
         for item in items:
             if "cuda" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _freeze() -> None:
+    """What is imported stays: no collection needs to look at its million objects again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -274,7 +274,7 @@ def test_a_mixed_tree_is_one_graph(counting: tuple[str, Counting]) -> None:
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+@pytest.mark.parametrize("nonfinite", ["propagate", pytest.param("skip", marks=pytest.mark.slow)])
 def test_inductor_is_the_equation(nonfinite: Any) -> None:
     """Within the units in the last place that tests/test_properties.py allows eager mode."""
     half = {torch.bfloat16, torch.float16}  # Inductor warns where the two are mixed

@@ -38,7 +38,7 @@ def test_python_blocks_run_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_commands() -> None:
     lines = [line for block in blocks("sh") for line in block.splitlines()]
     assert 'pip install -c .ci/constraints.txt ".[demo]" && emajit demo' in lines
-    assert 'pip install -c .ci/constraints.txt -e ".[test]" && pytest' in lines
+    assert 'pip install -c .ci/constraints.txt -e ".[test]" && pytest -n 2' in lines
 
 
 def test_pictures_exist() -> None:
