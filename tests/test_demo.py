@@ -15,6 +15,7 @@ from torch import distributed as dist
 
 from emajit import posthoc
 from emajit.cli import demo
+from emajit.cli.demo import Denoiser
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,6 +25,10 @@ def run(settings: demo.Settings) -> tuple[demo.History, str]:
     file = io.StringIO()
     history = demo.run(settings, Console(file=file, width=100))
     return history, file.getvalue()
+
+
+def tiny() -> demo.Denoiser:
+    return Denoiser(width=16, blocks=1)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +65,10 @@ class TestRun:
         assert names["losses.png"] == names["samples.png"] == b"\x89PNG"
 
 
-def test_posthoc_sweeps_the_length_from_the_snapshots_of_this_run(tmp_path: Path) -> None:
+def test_posthoc_sweeps_the_length_from_the_snapshots_of_this_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "Denoiser", tiny)
     for steps in (40, 20):  # the longer one leaves snapshots that are not of the second
         _, shown = run(demo.Settings(steps, 0.9, 1, "cpu", tmp_path, posthoc=True))
     names = {path.name for path in tmp_path.iterdir()}
@@ -81,7 +89,7 @@ def test_posthoc_sweeps_the_length_from_the_snapshots_of_this_run(tmp_path: Path
 def test_the_sweep_is_of_averages_of_each_length(tmp_path: Path) -> None:
     torch.manual_seed(1)
     settings = demo.Settings(60, 0.9, 1, "cpu", tmp_path, posthoc=True)
-    trial = demo.Trial(settings, demo.Denoiser())
+    trial = demo.Trial(settings, tiny())
     shadow, history = demo.train(settings, trial, lambda _: None)
     found = posthoc.snapshots(tmp_path / "snapshots")
     assert {snapshot.path for snapshot in found} == set(history.snapshots)
@@ -95,8 +103,8 @@ def test_the_sweep_is_of_averages_of_each_length(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 def test_in_data_parallel_it_ends_with_the_same_table(tmp_path: Path) -> None:
-    _, shown = run(demo.Settings(20, 0.9, 1, "cpu", tmp_path / "alone"))
-    options = ["--steps", "20", "--decay", "0.9", "--seed", "1", "--posthoc", "--device", "cpu"]
+    _, shown = run(demo.Settings(6, 0.9, 1, "cpu", tmp_path / "alone"))
+    options = ["--steps", "6", "--decay", "0.9", "--seed", "1", "--posthoc", "--device", "cpu"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
     ran = subprocess.run(
         [*launch, "-m", "emajit", "demo", *options, "--out", str(tmp_path / "together")],
@@ -113,4 +121,4 @@ def test_in_data_parallel_it_ends_with_the_same_table(tmp_path: Path) -> None:
     assert len(alone) == 2
     assert together == alone
     assert ran.stdout.count("Written into") == 1
-    assert len([*(tmp_path / "together" / "snapshots").iterdir()]) == 2 * 20
+    assert len([*(tmp_path / "together" / "snapshots").iterdir()]) == 2 * 6
