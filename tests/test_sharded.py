@@ -38,37 +38,45 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("shared")
 
 
+Told = Callable[[str], dict[str, str]]
+
+
 @pytest.fixture(scope="module")
-def run(shared: Path) -> Callable[[int], dict[str, str]]:
-    """Run the checks for a number of processes, once; what each has raised, if anything."""
+def told(shared: Path) -> Told:
+    """Run the quick checks, or the slow ones, once: what each has raised, and by how many."""
 
     @functools.cache
-    def told(world: int) -> dict[str, str]:
-        if world == 3:
-            told(2)  # which writes what these read
-        results = shared / f"results-{world}.json"
+    def run(which: str) -> dict[str, str]:
+        folder = shared / which
+        folder.mkdir()
+        world = max(n for _, n in (ranks.SLOW if which == "slow" else ranks.QUICK))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        file = [f"--nproc-per-node={world}", ranks.__file__, results, shared]
+        file = [f"--nproc-per-node={world}", ranks.__file__, folder / "results.json", folder, which]
         environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [*torchrun, *map(str, file)],
             env=os.environ | environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
             check=False,
         )
-        assert results.exists(), done.stderr[-5000:]
-        return dict(json.loads(results.read_text()))
+        assert (folder / "results.json").exists(), done.stderr[-5000:]
+        return dict(json.loads((folder / "results.json").read_text()))
 
-    return told
+    return run
 
 
-@pytest.mark.parametrize(
-    ("name", "world"), [(name, n) for name, (_, worlds) in ranks.CHECKS.items() for n in worlds]
-)
-def test(name: str, world: int, run: Callable[[int], dict[str, str]]) -> None:
-    found = run(world)[name]
+@pytest.mark.parametrize(("name", "world"), ranks.QUICK)
+def test(name: str, world: int, told: Told) -> None:
+    found = told("quick")[f"{name} {world}"]
+    assert not found, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "world"), ranks.SLOW)
+def test_slow(name: str, world: int, told: Told) -> None:
+    found = told("slow")[f"{name} {world}"]
     assert not found, found
 
 
@@ -89,9 +97,9 @@ class TestFolder:
         checkpoint.save_sharded(tmp_path / "ema", shadow, 7)
         return tmp_path / "ema"
 
-    def test_of_two_processes(self, run: Callable[[int], dict[str, str]], shared: Path) -> None:
-        run(2)
-        folder = shared / "saved-by-2"
+    def test_of_two_processes(self, told: Told, shared: Path) -> None:
+        told("quick")
+        folder = shared / "quick" / "saved-by-2"
         expected = emajit.init(ranks.whole_params(), dtype=torch.float64)
         loaded, step = checkpoint.load_sharded(folder, expected)
         found = checkpoint.read(folder)
