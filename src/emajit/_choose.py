@@ -107,11 +107,11 @@ def _worth_compiling(update: Update) -> bool:
 
 
 def _in_graphs(leaves: Sequence[int], update: Update) -> list[Sequence[int]]:
-    """All leaves in one graph; with noise or of a large model in groups, of which many are alike.
+    """Put all leaves in one graph, or with noise or a large model in groups, many of them alike.
 
     Groups that are alike share a graph: the blocks of a network repeat. With n leaves of a form and
     k groups, each group gets n // k; repeat for the remainder. Small leaves come first, before the
-    threads start: behind large ones, they too would keep gcc from inlining.
+    threads start: behind large leaves they too would keep gcc from inlining.
     """
     noisy = update.keys is not None
     if update.shadows[0].device.type != "cpu":

@@ -59,10 +59,10 @@ def alias_pattern(objects: Sequence[Any]) -> Hashable:
 class CompiledKernel:
     """A kernel as one graph, without Dynamo's guards: our key covers them.
 
-    The guards would take 0.6 us a tensor (1 to 3 % of ResNet-50 to a U-Net). One of them is needed,
-    that of a tensor marked static, such as the parameters of a compiled optimizer: it would be a
-    constant of the graph, and a `Parameter` would go unchecked for its alignment. So a graph is
-    traced with other tensors of the same memory.
+    The guards would take 0.6 us a tensor (1 to 3 % of ResNet-50 to a U-Net). One guard is needed: a
+    tensor marked static, such as a parameter of a compiled optimizer, would become a constant of
+    the graph, and the alignment of a `Parameter` would go unchecked. So a graph is traced with
+    other tensors of the same memory.
     """
 
     def __init__(self, backend: str, *, in_place: bool) -> None:

@@ -15,7 +15,7 @@ from emajit.functional import Decay, Schedule
 
 @lru_cache
 def decimal(held: float) -> float:
-    """The number of 7 decimals that has this float32, if there is one, or what is held itself.
+    """The number of 7 decimals that rounds to this float32, if there is one, else the float32.
 
     >>> decimal(0.9998999834060669)
     0.9999
@@ -30,7 +30,7 @@ def float32(number: float) -> float:
 
 
 def check_every(every: Any) -> None:
-    """Raise ValueError for what is no number of steps."""
+    """Raise ValueError unless `every` is a number of steps."""
     if not isinstance(every, int) or every < 1:
         raise ValueError(f"every: expected a number of steps, >= 1, found {every!r}")
 
@@ -105,12 +105,15 @@ class Controls(nn.Module):
         self.register_buffer("decay", torch.tensor(first, dtype=torch.float32))
         self.register_buffer("num_updates", torch.tensor(self._first_update, dtype=torch.int32))
 
-    # The decay that was given counts as it was written, while the float32 buffer still holds it.
-    # Another one, from a file, is taken for the number of 7 decimals that has this float32,
-    # if there is one: 1 minus the float32 of 0.9999 is 1.7e-4 of itself above 1e-4.
+    # The decay is the Python number that was given, as long as the buffer holds its float32.
+    # Another float32, from a file, stands for the number of 7 decimals that rounds to it, if there
+    # is one: 1 minus the float32 of 0.9999 is above 1e-4 by 1.7e-4 of itself.
 
     def _decay_at(self, updates: int | Tensor) -> Decay | Schedule:
-        """In Python numbers, which take a tenth of the time of a dozen 0-d tensor operators."""
+        """The decay or schedule of the next update, in a Python number where the updates are one.
+
+        Python numbers take a tenth of the time of a dozen 0-d tensor operators.
+        """
         if self.schedule is not None:
             return self.schedule
         if isinstance(updates, Tensor):
@@ -164,7 +167,7 @@ class Controls(nn.Module):
             self._host_updates.wrote(self.num_updates, updates + 1)
 
     def _is_due(self, device: torch.device) -> bool:
-        """Count a call: whether it is one of those that update."""
+        """Count a call, and return whether it updates."""
         if torch.compiler.is_compiling() or _torch.is_capturing(device):
             raise RuntimeError(
                 f"every: expected 1 in a compiled or captured step, found {self.every}; call the "

@@ -30,8 +30,8 @@ Key = tuple[Tensor, Region | None]
 class Update(NamedTuple):
     """One update, flattened: what a kernel is given.
 
-    Shadows and params are lists of one length. Several averages of a parameter follow each other,
-    but for `multi_tensor_by_alpha_`, which takes one average of all parameters after the other.
+    Shadows and params are lists of one length. The averages of one parameter follow each other,
+    except for `multi_tensor_by_alpha_`: there the averages with one alpha follow each other.
     """
 
     shadows: list[Tensor]

@@ -25,8 +25,8 @@ class LitEmaState(Controls):
         self.m_name2s_name: dict[str, str] = {}
         self._chosen = chosen
         self._is_updated = False
-        # Keys of averages that were neither updated nor loaded, and of those among them that are
-        # to start from the model at the next use.
+        # Keys of averages that were neither updated nor loaded. The averages in `_uninitialised`,
+        # a subset, start from the model at the next use.
         self._untouched: set[str] = set()
         self._uninitialised: set[str] = set()
         # Keys of buffers that are copied.
@@ -50,10 +50,10 @@ class LitEmaState(Controls):
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """Hidden from the parent module in a process group, once it was updated.
+        """Yield nothing to a parent module in a process group, once the averages were updated.
 
-        So `DistributedDataParallel` does not broadcast the averages. It does at its construction,
-        when they may still differ.
+        So `DistributedDataParallel` does not broadcast the averages, except when it is built before
+        the first update: they may still differ then.
         """
         hidden = prefix and self._is_updated and dist.is_available() and dist.is_initialized()
         if not hidden:
@@ -132,7 +132,7 @@ class LitEmaState(Controls):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        """With the schedule's decay of the last update, without averages that are not there yet."""
+        """Save the schedule's decay of the last update, and omit averages without values."""
         if self.schedule is not None and not self.num_updates.is_meta:
             self.decay.fill_(float(self.schedule(max(0, int(self.num_updates) - 1))))
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -144,11 +144,10 @@ class LitEmaState(Controls):
     ) -> Any:
         """Load all of it, or raise and load nothing.
 
-        With `strict=False` averages may be missing: those that were never updated or loaded start
-        from the model at the next use, the others stay. With `assign` the values are copied all the
-        same, in their own dtype and on their device. Loaded as part of another module, a value that
-        does not fit still leaves all averages as they are, but of missing ones torch tells only
-        when the others are loaded.
+        With `strict=False` averages may be missing: a missing average that was never updated or
+        loaded starts from the model at the next use; any other stays. `assign` copies the loaded
+        values too, but keeps their dtype and device. As a part of another module, too, a state with
+        a misfit changes no average; torch reports missing keys only after it has loaded the others.
 
         Raises RuntimeError for missing and unexpected keys (if `strict`), for a value that is no
         tensor or of another shape or kind of number, for a decay outside [0, 1], and for a

@@ -26,7 +26,7 @@ def canonical(name: str) -> str:
 
 
 def canonical_of(names: Collection[str]) -> dict[str, str]:
-    """The `canonical` one for each name, or itself where that would be another's too.
+    """The `canonical` name of each name, or the name itself where two would become the same.
 
     >>> canonical_of(["_orig_mod.a", "b", "module.b"])
     {'_orig_mod.a': 'a', 'b': 'b', 'module.b': 'module.b'}
@@ -54,10 +54,10 @@ def below(prefix: str, held: Mapping[str, T]) -> dict[str, T]:
 
 
 def match(names: Collection[str], others: Collection[str]) -> dict[str, str]:
-    """For each of `others`, the one of `names` that means the same parameter.
+    """Match each name in `others` with the name in `names` of the same parameter.
 
-    The same name, else the same name but for the components that wrappers add. Of `others`, those
-    without a partner are left out. Raises ValueError where there is more than one way to match.
+    The same name matches first, else the same name without the components that wrappers add. Names
+    in `others` without a partner are left out. Raises ValueError where more than one match exists.
 
     >>> match(["a.weight", "b.weight"], ["_orig_mod.a.weight", "c.weight"])
     {'_orig_mod.a.weight': 'a.weight'}

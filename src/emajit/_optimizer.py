@@ -38,7 +38,7 @@ def compiled_step(
         _kernels.traced_(Update(shadows, params, alphas, skip, keys))
         if skipped is not None:
             for tensor, old in zip(written, before, strict=True):
-                # A view of a 0-d tensor, as in `_kernels.average_`.
+                # A view of a 0-d tensor, as in `_kernels.traced_`.
                 new = tensor.view(1) if tensor.ndim == 0 else tensor
                 new.copy_(torch.where(skipped.to(new.device), old.view_as(new), new))
 

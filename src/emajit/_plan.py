@@ -1,8 +1,8 @@
 """Find how the leaves of an update are computed: one cache, one function that fills it.
 
-`find` is the only way into an update. It checks everything, and `_choose` chooses how the leaves
-are computed. For an update in place the plan is cached, and the next update of the same memory is a
-cache hit.
+`find` is the only way into an update: it checks the trees, and `_choose` chooses a kernel for each
+leaf. The plan of an update in place is cached if the trees are flat dicts or lists; the next update
+of the same memory is a cache hit.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from emajit._rounding import Keys
 from emajit._torch import pytree
 from emajit._tree import Leaves, Pairs
 
-# Plans in the cache.
-MOST_PLANS = 64
+MOST_PLANS = 64  # in the cache
 
 _BY_ALPHA: list[Group] = [(range(0), _kernels.multi_tensor_by_alpha_)]
 
@@ -43,8 +42,9 @@ class Plan(NamedTuple):
     low_precision: list[tuple[torch.dtype, int]]
     # How many averages each parameter has.
     several: int
-    # On a cache hit: the leaves that are different objects, the places of those that are one, the
-    # check of their forms, and the first leaf of each pair, where leaves are tied.
+    # For a cache hit: the indices of the distinct leaves (None if all are), the pairs of indices
+    # that are one object, the check of the forms of the distinct leaves, and the first leaf of each
+    # pair, where leaves are tied.
     unique: list[int] | None = None
     duplicates: Sequence[tuple[int, int]] = ()
     fits: Callable[..., bool] | None = None
@@ -84,7 +84,7 @@ class Found(NamedTuple):
         return [_tree.rebuild(tree, leaves[i * size : (i + 1) * size]) for i, tree in trees]
 
     def update(self, alphas: Sequence[Alpha], step: Any) -> Update:
-        """What the kernels are given."""
+        """The update that the kernels get; warns of averages that stall."""
         plan, shadows, params = self
         for dtype, i in plan.low_precision:
             _warn.warn_of_stall(dtype, alphas[i])
@@ -130,11 +130,11 @@ def find(
 ) -> Found:
     """The plan for an update of these shadows, each with its alpha, and the leaves in its order.
 
-    The cache's key is the address of each leaf of the shadows and of the params, the options, the
-    types of the alphas, for stochastic rounding the names of the leaves, and of DTensors their
-    placements. A hit is one only if each leaf still has the shape, the strides, the dtype and the
-    device that it had. A miss, an update that is not in place, and one inside of a trace check
-    everything.
+    The cache's key has the address of each leaf of the shadows and of the params, the options, the
+    types of the alphas, with stochastic rounding the names of the leaves, and the placements of
+    DTensors. A hit also needs the shape, the strides, the dtype and the device of each leaf to be
+    unchanged. A miss and an update that is not in place check everything. A trace checks everything
+    but the memory of the leaves and the backend.
 
     Raises ValueError and TypeError as `emajit.update_` says, before anything is written.
     """
@@ -148,7 +148,7 @@ def find(
         )
     kinds = type(alphas[0]) if len(alphas) == 1 else tuple(map(type, alphas))
     names = None
-    if rounding == "stochastic":  # of which the noise is a hash
+    if rounding == "stochastic":  # the noise is a hash of the names
         names = tuple([tuple(s) if type(s) is dict else None for s in shadows])
     options: tuple[Any, ...] = rounding, nonfinite, backend, kinds, names
     addresses = _addresses(flat)
@@ -183,7 +183,7 @@ def _hit(key: Hashable, flat: Leaves) -> Found | None:
         return None
     shadows, params = flat
     leaves = shadows + params
-    if plan.unique is not None:  # of which the others are the very same objects
+    if plan.unique is not None:  # each duplicate must still be its first object
         if any(leaves[i] is not leaves[j] for i, j in plan.duplicates):
             return None
         leaves = [leaves[i] for i in plan.unique]

@@ -201,7 +201,7 @@ def check_averages(shadows: Sequence[PyTree]) -> None:
 
 
 def check_writable(pairs: Pairs, shadows: Sequence[PyTree]) -> None:
-    """Raise ValueError if a shadow cannot be written, or only with another leaf or itself twice."""
+    """Raise ValueError if a shadow cannot be written, overlaps another leaf, or repeats itself."""
 
     def where(k: int) -> str:
         size = len(pairs.shadows)

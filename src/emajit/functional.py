@@ -285,5 +285,5 @@ def _checked_step(step: Step) -> Step:
 
 
 def check_decay(decay: Any) -> None:
-    """Raise ValueError or TypeError for what is no decay, nor a schedule that begins with one."""
+    """Raise ValueError or TypeError for an invalid decay, or a schedule that begins with one."""
     _alpha(decay, 0)

@@ -43,15 +43,15 @@ class FusedOptimizer:
     and `load_state_dict` go to it as before. A learning rate may change at every step.
 
     The first step runs the two one after the other, since it creates the optimizer's state; the
-    second one compiles, seconds to minutes. Part of the graph are the other options of the
-    parameter groups, and which gradients are None. Falls back to two separate steps for complex
+    second one compiles, seconds to minutes. The graph depends on the other options of the
+    parameter groups, and on which gradients are None. Falls back to two separate steps for complex
     parameters, 0-d ones in float64, DTensors, an optimizer with step hooks, and, with a warning,
     for options that differ at nearly every step (`OneCycleLR` with its momentum) and for what
     `torch.compile` refuses (sparse gradients).
 
-    It is itself what `torch.amp.GradScaler` takes: `scaler.step(fused)`, `scaler.unscale_(fused)`.
-    Gradients are unscaled within the graph, and where one is infinite or NaN, nothing changes,
-    without a host synchronisation.
+    `torch.amp.GradScaler` takes it as an optimizer: `scaler.step(fused)`, `scaler.unscale_(fused)`.
+    The graph unscales the gradients. Where a gradient is infinite or NaN, nothing changes. The host
+    is not synchronised.
 
     Args:
         optimizer: one of `torch.optim`'s own, not `LBFGS`, which needs a closure.
@@ -125,7 +125,7 @@ class FusedOptimizer:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Those of the optimizer."""
+        """The parameter groups of the optimizer."""
         return self.optimizer.param_groups
 
     @torch.no_grad()

@@ -27,9 +27,9 @@ class LitEma(LitEmaState):
     has it, the dots become slashes. Averages go on for a parameter that is frozen later.
 
     Args:
-        model: the module whose trainable parameters are averaged. Only a weak reference is kept, to
-            one that is sharded. With several processes, build it where all have the same weights:
-            after `DistributedDataParallel`, or with one seed.
+        model: the module whose trainable parameters are averaged. It is not kept, except by a
+            weak reference if it is sharded. With several processes, build the LitEma where all have
+            the same weights: after `DistributedDataParallel`, or with one seed.
         decay: the share of the average that an update keeps, in [0, 1]; or a schedule of the number
             of updates (see `emajit.schedules`). With a schedule the buffer `decay` holds the decay
             of the last update when the state is saved, and a loaded one has no effect.

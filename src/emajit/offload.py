@@ -1,8 +1,8 @@
 """Averages in host memory, of parameters on a GPU (experimental: not yet measured on a GPU).
 
-An update copies them to the parameters' device, averages them there, and copies them back: in
-pieces, so that the device needs little memory whatever the size of the model, and in a stream of
-their own, so that neither the host nor the training waits.
+An update copies the averages to the device of their parameters, averages there, and copies back:
+piece by piece, so that the device needs little memory whatever the size of the model. It runs in a
+side stream; with page-locked averages neither the host nor the training waits.
 
 >>> params = {"w": torch.zeros(2)}
 >>> shadow = init(params, pin_memory=True)
@@ -43,13 +43,13 @@ def init(params: Tree, *, dtype: torch.dtype | None = None, pin_memory: bool = F
         params: as in `emajit.init`, on CUDA devices or the CPU.
         dtype: as in `emajit.init`.
         pin_memory: lock the pages, so that neither the host nor the training waits for `update_`:
-            it goes on in a side stream, for which the next `step` of an optimizer of `torch.optim`
-            waits on the device. For leaves that require no grad, such as buffers, the training
-            waits at once. Before anything else writes the parameters, such as operators of your own
-            or an optimizer in a CUDA graph, call `torch.cuda.synchronize()`. PyTorch locks a power
-            of two of bytes for each leaf, up to twice its size, unless told otherwise
-            (`PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:...`, where it knows that). Without a
-            CUDA device this has no effect.
+            it goes on in a side stream. The next `step` of an optimizer of `torch.optim` waits for
+            this stream on the device. For leaves that require no grad, such as buffers, the
+            training waits at once. Call `torch.cuda.synchronize()` before anything else writes the
+            parameters, such as operators of your own or an optimizer in a CUDA graph. PyTorch
+            rounds the locked bytes of each leaf up to a power of two, at most twice its size,
+            unless `PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:...` says otherwise, where
+            PyTorch knows that option. Without a CUDA device `pin_memory` has no effect.
 
     Raises:
         TypeError: a leaf is neither a tensor nor None.
@@ -233,10 +233,10 @@ def _of(update: Update, slices: list[_Slice]) -> Update:
 
 
 class Offloaded(Tensor):
-    """A tensor in host memory that a device may still be writing; whoever reads it waits for that.
+    """A tensor in host memory that a device may still be writing; a read waits for the device.
 
-    So do its views. `raw` is the same memory without the wait, and `home` the device of the
-    parameters.
+    A read of a view waits too. `raw` is the same memory without the wait, and `home` the device of
+    the parameters.
     """
 
     raw: Tensor
@@ -302,9 +302,9 @@ def is_hook(hook: Any) -> bool:
 
 
 def hold_training(*_: object) -> None:
-    """Let what is launched from now on wait, on the device, for what the side streams still read.
+    """Make later launches wait, on the device, for the present work of the side streams.
 
-    A CUDA graph that is captured does not.
+    A stream in capture of a CUDA graph does not wait.
     """
     for device, stream in _streams.items():
         if not torch.cuda.is_current_stream_capturing():

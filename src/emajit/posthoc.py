@@ -54,9 +54,9 @@ class Snapshot(NamedTuple):
 class Solution(NamedTuple):
     r"""How an average is put together.
 
-    `coefficients` has one number for each profile, float64. `error` is the distance of the
-    fitted profile to the wanted one, $\|\sum_i x_i p_i - p\| / \|p\|$: of the noise in the wanted
-    average, the share by which the reconstruction differs.
+    `coefficients` has one number for each profile, float64. `error` is the relative
+    distance of the fitted profile to the wanted profile, $\|\sum_i x_i p_i - p\| / \|p\|$: the
+    reconstruction differs by this share of the noise in the wanted average.
     """
 
     coefficients: Tensor
@@ -138,7 +138,7 @@ def _check_range(which: str, shadow: Any, dtype: torch.dtype | None) -> None:
 
 
 def snapshots(folder: str | os.PathLike[str]) -> list[Snapshot]:
-    """The snapshots that `save` has put into `folder`, by step and gamma.
+    """List the snapshots that `save` has put into `folder`, sorted by step, then by gamma.
 
     Other files of `emajit.checkpoint.save`, and those that are being written, are left out.
 
@@ -162,7 +162,7 @@ def snapshots(folder: str | os.PathLike[str]) -> list[Snapshot]:
 
 
 def profile(t: Tensor, step: float, gamma: float) -> Tensor:
-    r"""What the weights of each time weigh: $(\gamma + 1) t^\gamma / T^{\gamma + 1}$ up to $T$.
+    r"""The profile $p(t)$ of an average: $(\gamma + 1) t^\gamma / T^{\gamma + 1}$ up to $T$.
 
     Args:
         t: times in steps, of any shape.
@@ -272,9 +272,10 @@ def reconstruct(
         TypeError: an argument of another type.
         OSError: a file cannot be read.
 
-    Warns where a length is outside the span of those that were saved, where a snapshot is missing
-    that others have, where one is older than one of an earlier step, as another run's, and where
-    the error of the profile or the rounding of the files would show, with the expected error.
+    Warns where a length is outside the saved span, where a step lacks a length that other steps
+    have, where a file is older than a file of an earlier step, as if from another run, and where
+    the error of the profile or the rounding of the files would show. The first and the last of
+    these warnings tell the expected error.
     """
     lengths, several = _listed(sigma_rel)
     if dtype is None:

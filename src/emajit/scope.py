@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 from emajit import _names, _shards, _torch
 
-# The scopes that are entered now, in that order, and the parameters and buffers in each, which the
-# scope keeps alive. A dict has no state between two operations, whatever thread or signal comes.
+# The entered scopes, in order, each with the ids of its parameters and buffers, which the scope
+# keeps alive. Each operation on a dict is atomic, whatever thread or signal comes.
 _inside: dict[object, set[int]] = {}
 _entered = itertools.count()
 
-# Called before emajit writes parameters: whoever reads them in a stream of its own waits here.
+# Called before emajit writes parameters: each makes the writer wait for a stream that reads them.
 before_writing: list[Callable[[], object]] = []
 
 
 def wait_for_readers() -> None:
-    """Wait for whoever still reads parameters that are to be written."""
+    """Wait for the streams that still read parameters, before parameters are written."""
     for wait in before_writing:
         wait()
 
@@ -31,7 +31,7 @@ def wait_for_readers() -> None:
 def check_outside(tensors: Iterable[Tensor], *, before: object = None) -> None:
     """Raise RuntimeError if one of `tensors` holds averaged weights in an `ema_scope` now.
 
-    In one that was entered `before` another, if that is given.
+    Given `before`, an entered scope, only scopes that were entered earlier count.
     """
     if not _inside:
         return
@@ -49,8 +49,8 @@ def ema_scope(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> Iterator
 
     Nothing is copied: each parameter refers to the memory of its average inside, and to its own
     again afterwards, whatever was raised. The `nn.Parameter` objects stay the same, so optimizers,
-    hooks, tied weights and compiled models keep working. Only an average in another dtype than its
-    parameter is cast to that. Code that writes parameters inside writes the averages: call
+    hooks, tied weights and compiled models keep working. Only an average with another dtype than
+    its parameter is cast. Code that writes parameters inside writes the averages: call
     `model.eval()` if averages of buffers are among them. Do not backpropagate across the boundary:
     autograd raises, except for graphs from before the scope that are used after it.
 
@@ -122,11 +122,11 @@ def averaged_module(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> nn
     are the shadow's where it has them, else copies made now. Everything else is deep-copied:
     submodules, hooks, attributes. It is in the mode of `model`; call `eval()` where BatchNorm
     should not write its statistics and dropout should be off. The wrappers of `torch.compile`,
-    `DataParallel` and `DistributedDataParallel` around the whole model are left away.
+    `DataParallel` and `DistributedDataParallel` around the whole model are dropped.
 
     The module computes in the dtype of the shadow: averages in float32 of a bfloat16 model want
-    float32 inputs, or `torch.autocast`. Floating-point buffers are copied in the dtype to which the
-    parameters of theirs went.
+    float32 inputs, or `torch.autocast`. A floating-point buffer is copied to the dtype of the
+    averages whose parameters have the dtype of the buffer, if these averages share one.
 
     Args:
         model: the trained module, outside of an `ema_scope`. It is not changed.
@@ -153,7 +153,7 @@ def averaged_module(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> nn
             "model: expected one that can be copied, found fully_shard; use ema_scope, or build "
             "another model from the full averages"
         )
-    # What `deepcopy` is to put in place of a tensor, by the id of that.
+    # The replacement that `deepcopy` puts in place of each tensor, by the id of the tensor.
     copies: dict[int, Any] = {id(p): p for p in model.parameters()}
     dtypes: dict[torch.dtype, set[torch.dtype]] = {}
     for tensor, average in averages:

@@ -21,7 +21,7 @@ SHADOW = "shadow."  # before the names of the leaves in a folder of `save_sharde
 
 
 class Record(NamedTuple):
-    """The step, the names of tied leaves with that of the one that is written, the user's own."""
+    """The step, the written leaf's name for each leaf tied to it, and the user's metadata."""
 
     step: int
     tied: dict[str, str]

@@ -49,7 +49,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Reader(FileSystemReader):
-    """One whose index is read once, checked, and made of nothing but what one is made of."""
+    """A reader that reads the index once, unpickles only the classes of an index, and checks it."""
 
     def __init__(self, path: Path) -> None:
         """Raise ValueError, with the path, where the index is broken."""
@@ -100,7 +100,7 @@ def _overlap(box: list[tuple[int, int]], other: list[tuple[int, int]]) -> bool:
 
 
 class Folder:
-    """What is held there; nothing is read but the index."""
+    """A folder and the forms of its tensors; at first only the index is read."""
 
     def __init__(self, path: Path) -> None:
         """Raise ValueError, with the path, where there is no such folder or its index is broken."""

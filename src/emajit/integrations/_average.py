@@ -57,10 +57,10 @@ def restore(ema: LitEma, state: Mapping[str, Any]) -> None:
 
 
 def fingerprint(weights: Iterable[Tensor], dtype: torch.dtype | None = None) -> str:
-    """Of what this process has of some weights, or of them in a dtype.
+    """A fingerprint of this process's part of some weights, cast to `dtype` if that is given.
 
-    It tells the weights of one training from another's, by the sums of the bits, as integers, in
-    each row and in each column.
+    It tells the weights of one training from another's: a hash of the sums of the bits, as
+    integers, in each row and in each column.
     """
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
     code = 0

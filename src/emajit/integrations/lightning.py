@@ -27,7 +27,7 @@ _KEY = "emajit"
 class EMACallback(Callback):
     """Averages the weights in training; validates, tests and predicts with the averages.
 
-    After each batch in which the optimizer has stepped the trainable parameters are averaged, not
+    The trainable parameters are averaged after each batch in which the optimizer has stepped, not
     after the other batches of an accumulated gradient. In training and after it the module has its
     trained weights, and the averages only in validation, test and prediction; `averaged` gives them
     outside of the Trainer. Another module, or the same one after it was given other weights, is
@@ -116,7 +116,7 @@ class EMACallback(Callback):
         return trainer.strategy.reduce_boolean_decision(_is(module, *self._trained))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a second one, and warn of what would have no averages."""
+        """Refuse a second `EMACallback`, and warn where the averages would be lost."""
         callbacks: list[Any] = vars(trainer)["callbacks"]
         if sum(isinstance(callback, EMACallback) for callback in callbacks) > 1:
             raise ValueError(

@@ -42,8 +42,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     After each optimizer step the trainable parameters are averaged: not after the other batches of
     an accumulated gradient, nor where a gradient scaler has left the step out. Each `train()`
     starts the averages from the model's weights, or goes on bit for bit from the checkpoint that
-    it resumes. What the caller evaluates or predicts is of the trained weights, but within
-    `averaged`. Give it to the Trainer behind callbacks that change weights or ask for evaluations.
+    it resumes. The caller's own evaluations and predictions use the trained weights, except
+    within `averaged`. Put this callback behind others that change weights or ask for evaluations.
 
     A checkpoint has the trained weights where they always are, and beside them
 
@@ -53,14 +53,14 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
       `from_pretrained`. Only a `PreTrainedModel` has it: in the folder of an adapter the Trainer
       would take it for one more adapter.
 
-    A callback is not told which folder is resumed. The averages are taken from that of
-    `TrainingArguments(resume_from_checkpoint=...)` or `checkpoint-<step>` in `output_dir` in which
-    they were saved beside the trained weights that the model has now. In a search of
-    hyperparameters nothing is saved.
+    A callback is not told which folder is resumed. It looks into the folder given by
+    `TrainingArguments(resume_from_checkpoint=...)` and into `checkpoint-<step>` in `output_dir`,
+    and takes the averages that were saved beside the trained weights that the model has now. A
+    hyperparameter search saves nothing.
 
-    With `load_best_model_at_end` the best checkpoint is the one whose averages were evaluated best.
-    Afterwards the model has the trained weights of that checkpoint, and `averaged` gives the
-    averages of it, which are also in its folder `averaged/`.
+    With `load_best_model_at_end` the checkpoint with the best evaluation of its averages is best.
+    Afterwards the model has the trained weights of this checkpoint, and `averaged` gives its
+    averages, which are also in its folder `averaged/`.
 
     An evaluation that raises leaves the averages in the model until the next call of a hook, of
     the model's `state_dict` or `load_state_dict`, or of `restore`.
