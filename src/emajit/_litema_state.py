@@ -149,9 +149,13 @@ class LitEmaState(Controls):
         values too, but keeps their dtype and device. As a part of another module, too, a state with
         a misfit changes no average; torch reports missing keys only after it has loaded the others.
 
+        A decay or number of updates that was saved in fewer than 32 bits is left out, with a
+        warning.
+
         Raises RuntimeError for missing and unexpected keys (if `strict`), for a value that is no
-        tensor or of another shape or kind of number, for a decay outside [0, 1], and for a
-        negative number of updates other than -1.
+        tensor, has no numbers (on the meta device), or is of another shape, kind of number or
+        placement, for a decay outside [0, 1], and for a number of updates that is no integer from
+        -1 to 2**31 - 1.
         """
         if strict and isinstance(state_dict, Mapping):
             known = self.state_dict().keys() | self._uninitialised

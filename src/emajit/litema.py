@@ -43,8 +43,9 @@ class LitEma(LitEmaState):
         include, exclude: names of parameters and buffers (without the prefixes of wrappers) with
             wildcards such as "encoder.*", one or a list, or a predicate on the name. Included are
             all by default. In a scope what is left out keeps the training weights.
-        every: update at every so many calls, counted from the construction; the state does not hold
-            the calls since the last update, `schedules.every` does.
+        every: update at every so many calls, counted from the construction. A state does not tell
+            how many calls there were since the last update; with the decay `schedules.every(...)`
+            each call counts as an update, so that a loaded state goes on exactly.
         rounding, nonfinite, backend: as in `emajit.update`.
 
     Raises:

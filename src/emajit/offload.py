@@ -35,9 +35,8 @@ _hooks: list[Any] = []
 def init(params: Tree, *, dtype: torch.dtype | None = None, pin_memory: bool = False) -> Tree:
     """`emajit.init` in host memory, for `offload.update_`.
 
-    Whoever reads such a leaf or a view of it waits for the device. Code that reads its memory
-    behind torch's back, as an array of `numpy()` does later, has to call
-    `torch.cuda.synchronize()`.
+    A read of such a leaf, or of a view of it, waits for the device. So does the call of `numpy()`;
+    a later read of that array does not wait: call `torch.cuda.synchronize()` before.
 
     Args:
         params: as in `emajit.init`, on CUDA devices or the CPU.
@@ -86,8 +85,8 @@ def update_(
 ) -> Tree:
     """`emajit.update_` of a shadow from `init`, to the same bits as on the device.
 
-    It takes 16 to 160 MiB on the device; a leaf that is not contiguous is one piece. Leaves of the
-    shadow that are on the device are averaged there.
+    It takes up to 160 MiB on the device, more for a large leaf that is not contiguous, which is one
+    piece. Leaves of the shadow that are on the device are averaged there.
 
     Raises ValueError, TypeError and RuntimeError as `emajit.update_`; ValueError also where a
     parameter is on another device than it was, RuntimeError in a capture of a CUDA graph.
@@ -286,7 +285,7 @@ def like(leaf: Any, held: Tensor) -> Tensor:
 
 
 def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The side stream of a device. From the first one on, writers of parameters wait for them."""
+    """The side stream of a device. Once there is one, writers of parameters wait for them all."""
     if not _hooks:
         _hooks.append(torch.compiler.disable(hold_training))  # type: ignore[no-untyped-call]
         register_optimizer_step_pre_hook(_hooks[0])

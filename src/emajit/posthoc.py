@@ -169,7 +169,7 @@ def profile(t: Tensor, step: float, gamma: float) -> Tensor:
         step: $T$, the time of the average.
         gamma: its exponent.
 
-    Returns float64 of the shape of `t`; zero behind $T$. Its integral is 1.
+    Returns float64 of the shape of `t`; zero after $T$. Its integral is 1.
     """
     x = t.to(torch.float64) / step
     return torch.where((x >= 0) & (x <= 1), (gamma + 1) / step * x**gamma, 0.0)
@@ -264,11 +264,12 @@ def reconstruct(
         step: the number of updates after which it is wanted; default, that of the last snapshot.
         dtype: of the floating-point leaves of the result.
 
-    Returns the weights by name, for each length.
+    Returns a dict of the weights by name; a list of such dicts for several lengths.
 
     Raises:
-        ValueError: no snapshots, none up to `step`, or `step` after the last one; a file that is
-            corrupt, or whose leaves are others; a length out of range; a `dtype` without fractions.
+        ValueError: no snapshots, none up to `step`, or `step` after the last one; two of one step
+            and length; a file that is corrupt, or has other leaves; a length out of range; a
+            `dtype` without fractions, or too narrow for a weight.
         TypeError: an argument of another type.
         OSError: a file cannot be read.
 
