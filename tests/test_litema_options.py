@@ -341,3 +341,23 @@ def walked() -> list[nn.Module]:
 def test_parameters_are_those_that_torch_names(model: nn.Module) -> None:
     found = _module.named_parameters(model)
     assert [*found.items()] == [*model.named_parameters()]
+
+
+@pytest.mark.parametrize("on_meta", [True, False], ids=["controls on meta", "controls on the host"])
+def test_to_empty_leaves_the_controls(on_meta: bool) -> None:
+    """The decay and the number of updates stay; the averages start from the model's weights."""
+    with torch.device("meta"):
+        model = nn.Linear(30, 30)
+        ema = LitEma(model, decay=0.999) if on_meta else None
+    ema = ema or LitEma(model, decay=0.999)
+    model.to_empty(device="cpu")
+    model.reset_parameters()
+    ema.to_empty(device="cpu")
+    assert ema.decay.item() == pytest.approx(0.999)
+    assert ema.num_updates.item() == 0
+    ema(model)
+    assert_close(ema.named_averages(), {n: p.detach() for n, p in model.named_parameters()})
+    counted = LitEma(model)
+    counted(model)
+    counted.to_empty(device="cpu")
+    assert (counted.num_updates, counted.decay) == (1, torch.tensor(0.9999))

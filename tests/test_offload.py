@@ -361,7 +361,7 @@ class TestOrder:
             offload.update_(shadow, params, 0, decay=0.5)
         assert any(t is params["p"] for t in device.recorded)
         device.log.clear()
-        scope.wait_for_readers()
+        scope.prepare_to_write()
         assert device.log == ["training waits for side"]
         assert shadow["p"][0].item() == 1
         assert {*device.log[1:]} == {"host waits for side"}
@@ -383,7 +383,7 @@ class TestOrder:
         device.capturing = True
         with pytest.raises(RuntimeError, match="expected no capture of a CUDA graph"):
             offload.update_(shadow, {"w": there(torch.ones(2, 3))}, 0, decay=0.5)
-        scope.wait_for_readers()
+        scope.prepare_to_write()
         assert not device.log
 
     @pytest.mark.parametrize("fused", [False, True])

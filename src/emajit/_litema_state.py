@@ -104,7 +104,7 @@ class LitEmaState(Controls):
         self._known = names
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LitEmaState:
-        """Keep the dtypes of the controls, whatever the averages are cast to.
+        """Keep the controls as they are but for their device, whatever becomes of the averages.
 
         What was on the meta device and gets memory starts as it was built: the averages from the
         model's weights at the next use.
@@ -121,10 +121,12 @@ class LitEmaState(Controls):
             else:
                 self._uninitialised.add(key)
                 self._untouched.add(key)
-        if self.decay.dtype != torch.float32:  # in float16, 0.9999 is 1
-            self.decay = decay.to(self.decay.device)
-        if self.num_updates.dtype != torch.int32:
-            self.num_updates = num_updates.to(self.num_updates.device)
+        for key, old in (("decay", decay), ("num_updates", num_updates)):
+            new = self.get_buffer(key)
+            if new.dtype != old.dtype:  # in float16, 0.9999 is 1
+                self.register_buffer(key, old.to(new.device))
+            elif not old.is_meta:  # after `to_empty` there is no value
+                new.copy_(old)
         self._host_decay.moved(decay, self.decay)
         self._host_updates.moved(num_updates, self.num_updates)
         return self

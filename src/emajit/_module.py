@@ -130,7 +130,7 @@ def copy_(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         if p.is_meta != value.is_meta:
             expected, found = str(value.device), str(p.device)
             raise ValueError(f"parameter {i}: expected one on {expected}, found {found}")
-    scope.wait_for_readers()
+    scope.prepare_to_write()
     alike = [v.to(p.device, p.dtype) for p, v in zip(params, values, strict=True)]
     _torch.foreach_copy_([p.data for p in params], alike)
 

@@ -147,7 +147,7 @@ class FusedOptimizer:
             raise
 
     def _step(self, update: Update, updates: int | Tensor) -> None:
-        scope.wait_for_readers()
+        scope.prepare_to_write()
         scale, skipped = vars(self).get("grad_scale"), self._skipped()
         key = self._key(update, scale, skipped)
         graph = self._graph(key, update, scale is not None)

@@ -22,10 +22,15 @@ _entered = itertools.count()
 before_writing: list[Callable[[], object]] = []
 
 
-def wait_for_readers() -> None:
-    """Wait for the streams that still read parameters, before parameters are written."""
+def prepare_to_write() -> None:
+    """Wait for the streams that still read parameters, and clear the casts that autocast keeps.
+
+    `torch.autocast` casts each parameter once, and computes with this copy to its end, whatever is
+    written into the parameter meanwhile, or to which memory it refers.
+    """
     for wait in before_writing:
         wait()
+    torch.clear_autocast_cache()
 
 
 def check_outside(tensors: Iterable[Tensor], *, before: object = None) -> None:
@@ -92,6 +97,7 @@ def exchanged(model: nn.Module, averages: list[tuple[Tensor, Tensor]]) -> Iterat
     swapped = {*map(id, tensors), *map(id, _shards.local(tensors))}
     # Only callbacks undo: each of them runs, whatever one before it raises.
     with ExitStack() as undo:
+        undo.callback(torch.clear_autocast_cache)
         undo.callback(_inside.pop, undo, None)
         _inside[undo] = swapped
         check_outside(tensors, before=undo)
@@ -100,6 +106,7 @@ def exchanged(model: nn.Module, averages: list[tuple[Tensor, Tensor]]) -> Iterat
                 if id(buffer) in swapped:  # a forward may put another object there
                     undo.callback(module._buffers.__setitem__, name, buffer)
         _move_to_another_version(tensors, undo)
+        torch.clear_autocast_cache()
         for tensor, average in averages:
             if not _shards.is_one(tensor):
                 undo.callback(setattr, tensor, "data", tensor.data)
@@ -187,7 +194,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _copy_into_shards(averages: list[tuple[Tensor, Tensor]], undo: ExitStack) -> None:
-    wait_for_readers()
+    prepare_to_write()
     shards = [shard.detach() for shard in _shards.local(tensor for tensor, _ in averages)]
     undo.callback(_torch.foreach_copy_, shards, [shard.clone() for shard in shards])
     _torch.foreach_copy_(shards, _shards.local(average for _, average in averages))
