@@ -1,4 +1,4 @@
-"""Within one `torch.autocast`, which keeps the casts of parameters, each forward has its weights."""
+"""Within one `torch.autocast`, which keeps casts of parameters, a forward has the right weights."""
 
 from __future__ import annotations
 

@@ -101,9 +101,9 @@ def _worth_compiling(update: Update) -> bool:
     elements = sum(s.numel() for s in update.shadows)
     least = WORTH_COMPILING if update.keys is None else WORTH_COMPILING_NOISE
     device = update.shadows[0].device.type
-    if elements < least or (device == "cpu" and not _torch.drops_guards()):
+    if elements < least or not _compile.can_compile(device):
         return False
-    return _compile.can_compile(device)
+    return device != "cpu" or _torch.drops_guards()
 
 
 def _in_graphs(leaves: Sequence[int], update: Update) -> list[Sequence[int]]:

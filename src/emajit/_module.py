@@ -28,6 +28,14 @@ def averaged(
     """
     _shards.reshard(model)
     params: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    is_offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
+    for name, p in params.items():
+        _shards.check_present(name, p)
+        if p.is_meta and is_offloaded:
+            raise ValueError(
+                f"{name}: expected a parameter with memory, found one that accelerate has "
+                "offloaded; build the LitEma before cpu_offload or enable_sequential_cpu_offload"
+            )
     buffers = held_buffers(model, policy)
     if params:
         every = [name for of in (model.named_parameters(), model.named_buffers()) for name, _ in of]

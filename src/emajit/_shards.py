@@ -86,6 +86,15 @@ def has_fsdp(model: nn.Module) -> bool:
     return module is not None and any(isinstance(m, module.FSDPModule) for m in model.modules())
 
 
+def check_present(name: str, leaf: Any) -> None:
+    """Raise ValueError for a placeholder of DeepSpeed's ZeRO 3, whose parameter lies elsewhere."""
+    if hasattr(leaf, "ds_id") and leaf.numel() == 0:
+        raise ValueError(
+            f"{name}: expected a parameter, found a placeholder of DeepSpeed ZeRO 3; call within "
+            "deepspeed.zero.GatheredParameters(model.parameters()), or use ZeRO 2 or fully_shard"
+        )
+
+
 def described(leaf: Any) -> str:
     """A DTensor or a tensor in words for an error."""
     if not is_one(leaf):

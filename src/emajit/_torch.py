@@ -152,6 +152,17 @@ def lasting_buffers(module: nn.Module) -> Iterable[str]:
     return module._buffers.keys() - getattr(module, "_non_persistent_buffers_set", set())
 
 
+def wraps(tensor: Tensor) -> bool:
+    """Whether a tensor is of a subclass that holds others, to which `.data =` does not reach.
+
+    Such are DTensors, and the quantised weights of torchao. Without the name: any subclass.
+    """
+    if type(tensor) in (Tensor, nn.Parameter):
+        return False
+    ask = _find("torch.utils._python_dispatch.is_traceable_wrapper_subclass")
+    return ask is None or bool(ask(tensor))
+
+
 # DTensors.
 
 

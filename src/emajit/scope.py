@@ -59,8 +59,9 @@ def ema_scope(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> Iterator
     `model.eval()` if averages of buffers are among them. Do not backpropagate across the boundary:
     autograd raises, except for graphs from before the scope that are used after it.
 
-    Into the shards of DTensors the averages are copied, and the training weights kept meanwhile:
-    FSDP gathers parameters from memory of its own. No process waits for another.
+    Into DTensors, and into other tensors that wrap tensors (quantised weights), the averages are
+    copied, and the training weights kept meanwhile: FSDP gathers parameters from memory of its own.
+    No process waits for another.
 
     It is for evaluation. What outlives it, such as an export, a trace or a kept `state_dict()`,
     refers to the training weights again afterwards: for those, use `averaged_module`.
@@ -91,9 +92,16 @@ def ema_scope(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> Iterator
 @contextmanager
 def exchanged(model: nn.Module, averages: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
     """A context in which these tensors of `model` refer to the memory of their averages."""
+    for tensor, average in averages:
+        _shards.check_present("model", tensor)
+        if tensor.is_meta and not average.is_meta:
+            raise ValueError(
+                f"model: expected parameters with memory, found one of shape {tuple(tensor.shape)} "
+                "on the meta device; give the model memory, or remove the hooks that offload it"
+            )
     averages = [(t, average.detach().to(t.device, t.dtype)) for t, average in averages]
     tensors = [tensor for tensor, _ in averages]
-    shards = [pair for pair in averages if _shards.is_one(pair[0])]
+    copied = [pair for pair in averages if _torch.wraps(pair[0])]
     swapped = {*map(id, tensors), *map(id, _shards.local(tensors))}
     # Only callbacks undo: each of them runs, whatever one before it raises.
     with ExitStack() as undo:
@@ -108,11 +116,11 @@ def exchanged(model: nn.Module, averages: list[tuple[Tensor, Tensor]]) -> Iterat
         _move_to_another_version(tensors, undo)
         torch.clear_autocast_cache()
         for tensor, average in averages:
-            if not _shards.is_one(tensor):
+            if not _torch.wraps(tensor):
                 undo.callback(setattr, tensor, "data", tensor.data)
                 tensor.data = average
-        if shards:
-            _copy_into_shards(shards, undo)
+        if copied:
+            _copy(copied, undo)
             undo.callback(_shards.reshard, model)
         yield
 
@@ -193,7 +201,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _copy_into_shards(averages: list[tuple[Tensor, Tensor]], undo: ExitStack) -> None:
+def _copy(averages: list[tuple[Tensor, Tensor]], undo: ExitStack) -> None:
     prepare_to_write()
     shards = [shard.detach() for shard in _shards.local(tensor for tensor, _ in averages)]
     undo.callback(_torch.foreach_copy_, shards, [shard.clone() for shard in shards])
