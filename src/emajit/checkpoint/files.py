@@ -9,6 +9,7 @@ import math
 import os
 import secrets
 import stat
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -261,14 +262,37 @@ def _opened(path: Path) -> Any:
     # safetensors opens the path twice, for the header and for the numbers; meanwhile the file may
     # be replaced.
     while True:
-        with path.open("rb") as held:  # Python's OSError names the path
+        with _opened_to_read(path) as held:  # Python's OSError names the path
             file = safe_open(path, framework="pt")
+            _check_names(path, held)
             if os.path.samestat(os.fstat(held.fileno()), path.stat()):
                 return file
 
 
+def _check_names(path: Path, held: BinaryIO) -> None:
+    """Raise ValueError for two tensors of one name, of which safetensors takes the last."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{path}: expected each name once, found two of {twice!r}")
+        return dict(pairs)
+
+    length = int.from_bytes(held.read(8), "little")
+    json.loads(held.read(length), object_pairs_hook=once)
+
+
+def _opened_to_read(path: Path) -> BinaryIO:
+    """The open file; OSError for what is no file, such as a pipe, which would wait for a writer."""
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "something else"
+        raise OSError(errno.EINVAL, f"expected a regular file to read, found {kind}", str(path))
+    return path.open("rb")
+
+
 def is_safetensors(path: Path) -> bool:
-    with path.open("rb") as file:
+    with _opened_to_read(path) as file:
         return file.read(9)[8:] == b"{"
 
 
@@ -300,7 +324,7 @@ def load_torch(path: Path) -> Any:
     else, such as the hyperparameters of a training script, or a whole module. In the format of
     torch before 1.6 there can be none. Raises ValueError, with the path, for a broken file.
     """
-    with path.open("rb") as file:
+    with _opened_to_read(path) as file:
         start = file.read(2)
     zipped = start == b"PK"
     if not (zipped or start[:1] == b"\x80"):
@@ -308,13 +332,20 @@ def load_torch(path: Path) -> Any:
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
         with torch.serialization.safe_globals([(_opaque(name), name) for name in names]):
-            return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+            mapped = zipped and _is_stored(path)
+            return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:  # noqa: BLE001, whatever a broken file makes of a parser
         reason = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split())
         raise ValueError(
             f"{path}: expected a whole file of torch.save with tensors and plain containers, "
             f"since nothing else is unpickled, found: {reason or type(error).__name__:.300}"
         ) from None
+
+
+def _is_stored(path: Path) -> bool:
+    """Whether the bytes of each record are those of the file: not of one that was zipped anew."""
+    with zipfile.ZipFile(path) as archive:
+        return all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
 
 
 def form(file: Any, name: str) -> Form:

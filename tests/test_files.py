@@ -1,0 +1,54 @@
+"""Files that others have made anew: zipped again, with a name twice, no file at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from emajit import checkpoint
+
+
+def averaged() -> AveragedModel:
+    return AveragedModel(nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 8)))
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_an_archive_that_was_zipped_again(tmp_path: Path, method: int) -> None:
+    """What is compressed in it cannot be mapped from the disk."""
+    model = averaged()
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "a.pt") as source,
+        zipfile.ZipFile(tmp_path / "b.pt", "w", method) as target,
+    ):
+        for record in source.infolist():
+            target.writestr(record.filename, source.read(record.filename))
+    found = checkpoint.read(tmp_path / "b.pt")
+    for name, expected in model.module.state_dict().items():
+        assert torch.equal(found.weights[name], expected), name
+
+
+def test_a_name_twice(tmp_path: Path) -> None:
+    """safetensors takes the last of the two."""
+    path = tmp_path / "twice.safetensors"
+    entry = [{"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]} for i in (0, 1)]
+    text = f'{{"w":{json.dumps(entry[0])},"w":{json.dumps(entry[1])}}}'.encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(ValueError, match=r"expected .* found two of 'w'|whole safetensors file"):
+        checkpoint.read(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without pipes that have a name")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pt")
+    with pytest.raises(OSError, match="expected a regular file to read, found something else"):
+        checkpoint.read(tmp_path / "pipe.pt")
+    with pytest.raises(OSError, match="expected a regular file to read"):
+        checkpoint.load(tmp_path / "pipe.pt", {"w": torch.zeros(1)})
