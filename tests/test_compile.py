@@ -99,24 +99,21 @@ def test_groups_of_a_large_model_share_a_graph(
     assert_close(shadows, expected)
 
 
-@pytest.mark.parametrize(
-    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)]
-)
-@pytest.mark.parametrize(
-    "change",
-    [
-        relaid,
-        average_relaid,
-        widened,
-        negated,
-        frozen,
-        replaced_by_one,
-        forgotten,
-        of_inference,
-    ],
-)
+LAYOUTS = [relaid, average_relaid, widened, negated, replaced_by_one]
+FLAGS = [frozen, forgotten, of_inference]  # code of Inductor is the same for them
+CHANGES = [
+    *((change, "aot_eager") for change in (*LAYOUTS, *FLAGS)),
+    *(pytest.param(change, "inductor", marks=pytest.mark.inductor) for change in LAYOUTS),
+    *(
+        pytest.param(change, "inductor", marks=[pytest.mark.inductor, pytest.mark.slow])
+        for change in FLAGS
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "compiler"), CHANGES)
 def test_what_changes_between_two_calls(
-    compiler: str, change: Callable[[dict[str, Tensor], dict[str, Tensor]], None]
+    change: Callable[[dict[str, Tensor], dict[str, Tensor]], None], compiler: str
 ) -> None:
     """A graph has no guards of dynamo's: what it was made for is told by its key."""
     params: dict[str, Tensor] = {

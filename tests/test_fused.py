@@ -98,10 +98,22 @@ def test_a_learning_rate_is_not_rounded_to_float32() -> None:
         assert_close(weights[1], weights[0], rtol=1e-15, atol=0)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize(
-    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)]
-)
+# With a momentum, with two moments, and as a single operator; the others are slow.
+BY_INDUCTOR = ("SGD momentum", "AdamW", "AdamW fused")
+PAIRS = [
+    *((name, "aot_eager") for name in OPTIMIZERS),
+    *(
+        pytest.param(
+            name,
+            "inductor",
+            marks=[pytest.mark.inductor, *([] if name in BY_INDUCTOR else [pytest.mark.slow])],
+        )
+        for name in OPTIMIZERS
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "backend"), PAIRS)
 def test_agrees_with_the_two_calls(name: str, backend: str) -> None:
     twins = Twins(OPTIMIZERS[name], backend)
     for step in range(5):
