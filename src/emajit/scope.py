@@ -97,7 +97,7 @@ def exchanged(model: nn.Module, averages: list[tuple[Tensor, Tensor]]) -> Iterat
         if tensor.is_meta and not average.is_meta:
             raise ValueError(
                 f"model: expected parameters with memory, found one of shape {tuple(tensor.shape)} "
-                "on the meta device; give the model memory, or remove the hooks that offload it"
+                "on the meta device; give the model memory, or remove the hooks that take it away"
             )
     averages = [(t, average.detach().to(t.device, t.dtype)) for t, average in averages]
     tensors = [tensor for tensor, _ in averages]
