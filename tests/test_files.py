@@ -48,7 +48,7 @@ def test_a_name_twice(tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without pipes that have a name")
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.pt")
-    with pytest.raises(OSError, match="expected a regular file to read, found something else"):
+    with pytest.raises(OSError, match="expected a regular file to read"):
         checkpoint.read(tmp_path / "pipe.pt")
     with pytest.raises(OSError, match="expected a regular file to read"):
         checkpoint.load(tmp_path / "pipe.pt", {"w": torch.zeros(1)})

@@ -285,9 +285,8 @@ def _check_names(path: Path, held: BinaryIO) -> None:
 
 def _opened_to_read(path: Path) -> BinaryIO:
     """The open file; OSError for what is no file, such as a pipe, which would wait for a writer."""
-    if path.exists() and not path.is_file():
-        kind = "a folder" if path.is_dir() else "something else"
-        raise OSError(errno.EINVAL, f"expected a regular file to read, found {kind}", str(path))
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "expected a regular file to read", str(path))
     return path.open("rb")
 
 
