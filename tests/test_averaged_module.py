@@ -147,7 +147,7 @@ class TestCompilers:
         finally:
             destroy_process_group()
 
-    @pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore:`torch.jit.trace")
     def test_exported(self) -> None:
         model, x = convolutional(), image()
         shadow = shadow_of(model)

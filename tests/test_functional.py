@@ -597,7 +597,8 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"shadows\[1\]\['weight'\]: expected an average"):
             emajit.update_many_([shadow, params], params, 0, decays=[0.5, 0.5])
         step = torch.compile(emajit.update_, fullgraph=True, backend="aot_eager")
-        with pytest.raises(Exception, match="expected an average, found a tensor that requires"):
+        # Dynamo of torch 2.6 tells that something was raised, and not what
+        with pytest.raises(Exception, match=r"expected an average, found a tensor|Observed exc"):
             step(params, shadow, torch.tensor(0), decay=0.0)
         for _ in range(2):
             emajit.update_(shadow, params, 0, decay=0.5)
