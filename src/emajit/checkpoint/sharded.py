@@ -20,8 +20,9 @@ from torch import distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+
+from emajit import _torch
 
 _KNOWN = {
     "torch.distributed.checkpoint.metadata": {
@@ -123,7 +124,7 @@ class Folder:
         """
         try:
             with _on_one_process_too():
-                load(tensors, storage_reader=self._reader, no_dist=alone)
+                _torch.load_shards(tensors, self._reader, alone=alone)
         except (CheckpointException, RuntimeError, OSError) as error:
             raise ValueError(
                 f"{self.path}: expected what its index tells, found {_reason(error)}"
