@@ -7,7 +7,6 @@ lost stands beside it. Other modules call these functions through the module.
 
 from __future__ import annotations
 
-import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -192,17 +191,6 @@ def shard_offsets(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) ->
             offsets[placement.dim] += start
             sizes[placement.dim] = min(size, sizes[placement.dim] - start)
     return offsets
-
-
-def load_shards(tensors: dict[str, Any], reader: Any, *, alone: bool) -> None:
-    """`torch.distributed.checkpoint.load`, by one process `alone` or by all together."""
-    checkpoint: Any = import_module("torch.distributed.checkpoint")  # heavy
-    if "no_dist" in inspect.signature(checkpoint.load).parameters:
-        checkpoint.load(tensors, storage_reader=reader, no_dist=alone)
-    elif alone:  # torch 2.6
-        checkpoint.state_dict_loader._load_state_dict(tensors, reader, no_dist=True)
-    else:
-        checkpoint.load(tensors, storage_reader=reader)
 
 
 # Compiling.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import math
 import operator
 import os
@@ -17,12 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_saver import save
-
-from emajit import _torch
 
 _KNOWN = {
     "torch.distributed.checkpoint.metadata": {
@@ -124,7 +124,7 @@ class Folder:
         """
         try:
             with _on_one_process_too():
-                _torch.load_shards(tensors, self._reader, alone=alone)
+                _load(tensors, self._reader, alone=alone)
         except (CheckpointException, RuntimeError, OSError) as error:
             raise ValueError(
                 f"{self.path}: expected what its index tells, found {_reason(error)}"
@@ -182,3 +182,12 @@ def _on_one_process_too() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         yield
+
+
+def _load(tensors: dict[str, Any], reader: _Reader, *, alone: bool) -> None:
+    if "no_dist" in inspect.signature(state_dict_loader.load).parameters:
+        state_dict_loader.load(tensors, storage_reader=reader, no_dist=alone)
+    elif alone:  # torch 2.6
+        state_dict_loader._load_state_dict(tensors, reader, no_dist=True)
+    else:
+        state_dict_loader.load(tensors, storage_reader=reader)
