@@ -38,10 +38,12 @@ def test_an_archive_that_was_zipped_again(tmp_path: Path, method: int) -> None:
 def test_a_name_twice(tmp_path: Path) -> None:
     """safetensors takes the last of the two."""
     path = tmp_path / "twice.safetensors"
-    entry = [{"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]} for i in (0, 1)]
-    text = f'{{"w":{json.dumps(entry[0])},"w":{json.dumps(entry[1])}}}'.encode()
+    step = {"dtype": "I32", "shape": [], "data_offsets": [0, 4]}
+    entries = [{"dtype": code, "shape": [], "data_offsets": [4, 8]} for code in ("F32", "I32")]
+    named = ",".join(f'"module.w":{json.dumps(entry)}' for entry in entries)
+    text = f'{{"n_averaged":{json.dumps(step)},{named}}}'.encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
-    with pytest.raises(ValueError, match=r"expected .* found two of 'w'|whole safetensors file"):
+    with pytest.raises(ValueError, match=r"expected each name once, found two of 'module\.w'"):
         checkpoint.read(path)
 
 

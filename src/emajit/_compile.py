@@ -71,7 +71,7 @@ class CompiledKernel:
         self.compiles = True
         self.function = _traced_ if in_place else _traced
         self.eager: Kernel = _kernels.single_tensor_ if in_place else _kernels.single_tensor
-        self.graphs: dict[int, tuple[Any, Any]] = {}  # for each number of threads
+        self.graphs: dict[int, tuple[Any, Any, bool]] = {}  # for each number of threads
 
     def __call__(self, update: Update) -> Any:
         """The update; what it raises while compiling is raised before anything is written."""
@@ -99,10 +99,11 @@ class CompiledKernel:
         threads = torch.get_num_threads()
         if threads not in self.graphs:
             function = with_own_code(self.function)
-            run = compiled(function, self.backend, **_torch.without_guards())
-            self.graphs[threads] = function.__code__, run
-        code, run = self.graphs[threads]
-        if _torch.must_detach(code):
+            options = _torch.without_guards()
+            run = compiled(function, self.backend, **options)
+            self.graphs[threads] = function.__code__, run, not options
+        code, run, has_guards = self.graphs[threads]
+        if has_guards or _torch.has_no_graph(code):  # Dynamo looks at the tensors
             raw = {id(leaf): leaf.detach() for leaf in (*shadows, *params)}
             shadows, params = ([raw[id(leaf)] for leaf in leaves] for leaves in (shadows, params))
         numbers: list[Any] = scalars(alphas, shadows[0].device)

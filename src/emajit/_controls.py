@@ -127,8 +127,8 @@ class Controls(nn.Module):
         """In tensors that are never read back."""
         written, as_held = self._written_decay
         held = self.decay.to(torch.float64)
-        decimal = torch.round(held, decimals=7)
-        decay = torch.where(decimal.to(torch.float32) == self.decay, decimal, held)
+        short = torch.round(held, decimals=7)
+        decay = torch.where(short.to(torch.float32) == self.decay, short, held)
         decay = torch.where(self.decay == as_held, written, decay)
         warm = torch.as_tensor(schedules.warmup(decay)(self.num_updates))
         return torch.where(self.num_updates < 0, decay, warm)

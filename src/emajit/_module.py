@@ -70,7 +70,7 @@ def held_buffers(model: nn.Module, policy: Policy) -> dict[str, Tensor]:
 
 
 def named_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """`dict(model.named_parameters())`, in 0.5 to 0.65 of the time where that is torch's own.
+    """`dict(model.named_parameters())`, in about half of the time where that is torch's own.
 
     That goes through a generator for each level, and asks of each parameter whether it was there
     before; here ties are looked for once.

@@ -110,7 +110,8 @@ class Filter(NamedTuple):
 def _matches(patterns: Patterns, name: str) -> bool:
     if callable(patterns):
         return bool(patterns(name))
-    return any(fnmatchcase(name, pattern) for pattern in _listed("patterns", patterns))
+    each = [patterns] if isinstance(patterns, str) else patterns
+    return any(fnmatchcase(name, pattern) for pattern in each)
 
 
 def _listed(option: str, patterns: Any) -> Sequence[str]:

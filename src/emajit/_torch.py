@@ -211,12 +211,12 @@ def compile_errors() -> tuple[type[Exception], ...]:
 _cache_entries = _find("torch._C._dynamo.eval_frame._debug_get_cache_entry_list")
 
 
-def must_detach(code: Any) -> bool:
-    """Whether Dynamo looks at the tensors that this code is given: it traces them, or has guards.
+def has_no_graph(code: Any) -> bool:
+    """Whether Dynamo has not traced this code yet, or has forgotten it since.
 
-    Without the name it always may, which costs a view of each tensor at each call.
+    Without the name it is never known to be traced, which costs a view of each tensor at each call.
     """
-    return _cache_entries is None or not drops_guards() or not _cache_entries(code)
+    return _cache_entries is None or not _cache_entries(code)
 
 
 def drops_guards() -> bool:

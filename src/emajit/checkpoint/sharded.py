@@ -185,9 +185,11 @@ def _on_one_process_too() -> Iterator[None]:
 
 
 def _load(tensors: dict[str, Any], reader: _Reader, *, alone: bool) -> None:
-    if "no_dist" in inspect.signature(state_dict_loader.load).parameters:
-        state_dict_loader.load(tensors, storage_reader=reader, no_dist=alone)
-    elif alone:  # torch 2.6
-        state_dict_loader._load_state_dict(tensors, reader, no_dist=True)
-    else:
+    if not alone:
         state_dict_loader.load(tensors, storage_reader=reader)
+    elif "no_dist" in inspect.signature(state_dict_loader.load).parameters:
+        state_dict_loader.load(tensors, storage_reader=reader, no_dist=True)
+    else:  # torch 2.6, where only the deprecated function takes it
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            state_dict_loader.load_state_dict(tensors, reader, no_dist=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emajit import _controls, _module, _names, _shards, _tree, functional, schedules
+from emajit import _controls, _module, _shards, _tree, functional, schedules
 from emajit.litema import LitEma
 
 
@@ -38,8 +38,7 @@ def state_of(ema: LitEma) -> dict[str, Any]:
 def restore(ema: LitEma, state: Mapping[str, Any]) -> None:
     """Go on from what `state_of` gave; ValueError, and nothing changed, where it does not fit."""
     shadow, step = state["shadow"], torch.tensor(state["step"], dtype=torch.int32)
-    bare = _names.canonical_of(ema.m_name2s_name)
-    keys = {bare[name]: key for name, key in ema.m_name2s_name.items()}
+    keys = ema._keys_by_name()
     missing, unknown = sorted(keys.keys() - shadow.keys()), sorted(shadow.keys() - keys.keys())
     if missing or unknown:
         raise ValueError(
