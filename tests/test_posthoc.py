@@ -488,7 +488,7 @@ class TestTrouble:
 
 @tells_memory
 def test_memory_does_not_grow_with_the_snapshots(tmp_path: Path) -> None:
-    """8 MB of weights, 50 snapshots of them: in memory are the result and a leaf or two."""
+    """8 MB of weights, 400 MB of snapshots: in memory are the result and a leaf or two."""
     weights = {f"{i}": torch.full((2**18,), float(i)) for i in range(8)}
     for step in range(1, 26):
         posthoc.save(tmp_path, [weights, weights], step, sigma_rel=TRACKED)
@@ -499,5 +499,5 @@ def test_memory_does_not_grow_with_the_snapshots(tmp_path: Path) -> None:
         chosen, solutions, torch.float32, lambda _: peaks.append(own_memory() - before)
     )
     assert len(peaks) == len(weights)
-    assert max(peaks) < (8 + 2) * 2**20
+    assert max(peaks) < 2 * 8 * 2**20  # what is freed is not all returned to the system
     assert_close(result["7"], weights["7"])
