@@ -25,6 +25,25 @@ def canonical(name: str) -> str:
     return ".".join([part for part in modules if part not in _WRAPPERS] + [parameter])
 
 
+def unwrapped(names: Collection[str]) -> dict[str, str]:
+    """Each name without the components that wrappers add, for a bare model's `state_dict`.
+
+    `module.`, which may be a name of the model's own, goes only where all names begin with it. A
+    name stays as it is where two would become the same.
+
+    >>> unwrapped(["module._orig_mod.a.w", "module.module.b"])
+    {'module._orig_mod.a.w': 'a.w', 'module.module.b': 'module.b'}
+    """
+    bare = {
+        name: ".".join(part for part in name.split(".") if part not in _WRAPPERS - {"module"})
+        for name in names
+    }
+    while bare and all(name.startswith("module.") for name in bare.values()):
+        bare = {name: short.removeprefix("module.") for name, short in bare.items()}
+    same = _grouped(bare)
+    return {name: short if len(same[short]) == 1 else name for name, short in bare.items()}
+
+
 def canonical_of(names: Collection[str]) -> dict[str, str]:
     """The `canonical` name of each name, or the name itself where two would become the same.
 

@@ -26,6 +26,10 @@ class Averaged(NamedTuple):
     raw_only: the names in `weights` that are not averages.
     raw: the trained weights under the same names, where the checkpoint holds them too.
     others: how many tensors of the checkpoint are neither averages nor trained weights.
+    path: where the averages are in the checkpoint, as `key` of `checkpoint.read` takes it.
+    raw_path: where the trained weights are, if not where the layout has them.
+    why: what tells that these are the averages.
+    sigma_rel: the length of a power-function average relative to the run, where that is known.
     """
 
     weights: dict[str, Tensor]
@@ -35,6 +39,31 @@ class Averaged(NamedTuple):
     raw_only: tuple[str, ...] = ()
     raw: Mapping[str, Tensor] = {}
     others: int = 0
+    path: str = ""
+    raw_path: str = ""
+    why: str = ""
+    sigma_rel: float | None = None
+
+
+class Reading(NamedTuple):
+    """One average as a layout holds it, before its parameters have the names of the model.
+
+    layout: what `Averaged.layout` says.
+    averages: by name, or in the order of the parameters.
+    step, decay, sigma_rel: as in `Averaged`.
+    raw: the trained weights, where the layout has a place for them.
+    flat: whether `averages` has the keys of a `LitEma`, which are names without their dots.
+    path: of the averages, in the mapping that the layout has read.
+    """
+
+    layout: str
+    averages: Mapping[str, Any] | Sequence[Any]
+    step: int | None = None
+    decay: float | None = None
+    raw: Mapping[str, Any] | None = None
+    flat: bool = False
+    path: str = ""
+    sigma_rel: float | None = None
 
 
 class Names(NamedTuple):
@@ -66,14 +95,14 @@ class Writer(NamedTuple):
 class Layout(NamedTuple):
     """How one library keeps averages in a checkpoint.
 
-    read: takes the content of a file, as nested mappings, and the names of the parameters. It
-        returns None for another layout. It raises ValueError where the layout is its own but is
-        broken or needs names; nothing is guessed. `checkpoint.read` turns the errors of a broken
-        structure (KeyError, TypeError and others) into ValueError. None if emajit only writes it.
+    read: takes a mapping, anywhere in a file, and returns the averages in it: none for another
+        layout. It raises ValueError where the layout is its own but is broken. `checkpoint.read`
+        turns the errors of a broken structure (KeyError, TypeError and others) into ValueError.
+        None if emajit only writes it.
     writer: None if emajit only reads it.
     """
 
-    read: Callable[[Mapping[str, Any], Names], Averaged | None] | None = None
+    read: Callable[[Mapping[str, Any]], list[Reading]] | None = None
     writer: Writer | None = None
 
 
@@ -111,6 +140,12 @@ def tensors_below(prefix: str, state: State) -> dict[str, Tensor]:
     if not found:
         raise ValueError(f"expected averages below {prefix!r}, found none")
     return found
+
+
+def prefixes(state: State, *marks: str) -> list[str]:
+    """The prefixes below which a state has each of the names in `marks`."""
+    ends = [key.removesuffix(marks[0]) for key in state if f".{key}".endswith(f".{marks[0]}")]
+    return [prefix for prefix in ends if all(prefix + mark in state for mark in marks)]
 
 
 def step_of(value: Any) -> int | None:

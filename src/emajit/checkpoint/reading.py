@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,193 +10,222 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emajit import _names, _paths
-from emajit._torch import pytree
-from emajit.checkpoint import files
-from emajit.checkpoint.averaged import Averaged, Names, listed
+from emajit import _paths
+from emajit.checkpoint import partners, search, sources
+from emajit.checkpoint.averaged import Averaged, Reading, listed, tensors_of
 from emajit.checkpoint.files import Opaque
-from emajit.checkpoint.layouts import LAYOUTS
-from emajit.checkpoint.saved import KEY, SHADOW, TIED, Saved
+from emajit.checkpoint.search import Found, Part
+
+_SHOWN = 12  # candidates in an error
 
 
 def read(
     source: str | os.PathLike[str] | Mapping[str, Any],
     *,
     names: Iterable[str] | torch.nn.Module | None = None,
+    key: str | None = None,
+    raw_key: str | None = None,
 ) -> Averaged:
-    """The averaged weights in a checkpoint of any known library, under the model's own names.
+    """The averaged weights in a checkpoint, under the names of the trained weights beside them.
 
-    The layout is recognised. The modules in `emajit.checkpoint.layouts` describe the known ones,
-    from `LitEma` and torch's `AveragedModel` to those of diffusers, Lightning and NeMo, and what
-    `save` writes.
+    The averages are searched at any depth. The modules in `emajit.checkpoint.layouts` describe what
+    libraries write, from `LitEma` and torch's `AveragedModel` to diffusers, Lightning and NeMo.
+    Everything else is an average if its path says so, as "ema", "model_avg" or "teacher" does. The
+    trained weights are the tensors elsewhere with the same names and shapes. The prefixes of
+    wrappers (`module.`, `_orig_mod.`) are removed.
 
     Args:
         source: a file of safetensors or `torch.save`, a folder of `torch.distributed.checkpoint`,
             or the content of one. Nothing but tensors and plain containers is unpickled.
-        names: the names of the averaged parameters in order, or the model, for the layouts that
-            hold no names: those by position (diffusers, torch_ema, NeMo), a `LitEma` on its own.
+        names: the names of the averaged parameters in order, or the model, where neither the
+            averages nor the trained weights beside them tell the names: averages by position
+            (diffusers, torch_ema, NeMo), a `LitEma` on its own.
+        key: where the averages are, if the file does not tell: the keys that lead there, with dots,
+            such as "ema.module"; also a module in a state, such as "state_dict.teacher".
+        raw_key: where the trained weights are, likewise.
 
     The tensors may lie in the file, which is mapped into memory: clone those that are to outlive
     it.
 
     Raises:
-        ValueError: there is no average, or more than one; two parameters have the same flattened
-            name; `names` are missing, or too few or too many; an average has another shape than its
-            parameter; the file is broken, or holds pickled objects.
+        ValueError: there is no average, or more than one (a table of the candidates says which);
+            the trained weights may be in two places, or have other names or shapes; `names` are
+            missing, or too few or too many; the file is broken, or holds pickled objects.
         TypeError: `source` or `names` is of another type.
         OSError: the file cannot be read.
     """
+    (found,) = _found(source, names, key, raw_key)
+    return found
+
+
+def read_all(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    names: Iterable[str] | torch.nn.Module | None = None,
+) -> list[Averaged]:
+    """All averages in a checkpoint, such as those of several lengths; arguments as in `read`."""
+    return _found(source, names, None, None, several=True)
+
+
+def _found(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    names: Iterable[str] | torch.nn.Module | None,
+    key: str | None,
+    raw_key: str | None,
+    *,
+    several: bool = False,
+) -> list[Averaged]:
+    """The averages in a checkpoint: one, or `several`."""
     if isinstance(source, Mapping):
-        return _read_tree(source, names)
+        return _in_tree(source, "", names, key, raw_key, several=several)
     if not isinstance(source, str | os.PathLike):
         found = type(source).__qualname__
         raise TypeError(f"source: expected a path, or a mapping as a file holds one, found {found}")
     path = Path(source)
-    tree = _held(path)
+    tree = sources.content(path)
     try:
-        return _read_tree(tree, names)
+        return _in_tree(tree, path.name, names, key, raw_key, several=several)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _read_tree(tree: Any, names: Iterable[str] | torch.nn.Module | None) -> Averaged:
-    """The averages in the content of a file, of the shapes of the model if `names` is one."""
-    found = _recognise(tree, listed(names))
-    if isinstance(names, torch.nn.Module):
-        for name, p in names.named_parameters():
-            average = found.weights.get(name)
-            if average is not None and average.shape != p.shape:
-                expected, shape = tuple(p.shape), tuple(average.shape)
+def _in_tree(
+    tree: Any,
+    name: str,
+    names: Iterable[str] | torch.nn.Module | None,
+    key: str | None,
+    raw_key: str | None,
+    *,
+    several: bool,
+) -> list[Averaged]:
+    """The averages in the content of a file of this `name`."""
+    given = listed(names)
+    if not isinstance(tree, Mapping):
+        kind = type(tree).__qualname__
+        raise ValueError(  # noqa: TRY004, it is a broken file, not a wrong argument
+            f"expected a mapping of names, found {kind}{_pickled(tree)}"
+        )
+    held = search.parts(tree)
+    found = search.averages(tree, held)
+    if key is not None:
+        chosen = [_at(tree, found, key)]
+    elif not found and len(held) == 1 and search.marks(name):
+        reading = Reading("state", held[0].tensors, *search.told(held[0]))
+        chosen = [
+            Found(reading, held[0].name, f"the name of the file says {search.marks(name)[0]!r}")
+        ]
+    else:
+        chosen = found
+    if not chosen or (len(chosen) > 1 and not several):
+        raise ValueError(_not_one(tree, held, found))
+    others = _others(held, [*found, *chosen])
+    if raw_key is not None:
+        others = [Part((raw_key,), _tensors_at(tree, raw_key))]
+    averaged = [partners.named(each, others, given, alone=key is not None) for each in chosen]
+    used: set[int] = set()
+    for each in averaged:
+        _check_shapes(each, names)
+        used |= {id(value) for part in (each.weights, each.raw) for value in part.values()}
+    present = _check_beside(tree, used)
+    return [each._replace(others=len(present - used)) for each in averaged]
+
+
+def _at(tree: Any, found: Sequence[Found], key: str) -> Found:
+    """The average at a key, or the one below it."""
+    below = [each for each in found if _is_below(each.path, key)]
+    if len(below) == 1:
+        return below[0]._replace(why="the key was given")
+    return Found(Reading(f"state at {key}", _tensors_at(tree, key)), key, "the key was given")
+
+
+def _tensors_at(tree: Any, key: str) -> dict[str, Tensor] | list[Tensor]:
+    value = search.at(tree, key)
+    tensors: Any = tensors_of(value) if isinstance(value, Mapping) else list(value)
+    if not tensors or not all(isinstance(each, Tensor) for each in search.listed(tensors)):
+        raise ValueError(f"{key}: expected tensors there, found none")
+    return tensors  # type: ignore[no-any-return]
+
+
+def _others(held: Sequence[Part], found: Sequence[Found]) -> list[Part]:
+    """The parts that may hold trained weights, without the averages that are found in them."""
+    others: list[Part] = []
+    for part in held:
+        if not isinstance(part.tensors, dict) or search.is_marked(part):
+            continue
+        rest = part.tensors
+        for path in (each.path for each in found if _is_below(each.path, part.name)):
+            module = path[len(part.name) :].strip(".")
+            rest = {name: v for name, v in rest.items() if not _is_below(name, module)}
+        others += [part._replace(tensors=rest)] if rest else []
+    return others
+
+
+def _is_below(path: str, above: str) -> bool:
+    return not above or f"{path}.".startswith(f"{above}.")
+
+
+def _not_one(tree: Mapping[str, Any], held: Sequence[Part], found: Sequence[Found]) -> str:
+    """The error where not one average was found: a table of what may be one."""
+    if found:
+        layouts = " and ".join(dict.fromkeys(each.reading.layout for each in found))
+        count = "two" if len(found) == 2 else f"{len(found)}"
+        lines = [f"expected one average, found {count}: {layouts}"]
+    else:
+        keys = _paths.some([str(key) for key in tree])
+        reason = f"found none among {keys}{_pickled(tree)}"
+        lines = [f"expected averages in a layout that is known, or at a key that says so, {reason}"]
+    why = {each.path: f"; {each.why}" for each in found}
+    why |= {
+        each.path: f"; sigma_rel {each.reading.sigma_rel:g}"
+        for each in found
+        if each.reading.sigma_rel is not None
+    }
+    rows = [(each.path, each.values()) for each in found]
+    rows += [(part.name, part.values()) for part in held if part.name not in why]
+    for path, tensors in rows[:_SHOWN]:
+        sizes = f"{len(tensors):,} tensors, {sum(v.numel() for v in tensors):,} numbers"
+        dtypes = " and ".join(sorted({str(v.dtype).removeprefix("torch.") for v in tensors}))
+        lines.append(f"  {path or '(the file)'}: {sizes}, {dtypes}{why.get(path, '')}")
+    if len(rows) > _SHOWN:
+        lines.append(f"  and {len(rows) - _SHOWN:,} more")
+    if rows:
+        lines.append("choose one with key=PATH, on the command line --key PATH")
+    return "\n".join(lines)
+
+
+def _pickled(tree: Any) -> str:
+    """The end of an error message: the classes of pickled objects, or nothing if there is none."""
+    leaves = [tree] if isinstance(tree, Opaque) else []
+    if isinstance(tree, Mapping):
+        for _, value, _ in search.containers(tree):
+            leaves += [leaf for leaf in search.listed(value) if isinstance(leaf, Opaque)]
+    names = sorted({f"{type(leaf).__module__}.{type(leaf).__name__}" for leaf in leaves})
+    hint = "; load it where these classes are, and save a state_dict()"
+    return f", beside what is not unpickled: {_paths.some(names)}{hint}" if names else ""
+
+
+def _check_shapes(found: Averaged, names: Any) -> None:
+    """Raise ValueError for an average of another shape than its parameter, here or in a model."""
+    params = dict(names.named_parameters()) if isinstance(names, torch.nn.Module) else {}
+    for name, average in found.weights.items():
+        for part in (found.raw, params):
+            if name in part and part[name].shape != average.shape:
+                expected, shape = tuple(part[name].shape), tuple(average.shape)
                 raise ValueError(
                     f"{name!r}: expected an average of shape {expected}, found {shape}"
                 )
-    return found
 
 
-def _recognise(tree: Any, names: Names) -> Averaged:
-    """The one average that is in `tree`; ValueError for none, for two, and for a broken one."""
-    try:
-        leaves = pytree.tree_leaves(tree)
-    except RecursionError:
-        raise ValueError(
-            "expected averages in a layout that is known, found one in itself"
-        ) from None
-    if not isinstance(tree, Mapping):
-        found_type = type(tree).__qualname__
-        raise ValueError(  # noqa: TRY004, it is a broken file, not a wrong argument
-            f"expected a mapping of names, found {found_type}{_pickled(leaves)}"
-        )
-    try:
-        candidates = [layout.read(tree, names) for layout in LAYOUTS if layout.read is not None]
-        found = [averaged for averaged in candidates if averaged is not None]
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-        raise ValueError(f"expected averages in a layout that is known, found {error!r}") from None
-    if not found:
-        keys = _paths.some([str(key) for key in tree])
-        raise ValueError(
-            "expected averages in a layout that is known, found none among "
-            f"{keys}{_pickled(leaves)}"
-        )
-    if len(found) > 1:
-        layouts = " and ".join([averaged.layout for averaged in found])
-        raise ValueError(f"expected one average, found two: {layouts}")
-    _check_values(found[0])
-    used = {id(value) for part in (found[0].weights, found[0].raw) for value in part.values()}
-    held = {id(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
-    _check_beside(tree, used)
-    return found[0]._replace(others=len(held - used))
-
-
-def _pickled(leaves: Sequence[Any]) -> str:
-    """The end of an error message: the classes of pickled objects, or nothing if there is none."""
-    kinds = {type(leaf) for leaf in leaves if isinstance(leaf, Opaque)}
-    names = sorted(f"{kind.__module__}.{kind.__name__}" for kind in kinds)
-    return f", beside what is not unpickled: {_paths.some(names)}" if names else ""
-
-
-def _check_values(found: Averaged) -> None:
-    broken = [name for name, value in found.weights.items() if not isinstance(value, Tensor)]
-    if broken:
-        raise ValueError(f"{found.layout}: expected tensors, found others at {broken[:5]}")
-    for what, kind, value in (("step", int, found.step), ("decay", int | float, found.decay)):
-        if not isinstance(value, kind | None):
-            told = type(value).__qualname__
-            raise ValueError(  # noqa: TRY004, it is a broken file, not a wrong argument
-                f"{found.layout}: {what}: expected a number, found {told}"
-            )
-    for name in found.weights.keys() & found.raw.keys():
-        expected, shape = (tuple(part[name].shape) for part in (found.raw, found.weights))
-        if shape != expected:
-            raise ValueError(f"{name!r}: expected an average of shape {expected}, found {shape}")
-
-
-def _check_beside(tree: Any, used: set[int]) -> None:
-    """Raise ValueError for a pickled object in a mapping that holds a used tensor."""
-    if not isinstance(tree, Mapping):
-        return
-    opaque = [
-        key
-        for key, value in tree.items()
-        if isinstance(value, Opaque) and not str(key).endswith("_extra_state")
-    ]
-    if opaque and any(id(value) in used for value in tree.values()):
-        found = type(tree[opaque[0]]).__name__
-        raise ValueError(f"{opaque[0]!r}: expected a tensor, found a pickled {found}")
-    for value in tree.values():
-        _check_beside(value, used)
-
-
-def _held(path: Path) -> Any:
-    """The content of a file or a folder, as nested mappings."""
-    if (path / ".metadata").is_file():
-        return _of_folder(path)
-    if path.is_dir():
-        expected = "expected a file, or a folder of torch.distributed.checkpoint, found another"
-        raise IsADirectoryError(errno.EISDIR, expected, str(path))
-    if not files.is_safetensors(path):
-        return files.load_torch(path)
-    with files.opened(path) as file:
-        header = file.metadata() or {}
-        if KEY not in header:
-            names = file.keys()
-            held = {name: _apart(files.tensor(path, file, name)) for name in names}
-            _tie(path, held, header.get(TIED, "{}"))
-            return held
-        saved = Saved(path, file)
-        shadow = {name: _apart(saved.read(name)) for name in saved.names()}
-        return {"shadow": shadow, "step": saved.record.step}
-
-
-def _tie(path: Path, held: dict[str, Tensor], ties: str) -> None:
-    """Tie the tensors that a header tells were tied, if they still have the same numbers."""
-    try:
-        for name, other in json.loads(ties).items():
-            if torch.equal(held[name], held[other]):
-                held[name] = held[other]
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-        raise ValueError(f"{path}: expected names that are tied, found {ties:.200}") from None
-
-
-def _apart(tensor: Tensor) -> Tensor:
-    """`tensor`, or a new one if it is empty.
-
-    An empty tensor in a file has the address of the next tensor, which `torch.save` refuses.
-    """
-    return tensor if tensor.numel() else torch.empty_like(tensor)
-
-
-def _of_folder(path: Path) -> dict[str, Any]:
-    from emajit.checkpoint import sharded  # noqa: PLC0415, half a second for this alone
-
-    folder = sharded.Folder(path)
-    held: dict[str, Any] = {
-        key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in folder.forms.items()
-    }
-    folder.read_into(held, alone=True)
-    if (path / "meta.pt").is_file():  # Lightning keeps there what is not sharded
-        return {
-            **files.load_torch(path / "meta.pt"),
-            "state_dict": _names.below("state_dict.", held),
-        }
-    shadow = _names.below(SHADOW, held)
-    return {"shadow": shadow, "step": held["step"]} if shadow and "step" in held else held
+def _check_beside(tree: Any, used: set[int]) -> set[int]:
+    """The ids of all tensors; ValueError for a pickled object in a mapping with a used tensor."""
+    present = set()
+    for _, value, _ in search.containers(tree):
+        leaves = search.listed(value)
+        here = {id(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
+        present |= here
+        if isinstance(value, Mapping) and not used.isdisjoint(here):
+            for key, leaf in value.items():
+                if isinstance(leaf, Opaque) and not str(key).endswith("_extra_state"):
+                    kind = type(leaf).__name__
+                    raise ValueError(f"{key!r}: expected a tensor, found a pickled {kind}")
+    return present

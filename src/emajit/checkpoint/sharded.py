@@ -114,6 +114,8 @@ class Folder:
             key: (tuple(entry.size), entry.properties.dtype)
             for key, entry in self._reader.tensors.items()
         }
+        # The keys of the containers that each tensor was in when it was saved.
+        self.places: dict[str, tuple[Any, ...]] = self._reader.index.planner_data or {}
 
     def read_into(self, tensors: dict[str, Any], *, alone: bool = False) -> None:
         """Fill tensors, under their keys here; of a DTensor each process its shard.

@@ -23,7 +23,7 @@ _MODULES = (  # the command shows the layouts in this order
     "native_lightning",
     "lightning",
     "nemo",
-    "d2go",
+    "edm2",
     "mmengine",
     "composer",
     "torchtitan",

@@ -7,23 +7,29 @@ from typing import Any
 
 import torch
 
+from emajit import _names
 from emajit.checkpoint.averaged import (
     Averaged,
     Layout,
     Names,
+    Reading,
     Writer,
+    prefixes,
     required,
     step_of,
-    tensors_below,
     tensors_of,
 )
 
 
-def _read(tree: Mapping[str, Any], _: Names) -> Averaged | None:
+def _read(tree: Mapping[str, Any]) -> list[Reading]:
     state = tensors_of(tree)
-    if "n_averaged" not in state:
-        return None
-    return Averaged(tensors_below("module.", state), "AveragedModel", step_of(state["n_averaged"]))
+    found = []
+    for prefix in prefixes(state, "n_averaged"):
+        averages = _names.below(f"{prefix}module.", state)
+        if averages:  # else it is only the count, as Lightning keeps it
+            step = step_of(state[f"{prefix}n_averaged"])
+            found.append(Reading("AveragedModel", averages, step, path=f"{prefix}module"))
+    return found
 
 
 def _state(averaged: Averaged, _: Names) -> dict[str, Any]:

@@ -8,20 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from emajit.checkpoint.averaged import Averaged, Layout, Names, completed, tensors_of
+from emajit.checkpoint.averaged import Layout, Reading, tensors_of
 
 
-def _read(tree: Mapping[str, Any], _: Names) -> Averaged | None:
-    state = tree.get("state", tree)
-    algorithms = dict(state.get("algorithms", {})) if isinstance(state, Mapping) else {}
+def _read(tree: Mapping[str, Any]) -> list[Reading]:
+    algorithms = dict(tree["algorithms"]) if "algorithms" in tree else {}
     if "EMA" not in algorithms:
-        return None
-    ema, model = algorithms["EMA"], tensors_of(state.get("model", {}))
+        return []
+    ema, model = algorithms["EMA"], tensors_of(tree.get("model", {}))
     aside = {**ema["ema_model"]["named_parameters_dict"]}
     aside |= ema["ema_model"].get("named_buffers_dict", {})
-    if ema["ema_weights_active"]:
-        return Averaged(model, "Composer", raw=aside)
-    return completed(aside, model, "Composer")
+    averages, raw = (model, aside) if ema["ema_weights_active"] else (aside, model)
+    return [Reading("Composer", averages, raw=raw)]
 
 
 LAYOUT = Layout(_read)

@@ -8,22 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from emajit.checkpoint.averaged import (
-    Averaged,
-    Layout,
-    Names,
-    Writer,
-    by_position,
-    in_order,
-    required,
-)
+from emajit.checkpoint.averaged import Averaged, Layout, Names, Reading, Writer, in_order, required
 
 
-def _read(tree: Mapping[str, Any], names: Names) -> Averaged | None:
+def _read(tree: Mapping[str, Any]) -> list[Reading]:
     if not {"shadow_params", "optimization_step"} <= tree.keys():
-        return None
-    weights = by_position("diffusers EMAModel", tree["shadow_params"], names)
-    return Averaged(weights, "diffusers EMAModel", tree["optimization_step"], tree.get("decay"))
+        return []
+    step, decay = tree["optimization_step"], tree.get("decay")
+    return [Reading("diffusers EMAModel", tree["shadow_params"], step, decay)]
 
 
 def _state(averaged: Averaged, names: Names) -> dict[str, Any]:

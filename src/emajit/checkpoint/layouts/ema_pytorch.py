@@ -12,35 +12,33 @@ from typing import Any
 
 import torch
 
+from emajit import _names
 from emajit.checkpoint.averaged import (
     Averaged,
     Layout,
     Names,
+    Reading,
     Writer,
+    prefixes,
     required,
     step_of,
-    tensors_below,
     tensors_of,
 )
 
 
-def _read(tree: Mapping[str, Any], _: Names) -> Averaged | None:
+def _read(tree: Mapping[str, Any]) -> list[Reading]:
     state = tensors_of(tree)
-    several = sorted({key.split(".")[1] for key in state if key.startswith("ema_models.")})
-    if len(several) > 1:
-        raise ValueError(
-            f"ema-pytorch: expected one average, found {len(several)} below 'ema_models.'; pass "
-            "those below one of them"
-        )
-    if several:
-        state = tensors_below(f"ema_models.{several[0]}.", state)
-    if not {"initted", "step"} <= state.keys():
-        return None
-    # A float16 step is rounded, and infinite from 65520 on.
-    step = None if state["step"].is_floating_point() else step_of(state["step"])
-    online = any(key.startswith("online_model.") for key in state)
-    raw = tensors_below("online_model.", state) if online else {}
-    return Averaged(tensors_below("ema_model.", state), "ema-pytorch", step, raw=raw)
+    found = []
+    for prefix in prefixes(state, "initted", "step"):
+        averages = _names.below(f"{prefix}ema_model.", state)
+        if not averages:
+            raise ValueError(f"ema-pytorch: expected averages below {prefix}ema_model, found none")
+        step = state[f"{prefix}step"]
+        # A float16 step is rounded, and infinite from 65520 on.
+        taken = None if step.is_floating_point() else step_of(step)
+        raw = _names.below(f"{prefix}online_model.", state) or None
+        found.append(Reading("ema-pytorch", averages, taken, raw=raw, path=f"{prefix}ema_model"))
+    return found
 
 
 def _state(averaged: Averaged, _: Names) -> dict[str, Any]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from emajit.checkpoint.averaged import Averaged, Layout, Names, step_of, tensors_of
+from emajit.checkpoint.averaged import Layout, Reading, step_of, tensors_of
 
 
-def _read(tree: Mapping[str, Any], _: Names) -> Averaged | None:
+def _read(tree: Mapping[str, Any]) -> list[Reading]:
     if "current_model_state" not in tree:
-        return None
+        return []
     step = step_of(tree.get("averaging_state", {}).get("n_averaged"))
-    raw = tensors_of(tree["current_model_state"])
-    return Averaged(tensors_of(tree["state_dict"]), "Lightning weight averaging", step, raw=raw)
+    averages, raw = (tensors_of(tree[key]) for key in ("state_dict", "current_model_state"))
+    return [Reading("Lightning weight averaging", averages, step, raw=raw, path="state_dict")]
 
 
 LAYOUT = Layout(_read)

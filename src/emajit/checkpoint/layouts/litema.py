@@ -15,14 +15,14 @@ from torch import Tensor
 
 from emajit import _controls, _names
 from emajit.checkpoint.averaged import (
-    NO_NAMES,
     Averaged,
     Layout,
     Names,
+    Reading,
     State,
     Writer,
     averages_of,
-    completed,
+    prefixes,
     required,
     step_of,
     tensors_of,
@@ -31,44 +31,33 @@ from emajit.checkpoint.averaged import (
 CONTROLS = "model_ema.decay", "model_ema.num_updates"
 
 
-def _read(tree: Mapping[str, Any], names: Names) -> Averaged | None:
-    state = tensors_of(tree.get("state_dict", tree))
-    prefixes = [
-        key.removesuffix("num_updates")
-        for key in state
-        if key.rpartition(".")[2] == "num_updates"
-        and key.removesuffix("num_updates") + "decay" in state
-    ]
-    if not prefixes:
-        return None
-    if len(prefixes) > 1:
-        raise ValueError(f"expected one LitEma, found several: {prefixes}")
-    prefix = prefixes[0]
-    flat = _names.below(prefix, state)
-    held_decay, held_updates = flat.pop("decay"), flat.pop("num_updates")
-    if not flat:
-        raise ValueError(f"LitEma: expected averages beside {prefix}decay, found none")
-    # 16 bits round a decay of 0.9999 to 1.
-    is_exact = min(held_decay.dtype.itemsize, held_updates.dtype.itemsize) >= 4
-    updates = step_of(held_updates) if is_exact else None
-    step = None if updates is None or updates < 0 else updates
-    decay = _controls.decimal(float(held_decay)) if is_exact else None
-    layout = f"LitEma at {prefix.rstrip('.')}" if prefix else "LitEma"
-    raw = {key: v for key, v in state.items() if not key.startswith(prefix)} if prefix else {}
-    if raw:
-        return completed(_renamed(flat, _names_from(flat, raw)), raw, layout, step, decay)
-    averaged = names.parameters and [*names.parameters, *names.buffers]
-    if averaged is None:
-        raise ValueError(f"LitEma: expected names, which its keys do not tell, {NO_NAMES}")
-    full = _unflattened(flat, {name: name for name in averaged})
-    return Averaged(_renamed(flat, full), layout, step, decay)
+def _read(tree: Mapping[str, Any]) -> list[Reading]:
+    if "shadow_params" in tree:  # of another library, which has the same controls
+        return []
+    state = tensors_of(tree)
+    found = []
+    for prefix in prefixes(state, "num_updates", "decay"):
+        flat = _names.below(prefix, state)
+        held_decay, held_updates = flat.pop("decay"), flat.pop("num_updates")
+        if not flat:
+            raise ValueError(f"LitEma: expected averages beside {prefix}decay, found none")
+        # 16 bits round a decay of 0.9999 to 1.
+        is_exact = min(held_decay.dtype.itemsize, held_updates.dtype.itemsize) >= 4
+        updates = step_of(held_updates) if is_exact else None
+        step = None if updates is None or updates < 0 else updates
+        decay = _controls.decimal(float(held_decay)) if is_exact else None
+        module = prefix.rstrip(".")
+        layout = f"LitEma at {module}" if module else "LitEma"
+        raw = {key: v for key, v in state.items() if not key.startswith(prefix)}
+        found.append(Reading(layout, flat, step, decay, raw or None, flat=True, path=module))
+    return found
 
 
-def _renamed(flat: State, full: Mapping[str, str]) -> dict[str, Tensor]:
+def renamed(flat: State, full: Mapping[str, str]) -> dict[str, Tensor]:
     return {full[key]: average for key, average in flat.items()}
 
 
-def _names_from(flat: State, raw: State) -> dict[str, str]:
+def names_from(flat: State, raw: State) -> dict[str, str]:
     """Map each key of a LitEma to the name of its parameter in `raw`.
 
     The averaged module is the whole model or one module in it: all names share a prefix.
@@ -84,12 +73,12 @@ def _names_from(flat: State, raw: State) -> dict[str, str]:
     for prefix in sorted(prefixes):
         below = {name.removeprefix(prefix): name for name in raw if name.startswith(prefix)}
         try:
-            found.append(_unflattened(flat, below))
+            found.append(unflattened(flat, below))
         except _AmbiguityError:
             raise
         except ValueError as error:
             errors.append(error)
-    if len(found) == 1:
+    if found and all(each == found[0] for each in found):  # with and without a wrapper
         return found[0]
     if errors and not found:
         raise errors[0]
@@ -100,7 +89,7 @@ class _AmbiguityError(ValueError):
     """A module that may be the averaged one, so that no other may be taken for it."""
 
 
-def _unflattened(flat: State, names: Mapping[str, str]) -> dict[str, str]:
+def unflattened(flat: State, names: Mapping[str, str]) -> dict[str, str]:
     """Map each key of a LitEma to a full name.
 
     `names` maps the names within the averaged module to the full ones. Where two names differ only

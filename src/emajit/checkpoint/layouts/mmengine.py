@@ -8,22 +8,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from emajit.checkpoint.averaged import (
-    Averaged,
-    Layout,
-    Names,
-    step_of,
-    tensors_below,
-    tensors_of,
-)
+from emajit.checkpoint.averaged import Layout, Reading, step_of, tensors_below, tensors_of
 
 
-def _read(tree: Mapping[str, Any], _: Names) -> Averaged | None:
-    if "ema_state_dict" not in tree:
-        return None
+def _read(tree: Mapping[str, Any]) -> list[Reading]:
+    if "ema_state_dict" not in tree or not _is_of_mmengine(tree):
+        return []
     step = step_of(tree["ema_state_dict"].get("steps"))
     raw = tensors_below("module.", tensors_of(tree["ema_state_dict"]))
-    return Averaged(tensors_of(tree["state_dict"]), "mmengine", step, raw=raw)
+    return [Reading("mmengine", tensors_of(tree["state_dict"]), step, raw=raw, path="state_dict")]
+
+
+def _is_of_mmengine(tree: Mapping[str, Any]) -> bool:
+    """Others have averages in `ema_state_dict`: what swaps must show marks of its own."""
+    meta = tree.get("meta")
+    told = isinstance(meta, Mapping) and "mmengine_version" in meta
+    return told or "message_hub" in tree or "steps" in tree["ema_state_dict"]
 
 
 LAYOUT = Layout(_read)

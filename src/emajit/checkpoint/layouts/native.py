@@ -9,15 +9,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from emajit import _paths
-from emajit.checkpoint.averaged import Averaged, Layout, Names, check_unique, step_of
+from emajit.checkpoint.averaged import Layout, Reading, check_unique, step_of
 
 
-def _read(tree: Mapping[str, Any], _: Names) -> Averaged | None:
+def _read(tree: Mapping[str, Any]) -> list[Reading]:
     if not {"shadow", "step"} <= tree.keys():
-        return None
+        return []
     named = _paths.named_leaves("shadow", tree["shadow"])
     check_unique("emajit", [name for _, name, _ in named])
-    return Averaged({name: leaf for _, name, leaf in named}, "emajit", step_of(tree["step"]))
+    averages = {name: leaf for _, name, leaf in named}
+    return [Reading("emajit", averages, step_of(tree["step"]), path="shadow")]
 
 
 LAYOUT = Layout(_read)

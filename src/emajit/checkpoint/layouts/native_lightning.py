@@ -9,17 +9,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from emajit import _names
-from emajit.checkpoint.averaged import Averaged, Layout, Names, completed, step_of, tensors_of
+from emajit.checkpoint.averaged import Layout, Reading, step_of, tensors_of
 
 
-def _read(tree: Mapping[str, Any], _: Names) -> Averaged | None:
+def _read(tree: Mapping[str, Any]) -> list[Reading]:
     if "emajit" not in tree:
-        return None
+        return []
     ours = tree["emajit"]
     raw = tensors_of(tree["state_dict"]) | tensors_of(ours.get("raw", {}))
     partners = _names.match(raw, ours["shadow"])
     averages = {partners.get(name, name): v for name, v in tensors_of(ours["shadow"]).items()}
-    return completed(averages, raw, "emajit in Lightning", step_of(ours["step"]))
+    step = step_of(ours["step"])
+    return [Reading("emajit in Lightning", averages, step, raw=raw, path="emajit.shadow")]
 
 
 LAYOUT = Layout(_read)

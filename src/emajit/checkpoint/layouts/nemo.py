@@ -5,18 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from emajit.checkpoint.averaged import Averaged, Layout, Names, by_position
+from emajit.checkpoint.averaged import Layout, Reading
 
 
-def _read(tree: Mapping[str, Any], names: Names) -> Averaged | None:
-    states = tree.get("optimizer_states", [tree])
-    found = [s for s in states if isinstance(s, Mapping) and {"ema", "current_step"} <= s.keys()]
-    if not found:
-        return None
-    if len(found) > 1:
-        raise ValueError(f"NeMo: expected one average, found {len(found)} optimizers with one")
-    weights = by_position("NeMo", found[0]["ema"], names)
-    return Averaged(weights, "NeMo", found[0]["current_step"], found[0].get("decay"))
+def _read(tree: Mapping[str, Any]) -> list[Reading]:
+    if not {"ema", "current_step"} <= tree.keys():
+        return []
+    return [Reading("NeMo", tree["ema"], tree["current_step"], tree.get("decay"), path="ema")]
 
 
 LAYOUT = Layout(_read)

@@ -5,30 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
-from emajit.checkpoint.averaged import (
-    Averaged,
-    Layout,
-    Names,
-    State,
-    Writer,
-    tensors_below,
-    tensors_of,
-)
+from emajit.checkpoint.averaged import Averaged, Layout, Names, Reading, Writer, tensors_of
 
 
-def _read(tree: Mapping[str, Any], _: Names) -> Averaged | None:
+def _read(tree: Mapping[str, Any]) -> list[Reading]:
     if "state_dict_ema" not in tree:
-        return None
-    raw = _unwrapped(tensors_of(tree.get("state_dict", {})))
-    return Averaged(_unwrapped(tensors_of(tree["state_dict_ema"])), "timm", raw=raw)
-
-
-def _unwrapped(state: State) -> dict[str, Tensor]:
-    """`state` without the prefix `module.`, if all of its names have it."""
-    is_wrapped = bool(state) and all(key.startswith("module.") for key in state)
-    return tensors_below("module.", state) if is_wrapped else dict(state)
+        return []
+    return [Reading("timm", tensors_of(tree["state_dict_ema"]), path="state_dict_ema")]
 
 
 def _state(averaged: Averaged, _: Names) -> dict[str, Any]:

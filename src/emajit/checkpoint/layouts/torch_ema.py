@@ -5,22 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from emajit.checkpoint.averaged import (
-    Averaged,
-    Layout,
-    Names,
-    Writer,
-    by_position,
-    in_order,
-    required,
-)
+from emajit.checkpoint.averaged import Averaged, Layout, Names, Reading, Writer, in_order, required
 
 
-def _read(tree: Mapping[str, Any], names: Names) -> Averaged | None:
+def _read(tree: Mapping[str, Any]) -> list[Reading]:
     if not {"shadow_params", "num_updates"} <= tree.keys():
-        return None
-    weights = by_position("torch_ema", tree["shadow_params"], names)
-    return Averaged(weights, "torch_ema", tree["num_updates"], tree.get("decay"))
+        return []
+    return [Reading("torch_ema", tree["shadow_params"], tree["num_updates"], tree.get("decay"))]
 
 
 def _state(averaged: Averaged, names: Names) -> dict[str, Any]:

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from emajit.checkpoint.averaged import Averaged, Layout, Names
+from emajit.checkpoint.averaged import Layout, Reading
 
 
-def _read(tree: Mapping[str, Any], _: Names) -> Averaged | None:
+def _read(tree: Mapping[str, Any]) -> list[Reading]:
     begin, end = "state.", ".ema_params"
     keys = [key for key in map(str, tree) if key.startswith(begin) and key.endswith(end)]
-    if not keys:
-        return None
-    weights = {key.removeprefix(begin).removesuffix(end): tree[key] for key in keys}
-    return Averaged(weights, "torchtitan")
+    averages = {key.removeprefix(begin).removesuffix(end): tree[key] for key in keys}
+    return [Reading("torchtitan", averages)] if averages else []
 
 
 LAYOUT = Layout(_read)

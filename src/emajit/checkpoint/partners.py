@@ -1,0 +1,224 @@
+"""The names of averages: those of the trained weights beside them.
+
+A partner of an average is a part of the file that has the same names and shapes, once the prefixes
+of wrappers and of the modules around it are gone. Averages without names fit where their shapes
+are, in order, those of parameters, in one way only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from emajit import _alias, _names
+from emajit.checkpoint.averaged import NO_NAMES, Averaged, Names, State, by_position, completed
+from emajit.checkpoint.layouts.litema import names_from, renamed, unflattened
+from emajit.checkpoint.search import Found, Part, trained_names
+
+_BUFFERS = {"num_batches_tracked", "running_mean", "running_var"}
+
+
+class Partner(NamedTuple):
+    """Trained weights under the names that they get, and averages of some of them."""
+
+    path: str
+    raw: dict[str, Tensor]
+    averages: dict[str, Tensor]
+
+    def misfits(self) -> list[str]:
+        """The names of averages of another shape than the trained weights."""
+        raw = self.raw
+        return [name for name, v in self.averages.items() if _shape(v) != raw[name].shape]
+
+
+def named(found: Found, others: Sequence[Part], names: Names, *, alone: bool = False) -> Averaged:
+    """An average, under the names of the trained weights, which are in one of `others`.
+
+    Given `names` name an average that has none. It may be `alone` in a file with other weights.
+    Raises ValueError where it fits more than one of the others, or none.
+    """
+    reading = found.reading
+    averages: Any = reading.averages
+    rest = (reading.layout, reading.step, reading.decay)
+    if reading.raw is not None:
+        if reading.flat:
+            averages = renamed(averages, names_from(averages, reading.raw))
+        return _described(completed(dict(averages), reading.raw, *rest), found)
+    is_named = isinstance(averages, Mapping) and not reading.flat
+    if names.parameters is not None and not is_named:
+        if reading.flat:
+            full = [*names.parameters, *names.buffers]
+            averages = renamed(averages, unflattened(averages, {name: name for name in full}))
+        else:
+            averages = by_position(reading.layout, averages, names)
+        is_named = alone = True
+    fit = _by_name if is_named else _by_flat_name if reading.flat else _by_position
+    partner = _one(found, [each for part in others for each in fit(averages, part)], alone=alone)
+    if partner is not None:
+        done = completed(partner.averages, partner.raw, *rest)
+        return _described(done, found, partner.path)
+    if not is_named:
+        reason = "which its keys do not tell" if reading.flat else "since its averages have none"
+        raise ValueError(f"{reading.layout}: expected names, {reason}, {NO_NAMES}")
+    if not alone and any(value.ndim for part in others for value in part.values()):
+        raise ValueError(
+            f"{found.path}: expected trained weights of the same names beside it, found others"
+        )
+    return _described(Averaged(dict(averages), *rest), found)
+
+
+def _described(averaged: Averaged, found: Found, raw_path: str = "") -> Averaged:
+    """With the places in the file, and without the prefixes of wrappers."""
+    bare = _names.unwrapped({**averaged.raw, **averaged.weights})
+    return averaged._replace(
+        weights={bare[name]: v for name, v in averaged.weights.items()},
+        raw={bare[name]: v for name, v in averaged.raw.items()},
+        raw_only=tuple(bare[name] for name in averaged.raw_only),
+        path=found.path,
+        raw_path=raw_path,
+        why=found.why,
+        sigma_rel=found.reading.sigma_rel,
+    )
+
+
+def _one(found: Found, partners: Sequence[Partner], *, alone: bool) -> Partner | None:
+    """The partner that fits, or None; ValueError if several do, or one but for its shapes."""
+    fitting = [partner for partner in partners if not partner.misfits()]
+    if partners and not fitting:
+        if alone:
+            return None
+        name = partners[0].misfits()[0]
+        expected, shape = (tuple(part[name].shape) for part in partners[0][1:])
+        raise ValueError(f"{name!r}: expected an average of shape {expected}, found {shape}")
+    distinct: dict[frozenset[int], Partner] = {}
+    for partner in fitting:
+        key = frozenset(id(partner.raw[name]) for name in partner.averages)
+        if key not in distinct or len(partner.path) > len(distinct[key].path):
+            distinct[key] = partner
+    several = [*distinct.values()]
+    if len(several) > 1:
+        keys = found.path.split(".")
+        of_its_name = {
+            ".".join([*keys[:i], other])
+            for i, key in enumerate(keys)
+            for other in trained_names(key)
+        }
+        called = [p for p in several if any(f"{p.path}.".startswith(f"{n}.") for n in of_its_name)]
+        several = called if len(called) == 1 else several
+    if len(several) > 1:
+        places = " and ".join([repr(partner.path) for partner in several])
+        raise ValueError(
+            f"{found.path}: expected trained weights in one place, found them at {places}; choose "
+            "with raw_key=PATH, on the command line --raw-key PATH"
+        )
+    return several[0] if several else None
+
+
+def _by_name(averages: State, part: Part) -> list[Partner]:
+    if not isinstance(part.tensors, dict):
+        return []
+    raw, own = (_bare(tensors) for tensors in (part.tensors, averages))
+    while True:
+        longest = max(own, key=len)
+        prefixes = [
+            name.removesuffix(longest) for name in raw if f".{name}".endswith(f".{longest}")
+        ]
+        trained = [(prefix, _names.below(prefix, raw)) for prefix in prefixes]
+        found = [
+            Partner(_place(part, prefix), below, own)
+            for prefix, below in trained
+            if own.keys() <= below.keys()
+        ]
+        around = _common_module(own)
+        if found or not around:
+            return found
+        own = _names.below(around, own)
+
+
+def _by_flat_name(averages: State, part: Part) -> list[Partner]:
+    if not isinstance(part.tensors, dict):
+        return []
+    raw = _bare(part.tensors)
+    try:
+        full = renamed(averages, names_from(averages, raw))
+    except ValueError:  # the names do not fit, or there are none
+        return []
+    around = _common_module(raw)
+    return [Partner(_place(part, around), *(_names.below(around, each) for each in (raw, full)))]
+
+
+def _by_position(averages: Sequence[Tensor], part: Part) -> list[Partner]:
+    """In the order of the parameters: buffers that are known, and tied names, are left out."""
+    if not isinstance(part.tensors, dict):
+        return []
+    raw = _bare(part.tensors)
+    tied = _alias.ties(raw)
+    names = [
+        name
+        for name, value in raw.items()
+        if value.is_floating_point()
+        and name not in tied
+        and name.rpartition(".")[2] not in _BUFFERS
+    ]
+    wanted, held = [_shape(average) for average in averages], [raw[name].shape for name in names]
+    first = _places(wanted, held)
+    if first is None:
+        return []
+    last = [len(held) - 1 - i for i in reversed(_places(wanted[::-1], held[::-1]) or [])]
+    if first != last:
+        i = next(i for i, (a, b) in enumerate(zip(first, last, strict=True)) if a != b)
+        raise ValueError(
+            f"expected averages of all parameters at {part.name!r}, or of some whose shapes tell "
+            f"which; found {len(wanted)} for {len(held)}, and the one at {i} may be that of "
+            f"{names[first[i]]!r} or of {names[last[i]]!r}; pass names=model, on the command line "
+            "--names FILE"
+        )
+    around = _common_module(raw)
+    full = {names[i]: average for i, average in zip(first, averages, strict=True)}
+    return [Partner(_place(part, around), *(_names.below(around, each) for each in (raw, full)))]
+
+
+def _places(wanted: Iterable[Any], held: Sequence[Any]) -> list[int] | None:
+    """The first places in `held` that have the elements of `wanted`, in order; None without.
+
+    >>> _places("bd", "abcbd"), _places("db", "abcbd")
+    ([1, 4], None)
+    """
+    places: list[int] = []
+    following = iter(enumerate(held))
+    for each in wanted:
+        place = next((i for i, other in following if other == each), None)
+        if place is None:
+            return None
+        places.append(place)
+    return places
+
+
+def _bare(tensors: State) -> dict[str, Tensor]:
+    bare = _names.unwrapped(tensors)
+    return {bare[name]: value for name, value in tensors.items()}
+
+
+def _common_module(names: Iterable[str]) -> str:
+    """The module that all names are below, with its dot; "" for none.
+
+    >>> _common_module(["a.b.w", "a.b.c.w"]), _common_module(["a.w", "b.w"])
+    ('a.b.', '')
+    """
+    modules = [name.split(".")[:-1] for name in names]
+    common = []
+    for level in zip(*modules, strict=False):
+        if len(set(level)) > 1:
+            break
+        common.append(level[0])
+    return ".".join([*common, ""]) if common else ""
+
+
+def _place(part: Part, module: str) -> str:
+    return ".".join([*part.path, *([module.rstrip(".")] if module else [])])
+
+
+def _shape(value: Any) -> Any:
+    return value.shape if isinstance(value, Tensor) else None

@@ -1,0 +1,154 @@
+"""The content of a checkpoint, a file or a folder, as nested mappings of tensors."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emajit import _names
+from emajit.checkpoint import files
+from emajit.checkpoint.saved import KEY, SHADOW, TIED, Saved
+
+SUFFIXES = ".safetensors", ".bin", ".ckpt", ".pkl", ".pt", ".pth"
+_INDEX = ".index.json"
+# Files beside a model that hold no weights, by their first word.
+_NOT_MODELS = re.compile(r"(optimizer|scheduler|scaler|sampler|rng|random|training_args)")
+_OF_ZERO = "zero_pp_rank_*_optim_states.pt", "*/zero_pp_rank_*_optim_states.pt"
+
+
+def content(path: Path) -> Any:
+    """What a file holds, or a folder: of its files and folders each under its name.
+
+    Raises ValueError, with the path, for what is broken, and OSError for what cannot be read.
+    """
+    if (path / ".metadata").is_file():
+        return _of_shards(path)
+    if path.is_dir():
+        held = _of_folder(path)
+        if not held:
+            expected = (
+                "expected a file, or a folder of torch.distributed.checkpoint or of files of "
+                "weights, found another"
+            )
+            raise IsADirectoryError(errno.EISDIR, expected, str(path))
+        return held
+    if not files.is_safetensors(path):
+        return files.load_torch(path)
+    with files.opened(path) as file:
+        header = file.metadata() or {}
+        if any('"crc32"' in told for key, told in header.items() if key != KEY):
+            raise ValueError(f"{path}: expected the record of its step at {KEY!r}, found another")
+        if KEY not in header:
+            held = {name: _apart(files.tensor(path, file, name)) for name in file.keys()}  # noqa: SIM118
+            _tie(path, held, header.get(TIED, "{}"))
+            return held
+        saved = Saved(path, file)
+        shadow = {name: _apart(saved.read(name)) for name in saved.names()}
+        return {"shadow": shadow, "step": saved.record.step}
+
+
+def _of_folder(path: Path, depth: int = 2) -> dict[str, Any]:
+    """The files of weights in a folder, under their names; what config.json tells; and folders."""
+    if any(any(path.glob(pattern)) for pattern in _OF_ZERO):
+        return _of_zero(path)
+    names = sorted(each.name for each in path.iterdir() if each.is_file())
+    held: dict[str, Any] = {}
+    for index in [name for name in names if name.endswith(_INDEX)]:
+        shards = _shards_of(path / index)
+        names = [name for name in names if name not in shards]
+        stem = index.removesuffix(_INDEX).rpartition(".")[0]
+        held[stem] = {k: v for shard in shards for k, v in content(path / shard).items()}
+    if "model.safetensors" in names:  # the same weights, as transformers may write them too
+        names = [name for name in names if name != "pytorch_model.bin"]
+    for name in names:
+        if name.endswith(SUFFIXES) and not _NOT_MODELS.match(name):
+            held[name.rpartition(".")[0]] = content(path / name)
+    for folder in sorted(each for each in path.iterdir() if each.is_dir()) if depth else ():
+        inner = _of_shards(folder) if (folder / ".metadata").is_file() else None
+        if inner := inner or _of_folder(folder, depth - 1):
+            held[folder.name] = inner
+    if held and "config.json" in names:  # where diffusers keeps the state of an `EMAModel`
+        told = _told(path / "config.json")
+        held |= {k: v for k, v in told.items() if isinstance(v, int | float) and k not in held}
+    return held
+
+
+def _told(path: Path) -> Mapping[str, Any]:
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected a file of JSON, found {error}") from None
+    return told if isinstance(told, Mapping) else {}
+
+
+def _shards_of(index: Path) -> list[str]:
+    """The files that an index names; ValueError if one of them is missing or elsewhere."""
+    places = _told(index).get("weight_map")
+    if not isinstance(places, Mapping) or not all(isinstance(v, str) for v in places.values()):
+        raise ValueError(f"{index}: expected a file for each weight, found none")
+    shards = sorted(set(places.values()))
+    for shard in shards:
+        if Path(shard).name != shard or not (index.parent / shard).is_file():
+            raise ValueError(f"{index}: expected its files beside it, found none at {shard}")
+    return shards
+
+
+def _of_zero(path: Path) -> dict[str, Any]:
+    """The weights in a folder of DeepSpeed, put together by its own converter."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ValueError(
+            f"{path}: expected whole weights, found the shards of DeepSpeed's ZeRO; put them "
+            "together first, with the zero_to_fp32.py in the folder, or install deepspeed"
+        )
+    from deepspeed.utils import zero_to_fp32  # type: ignore[import-not-found]  # noqa: PLC0415
+
+    return {"model": zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(path))}
+
+
+def _tie(path: Path, held: dict[str, Tensor], ties: str) -> None:
+    """Tie the tensors that a header tells were tied, if they still have the same numbers."""
+    try:
+        for name, other in json.loads(ties).items():
+            if torch.equal(held[name], held[other]):
+                held[name] = held[other]
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        raise ValueError(f"{path}: expected names that are tied, found {ties:.200}") from None
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    """`tensor`, or a new one if it is empty.
+
+    An empty tensor in a file has the address of the next tensor, which `torch.save` refuses.
+    """
+    return tensor if tensor.numel() else torch.empty_like(tensor)
+
+
+def _of_shards(path: Path) -> dict[str, Any]:
+    """The tensors in a folder of torch.distributed.checkpoint, in the containers they came from."""
+    from emajit.checkpoint import sharded  # noqa: PLC0415, half a second for this alone
+
+    folder = sharded.Folder(path)
+    flat: dict[str, Any] = {
+        key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in folder.forms.items()
+    }
+    folder.read_into(flat, alone=True)
+    held: dict[str, Any] = {}
+    for key, value in flat.items():
+        *containers, name = folder.places.get(key, (key,))
+        inner = held
+        for container in containers:
+            inner = inner.setdefault(str(container), {})
+        inner[str(name)] = value
+    if (path / "meta.pt").is_file():  # Lightning keeps there what is not sharded
+        held = {**files.load_torch(path / "meta.pt"), **held}
+        held.setdefault("state_dict", _names.below("state_dict.", flat))
+    shadow = _names.below(SHADOW, flat)
+    return {"shadow": shadow, "step": flat["step"]} if shadow and "step" in flat else held

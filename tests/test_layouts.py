@@ -1,0 +1,404 @@
+"""Checkpoints as training scripts write them: which weights are the averages."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+from emajit import LitEma, checkpoint, posthoc
+
+
+def net() -> nn.Module:
+    layers = {"a": nn.Linear(3, 4), "norm": nn.BatchNorm1d(4), "b": nn.Linear(4, 2)}
+    return nn.Sequential(collections.OrderedDict(layers))
+
+
+torch.manual_seed(0)
+NET = net()
+RAW = {name: value.clone() for name, value in NET.state_dict().items()}
+AVERAGE = {k: v + 1 if v.is_floating_point() else v.clone() for k, v in RAW.items()}
+NAMES = [name for name, _ in NET.named_parameters()]
+SHADOW = [AVERAGE[name] for name in NAMES]
+OTHER = {"w": torch.ones(2, 2), "v": torch.ones(3)}
+NUMBER = torch.tensor(7)
+
+
+def below(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
+    return {prefix + key: value for key, value in state.items()}
+
+
+EMA_PYTORCH = {**below("ema_model.", AVERAGE), "initted": torch.tensor(True), "step": NUMBER}
+AVERAGED_MODEL = {**below("module.", AVERAGE), "n_averaged": NUMBER}
+POSITIONS = {"decay": 0.999, "num_updates": 7, "shadow_params": SHADOW}
+OPTIMIZER = {
+    "state": {i: {"exp_avg": v, "exp_avg_sq": v} for i, v in enumerate(SHADOW)},
+    "param_groups": [{"lr": 0.1}],
+}
+LITEMA = {"decay": torch.tensor(0.5), "num_updates": NUMBER.int()}
+LITEMA |= {name.replace(".", ""): AVERAGE[name] for name in NAMES}
+
+# By the project that writes it: the content of a file, then the step and the decay that it tells.
+READ: dict[str, tuple[dict[str, Any], int | None, float | None]] = {
+    "DiT": ({"model": below("module.", RAW), "ema": AVERAGE, "opt": OPTIMIZER}, None, None),
+    "DiT, compiled": ({"model": RAW, "ema": below("_orig_mod.", AVERAGE)}, None, None),
+    "score_sde": ({"step": 9, "model": below("module.", RAW), "ema": POSITIONS}, 7, 0.999),
+    "score_sde, with a buffer": (
+        {"model": {"module.sigmas": torch.ones(9), **below("module.", RAW)}, "ema": POSITIONS},
+        7,
+        0.999,
+    ),
+    "MDLM": (
+        {"state_dict": below("backbone.", RAW), "ema": POSITIONS, "global_step": 9},
+        7,
+        0.999,
+    ),
+    "denoising-diffusion": ({"step": 9, "model": RAW, "opt": {}, "ema": EMA_PYTORCH}, 7, None),
+    "F5-TTS": (
+        {"model_state_dict": RAW, "ema_model_state_dict": EMA_PYTORCH, "step": 9},
+        7,
+        None,
+    ),
+    "stable-audio-tools": (
+        {"state_dict": {**below("diffusion.", RAW), **below("diffusion_ema.", EMA_PYTORCH)}},
+        7,
+        None,
+    ),
+    "k-diffusion": ({"model": RAW, "model_ema": AVERAGE, "ema_sched": {}, "step": 7}, 7, None),
+    "torchvision": ({"model": RAW, "model_ema": AVERAGED_MODEL, "epoch": 1}, 7, None),
+    "torchvision, distributed": (
+        {"model": RAW, "model_ema": {"n_averaged": NUMBER, **below("module.module.", AVERAGE)}},
+        7,
+        None,
+    ),
+    "OpenFold": (
+        {"state_dict": below("model.", RAW), "ema": {"params": AVERAGE, "decay": 0.9}},
+        None,
+        0.9,
+    ),
+    "DINO": ({"student": below("module.", RAW), "teacher": AVERAGE}, None, None),
+    "MoCo": (
+        {
+            "state_dict": {
+                **below("module.encoder_q.", RAW),
+                **below("module.encoder_k.", AVERAGE),
+                "module.queue": torch.ones(2),
+            }
+        },
+        None,
+        None,
+    ),
+    "BYOL": (
+        {"online.predictor": torch.ones(2)} | below("online.", RAW) | below("target.", AVERAGE),
+        None,
+        None,
+    ),
+    "RT-DETR": ({"model": RAW, "ema": {"module": AVERAGE, "updates": 7}}, 7, None),
+    "BasicSR": ({"params": RAW, "params_ema": AVERAGE}, None, None),
+    "StyleGAN2": ({"g": RAW, "d": OTHER, "g_ema": AVERAGE, "g_optim": OPTIMIZER}, None, None),
+    "pytorch-ddpm": ({"net_model": RAW, "ema_model": AVERAGE, "step": 7}, 7, None),
+    "Diffusion Policy": ({"state_dicts": {"model": RAW, "ema_model": AVERAGE}}, None, None),
+    "fairseq": ({"model": RAW, "extra_state": {"ema": AVERAGE}}, None, None),
+    "icefall": ({"model": RAW, "model_avg": AVERAGE, "batch_idx_train": 7}, 7, None),
+    "hand-written": ({"model": RAW, "ema": {"shadow": AVERAGE, "decay": 0.9}}, None, 0.9),
+    "hand-written, with a backup": (
+        {"model": RAW, "ema": {"shadow": AVERAGE, "backup": RAW, "decay": 0.9}},
+        None,
+        0.9,
+    ),
+    "hand-written, flat": ({"model": RAW, "ema_shadow": AVERAGE}, None, None),
+    "a script's AveragedModel": ({"state_dict": RAW, "ema_state_dict": AVERAGED_MODEL}, 7, None),
+    "a script's AveragedModel, without its count": (
+        {"state_dict": RAW, "ema_state_dict": below("module.", AVERAGE)},
+        None,
+        None,
+    ),
+    "LitEma in a script": ({"model": RAW, "ema": LITEMA}, 7, 0.5),
+    "one level deeper": ({"checkpoint": {"model": RAW, "ema": {"net": AVERAGE}}}, None, None),
+    "a policy and its target": ({"policy_net": RAW, "target_net": AVERAGE}, None, None),
+    "parameters alone": ({"model": RAW, "ema": dict(zip(NAMES, SHADOW, strict=True))}, None, None),
+}
+
+
+@pytest.mark.parametrize("project", READ)
+def test_the_averages_have_the_names_of_the_trained_weights(project: str, tmp_path: Path) -> None:
+    tree, step, decay = READ[project]
+    torch.save(tree, tmp_path / "checkpoint.pt")
+    for source in (tree, tmp_path / "checkpoint.pt"):
+        found = checkpoint.read(source)
+        net().load_state_dict({name: found.weights[name] for name in RAW})
+        for name in NAMES:
+            assert torch.equal(found.weights[name], AVERAGE[name])
+            assert torch.equal(found.raw[name], RAW[name])
+        assert (found.step, found.decay) == (step, decay)
+        assert not set(found.raw_only) & set(NAMES)
+
+
+def test_the_wider_of_two_precisions() -> None:
+    half = {name: value.half() for name, value in AVERAGE.items()}
+    wide = dict(zip(NAMES, SHADOW, strict=True))
+    found = checkpoint.read({"model": RAW, "extra_state": {"ema": half, "ema_fp32_params": wide}})
+    assert all(torch.equal(found.weights[name], AVERAGE[name]) for name in NAMES)
+    assert found.raw_only == tuple(name for name in RAW if name not in NAMES)
+
+
+class TestMmengine:
+    """Its files have the trained weights in `ema_state_dict`; those of others, the averages."""
+
+    @pytest.mark.parametrize(
+        "mark", [{"meta": {"mmengine_version": "0.10"}}, {"message_hub": {}}, {}]
+    )
+    def test_it_is_known_by_marks_of_its_own(self, mark: dict[str, Any]) -> None:
+        held = below("module.", RAW) | ({} if mark else {"steps": NUMBER})
+        found = checkpoint.read({"state_dict": AVERAGE, "ema_state_dict": held, **mark})
+        assert found.layout == "mmengine"
+        assert torch.equal(found.weights["a.weight"], AVERAGE["a.weight"])
+
+
+class TestRefused:
+    """More than one reading, or none: the error is a table of the candidates."""
+
+    @pytest.mark.parametrize(
+        ("tree", "message"),
+        [
+            ({"model": RAW, "ema": None}, r"found none among model, ema\n  model: 9 tensors, 43"),
+            ({"model": RAW, "ema": {}}, r"found none among model, ema\n  model: 9 tensors, 43"),
+            ({"model": RAW, "ema": OTHER}, "ema: expected trained weights of the same names"),
+            ({"g": RAW, "d": OTHER, "g_ema": AVERAGE, "d_ema": OTHER}, "one average, found two"),
+            (
+                {"model": RAW, "other": RAW, "ema": {k: v.clone() for k, v in AVERAGE.items()}},
+                "ema: expected trained weights in one place, found them at 'model' and 'other'",
+            ),
+            ({"one": RAW, "two": RAW, "ema": POSITIONS}, "in one place, found them at 'one' and"),
+            ({"student": RAW, "teacher": AVERAGE | {"b.bias": torch.ones(9)}}, r"shape \(2,\), "),
+            ({"net": RAW, "ema": {"stds": [0.05, 0.1], "emas": [AVERAGE, RAW]}}, "sigma_rel 0.05"),
+            ({"model": RAW, "ema": [*SHADOW, torch.ones(7)]}, "expected names, since its averages"),
+            ({"model": RAW, "opt": {"ema": SHADOW}}, "found none among model, opt"),
+            ({"model": RAW, "adam": {"param_groups": [], "avg": SHADOW}}, "found none among model"),
+        ],
+    )
+    def test_what_may_be_read_in_two_ways(self, tree: dict[str, Any], message: str) -> None:
+        copies = {key: dict(v) if isinstance(v, dict) else v for key, v in tree.items()}
+        for i, (key, state) in enumerate(copies.items()):
+            if i and isinstance(state, dict) and state.keys() == RAW.keys():
+                copies[key] = {name: value.clone() for name, value in state.items()}
+        with pytest.raises(ValueError, match=message):
+            checkpoint.read(copies)
+
+    def test_positions_that_fit_in_two_ways(self) -> None:
+        layers = {"a": torch.ones(3, 3), "buffer": torch.ones(3), "bias": torch.ones(3)}
+        with pytest.raises(ValueError, match=r"the one at 1 may be that of 'buffer' or of 'bias'"):
+            checkpoint.read(
+                {
+                    "model": layers,
+                    "ema": {**POSITIONS, "shadow_params": [torch.ones(3, 3), torch.ones(3)]},
+                }
+            )
+        frozen = {"a": torch.ones(3, 3), "frozen": torch.ones(4), "bias": torch.ones(3)}
+        shadow = [torch.full((3, 3), 2.0), torch.full((3,), 2.0)]
+        found = checkpoint.read({"model": frozen, "ema": {**POSITIONS, "shadow_params": shadow}})
+        assert found.raw_only == ("frozen",)
+        assert torch.equal(found.weights["bias"], shadow[1])
+
+    def test_tied_positions(self) -> None:
+        table = torch.ones(4, 3)
+        state = {"embed.weight": table, "body.weight": torch.ones(3, 3), "head.weight": table}
+        shadow = [table + 1, torch.full((3, 3), 2.0)]
+        found = checkpoint.read({"model": state, "ema": {**POSITIONS, "shadow_params": shadow}})
+        assert torch.equal(found.weights["head.weight"], shadow[0])
+
+    @pytest.mark.parametrize(
+        "state",
+        [
+            {"source_table.w": torch.ones(3), "target_table.w": torch.ones(3)},
+            {"avg_pool.w": torch.ones(3), "pool.b": torch.ones(3)},
+            {"vq.ema_w": torch.ones(3), "vq.w": torch.ones(3)},
+        ],
+    )
+    def test_names_of_a_model_that_sound_like_averages(self, state: dict[str, Tensor]) -> None:
+        with pytest.raises(ValueError, match="found none among"):
+            checkpoint.read({"state_dict": state})
+
+
+class TestKey:
+    def test_it_names_the_averages(self) -> None:
+        tree = {"nets": {"first": AVERAGE, "second": below("module.", RAW)}}
+        found = checkpoint.read(tree, key="nets.first", raw_key="nets.second")
+        assert torch.equal(found.weights["a.weight"], AVERAGE["a.weight"])
+        assert torch.equal(found.raw["a.weight"], RAW["a.weight"])
+        assert (found.path, found.raw_path) == ("nets.first", "nets.second")
+        assert checkpoint.read(tree, key="nets.first").raw.keys() == RAW.keys()
+
+    def test_it_chooses_one_of_several(self) -> None:
+        tree = {"net": RAW, "ema": {"stds": [0.05, 0.1], "emas": [RAW, AVERAGE]}}
+        found = checkpoint.read(tree, key="ema.emas.1")
+        assert torch.equal(found.weights["a.weight"], AVERAGE["a.weight"])
+        assert found.sigma_rel == 0.1
+
+    def test_a_module_in_a_state(self) -> None:
+        tree = {"state_dict": below("first.", AVERAGE) | below("second.", RAW)}
+        found = checkpoint.read(tree, key="state_dict.first")
+        assert torch.equal(found.weights["a.weight"], AVERAGE["a.weight"])
+        assert torch.equal(found.raw["a.weight"], RAW["a.weight"])
+
+    def test_averages_by_position_of_the_chosen_weights(self) -> None:
+        tree = {"one": RAW, "two": {k: v.clone() for k, v in RAW.items()}, "ema": POSITIONS}
+        assert checkpoint.read(tree, raw_key="two").raw["a.weight"] is tree["two"]["a.weight"]
+
+    @pytest.mark.parametrize("key", ["nowhere", "model.a.weight.more", "ema.5", "opt"])
+    def test_one_that_is_not_there(self, key: str) -> None:
+        tree = {"model": RAW, "ema": [RAW], "opt": {"lr": 1}}
+        with pytest.raises(
+            ValueError, match=r"expected a place in the file|expected tensors there"
+        ):
+            checkpoint.read(tree, key=key)
+
+
+class TestSeveral:
+    def test_all_at_once_and_as_snapshots(self, tmp_path: Path) -> None:
+        later = {k: v + 1 if v.is_floating_point() else v for k, v in AVERAGE.items()}
+        tree = {"net": RAW, "ema": {"stds": [0.05, 0.1], "emas": [AVERAGE, later]}}
+        found = checkpoint.read_all(tree)
+        assert [each.sigma_rel for each in found] == [0.05, 0.1]
+        assert torch.equal(found[1].weights["a.weight"], later["a.weight"])
+        shadows = [{name: each.weights[name] for name in NAMES} for each in found]
+        posthoc.save(tmp_path, shadows, 8, sigma_rel=[0.05, 0.1])
+        assert len(posthoc.snapshots(tmp_path)) == 2
+
+    def test_one_is_a_list_of_one(self) -> None:
+        assert len(checkpoint.read_all({"model": RAW, "ema": AVERAGE})) == 1
+
+
+class TestWholeFiles:
+    @pytest.mark.parametrize("name", ["ema_0.9999_100000.pt", "valid.acc.ave_10best.pth"])
+    def test_the_name_of_the_file_says_that_it_is_an_average(
+        self, name: str, tmp_path: Path
+    ) -> None:
+        torch.save(AVERAGE, tmp_path / name)
+        found = checkpoint.read(tmp_path / name)
+        assert torch.equal(found.weights["a.weight"], AVERAGE["a.weight"])
+        assert found.why.startswith("the name of the file says")
+        assert not found.raw
+        torch.save(AVERAGE, tmp_path / "model.pt")
+        with pytest.raises(ValueError, match="found none among"):
+            checkpoint.read(tmp_path / "model.pt")
+
+    def test_averages_alone_at_a_key(self) -> None:
+        for tree in ({"params_ema": AVERAGE}, {"teacher": below("module.", AVERAGE)}):
+            assert checkpoint.read(tree).weights.keys() == AVERAGE.keys()
+
+
+class TestFolders:
+    def test_of_the_transformers_trainer(self, tmp_path: Path) -> None:
+        save_file(RAW, tmp_path / "model.safetensors")
+        checkpoint.save(tmp_path / "averages.safetensors", dict(zip(NAMES, SHADOW, strict=True)), 7)
+        torch.save(OPTIMIZER, tmp_path / "optimizer.pt")
+        (tmp_path / "training_args.bin").write_bytes(b"pickled")
+        found = checkpoint.read(tmp_path)
+        assert torch.equal(found.weights["a.weight"], AVERAGE["a.weight"])
+        assert torch.equal(found.raw["a.weight"], RAW["a.weight"])
+        assert (found.layout, found.step) == ("emajit", 7)
+
+    def test_of_accelerate(self, tmp_path: Path) -> None:
+        ema = LitEma(NET)
+        ema(NET)
+        save_file(RAW, tmp_path / "model.safetensors")
+        torch.save(ema.state_dict(), tmp_path / "custom_checkpoint_0.pkl")
+        torch.save({}, tmp_path / "random_states_0.pkl")
+        found = checkpoint.read(tmp_path)
+        averages = ema.named_averages()
+        assert all(torch.equal(found.weights[name], averages[name]) for name in NAMES)
+        assert found.step == 1
+
+    def test_of_a_diffusers_pipeline(self, tmp_path: Path) -> None:
+        for name, state in (("unet", RAW), ("unet_ema", AVERAGE), ("vae", OTHER)):
+            (tmp_path / name).mkdir()
+            save_file(state, tmp_path / name / "diffusion_pytorch_model.safetensors")
+            told = {"optimization_step": 7, "decay": 0.9} if name == "unet_ema" else {}
+            (tmp_path / name / "config.json").write_text(json.dumps(told))
+        for path in (tmp_path, tmp_path / "unet_ema"):
+            found = checkpoint.read(path)
+            assert torch.equal(found.weights["a.weight"], AVERAGE["a.weight"])
+            assert (found.step, found.decay) == (7, 0.9)
+        assert checkpoint.read(tmp_path).raw.keys() == RAW.keys()
+
+    def test_of_shards_with_an_index(self, tmp_path: Path) -> None:
+        (tmp_path / "ema").mkdir()
+        names = [*AVERAGE]
+        files = {name: f"model-{i % 2 + 1:05}-of-00002.safetensors" for i, name in enumerate(names)}
+        for file in set(files.values()):
+            held = {name: AVERAGE[name] for name in names if files[name] == file}
+            save_file(held, tmp_path / "ema" / file)
+        index = tmp_path / "ema" / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": files}))
+        found = checkpoint.read(tmp_path)
+        assert all(torch.equal(found.weights[name], AVERAGE[name]) for name in names)
+        index.write_text(json.dumps({"weight_map": {**files, "w": "../elsewhere.safetensors"}}))
+        with pytest.raises(ValueError, match="expected its files beside it, found none at"):
+            checkpoint.read(tmp_path)
+
+    @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+    def test_of_torch_distributed_checkpoint(self, tmp_path: Path) -> None:
+        tree = {"model": RAW, "optim": {"step": NUMBER}, "ema": AVERAGE}
+        state_dict_saver.save(tree, storage_writer=FileSystemWriter(tmp_path / "dcp"))
+        found = checkpoint.read(tmp_path / "dcp")
+        assert torch.equal(found.weights["a.weight"], AVERAGE["a.weight"])
+        assert torch.equal(found.raw["a.weight"], RAW["a.weight"])
+
+    def test_of_deepspeed(self, tmp_path: Path) -> None:
+        (tmp_path / "global_step7").mkdir()
+        torch.save({}, tmp_path / "global_step7" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+        with pytest.raises(ValueError, match=r"zero_to_fp32\.py"):
+            checkpoint.read(tmp_path)
+
+
+class TestHostile:
+    """An error within a second, or the averages."""
+
+    @pytest.fixture(autouse=True)
+    def _within_a_second(self) -> Any:
+        start = time.perf_counter()
+        yield
+        assert time.perf_counter() - start < 5  # of a slow machine
+
+    def test_thousands_of_levels(self) -> None:
+        tree: dict[str, Any] = {"ema": AVERAGE}
+        for _ in range(3000):
+            tree = {"in": tree}
+        with pytest.raises(ValueError, match="at most 100 containers in each other"):
+            checkpoint.read(tree)
+
+    def test_lists_that_share_themselves(self, tmp_path: Path) -> None:
+        shared: list[Any] = []
+        for _ in range(60):
+            shared = [shared, shared]
+        torch.save({"model": RAW, "ema": AVERAGE, "log": shared}, tmp_path / "file")
+        assert checkpoint.read(tmp_path / "file").path == "ema"
+
+    def test_a_container_in_itself(self) -> None:
+        tree: dict[str, Any] = {"model": RAW, "ema": AVERAGE}
+        tree["log"] = [[tree]]
+        with pytest.raises(ValueError, match="found one in itself"):
+            checkpoint.read(tree)
+
+    def test_a_pipe_in_a_folder(self, tmp_path: Path) -> None:
+        save_file(AVERAGE, tmp_path / "ema.safetensors")
+        os.mkfifo(tmp_path / "model.safetensors")
+        assert checkpoint.read(tmp_path).weights.keys() == AVERAGE.keys()
+
+    def test_thousands_of_tensors(self) -> None:
+        raw = {f"blocks.{i}.{j}.weight": torch.ones(2) for i in range(100) for j in range(40)}
+        average = below("model.", {name: value + 1 for name, value in raw.items()})
+        assert len(checkpoint.read({"model": raw, "ema": average}).weights) == len(raw)
+        shadow = {"decay": 0.9, "num_updates": 1, "shadow_params": [*average.values()]}
+        assert len(checkpoint.read({"model": raw, "ema": shadow}).weights) == len(raw)
