@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import pickle
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from emajit import LitEma, checkpoint, cli, posthoc, schedules, update_many_
@@ -316,6 +317,64 @@ class TestCheckpoints:
         assert "run[red].safetensors" in shown
         assert "other[/x].running_mean" in shown
         assert out.exists()
+
+    def test_inspect_a_script_s_checkpoint(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        raw = {f"blocks.{i}.{name}": torch.ones(2) for i in range(2) for name in ("w", "b")}
+        average = {name: value + 0.01 for name, value in raw.items()}
+        tree = {"model": {**raw, "table": torch.ones(3)}, "ema": {"shadow": average, "decay": 0.9}}
+        torch.save({**tree, "best": {"x": torch.ones(1)}}, tmp_path / "file")
+        assert emajit(monkeypatch, "inspect", str(tmp_path / "file"), "--depth", "1") == 0
+        shown = capsys.readouterr().out
+        for text in ("ema.shadow", "its path says 'ema'", "10 updates", "1.00%", "table", "best"):
+            assert text in shown
+        assert emajit(monkeypatch, "inspect", str(tmp_path / "file"), "--json") == 0
+        told = json.loads(capsys.readouterr().out)
+        assert [row["key"] for row in told["candidates"]] == ["ema.shadow", "model", "best"]
+        assert told["average"]["raw_path"] == "model"
+        assert told["average"]["trained_only"] == ["table"]
+        assert told["average"]["distances"]["blocks.0"] == pytest.approx(0.01)
+
+    def test_inspect_several(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        states = [{"w": torch.full((2,), float(i))} for i in range(3)]
+        tree = {"net": states[0], "ema": {"stds": [0.05, 0.1], "emas": states[1:]}}
+        torch.save(tree, tmp_path / "file")
+        arguments = [str(tmp_path / "file")]
+        assert emajit(monkeypatch, "inspect", *arguments) == 0
+        shown = capsys.readouterr().out
+        assert "sigma_rel 0.05" in shown
+        assert "choose one with --key PATH" in shown
+        assert emajit(monkeypatch, "extract", *arguments, "-o", str(tmp_path / "out")) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[1].startswith("  ema.emas.0: 1 tensors, 2 numbers, float32")
+        arguments += ["--key", "ema.emas.1", "-o", str(tmp_path / "out")]
+        assert emajit(monkeypatch, "extract", *arguments) == 0
+        assert load_file(tmp_path / "out")["w"].tolist() == [2.0, 2.0]
+
+    def test_inspect_looks_at_a_sample_of_large_tensors(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        raw = torch.rand(2**22)
+        torch.save({"model": {"w": raw}, "ema": {"w": raw * 1.01}}, tmp_path / "file")
+        assert emajit(monkeypatch, "inspect", str(tmp_path / "file"), "--json") == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["average"]["distances"]["all"] == pytest.approx(0.01, rel=1e-3)
+
+    def test_extract_for_a_model(
+        self, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        save_file({"w": torch.ones(1)}, file.parent / "model.safetensors")
+        arguments = [
+            "-o",
+            str(file.parent / "out"),
+            "--like",
+            str(file.parent / "model.safetensors"),
+        ]
+        assert emajit(monkeypatch, "extract", str(file), *arguments) == 2
+        assert "expected averages of the weights in" in capsys.readouterr().err
 
     @pytest.mark.parametrize("layout", ["state_dict", "litema", "diffusers-ema"])
     def test_extract(

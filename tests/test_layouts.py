@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -223,6 +223,9 @@ class TestRefused:
             {"source_table.w": torch.ones(3), "target_table.w": torch.ones(3)},
             {"avg_pool.w": torch.ones(3), "pool.b": torch.ones(3)},
             {"vq.ema_w": torch.ones(3), "vq.w": torch.ones(3)},
+            {f"attention.{name}.w": torch.ones(3) for name in ("query", "key", "value")},
+            {f"attn.{name}.w": torch.ones(3) for name in ("q_proj", "k_proj", "to_q", "to_k")},
+            {f"{name}.w": torch.ones(3) for name in ("proj", "target_proj", "a", "b", "c")},
         ],
     )
     def test_names_of_a_model_that_sound_like_averages(self, state: dict[str, Tensor]) -> None:
@@ -402,3 +405,114 @@ class TestHostile:
         assert len(checkpoint.read({"model": raw, "ema": average}).weights) == len(raw)
         shadow = {"decay": 0.9, "num_updates": 1, "shadow_params": [*average.values()]}
         assert len(checkpoint.read({"model": raw, "ema": shadow}).weights) == len(raw)
+
+
+class TestMmcv:
+    STATE = RAW | {f"ema_{name.replace('.', '_')}": AVERAGE[name] for name in NAMES}
+
+    def test_both_ways(self, tmp_path: Path) -> None:
+        found = checkpoint.read({"state_dict": self.STATE, "meta": {}})
+        net().load_state_dict(found.weights)
+        assert all(torch.equal(found.weights[name], AVERAGE[name]) for name in NAMES)
+        checkpoint.write(tmp_path / "out.pth", found, layout="mmcv")
+        written = torch.load(tmp_path / "out.pth")["state_dict"]
+        assert written.keys() == self.STATE.keys()
+        assert all(torch.equal(written[name], value) for name, value in self.STATE.items())
+
+    def test_after_the_hook_has_swapped_them(self) -> None:
+        tree = {"state_dict": self.STATE}
+        found = checkpoint.read(tree, key="state_dict")
+        assert found.layout == "MMCV"
+
+    def test_what_cannot_be_written(self, tmp_path: Path) -> None:
+        found = checkpoint.read({"params_ema": AVERAGE})
+        with pytest.raises(ValueError, match="mmcv: expected the trained weights"):
+            checkpoint.write(tmp_path / "out.pth", found, layout="mmcv")
+        same = {"a_b": torch.ones(1), "a.b": torch.ones(1)}
+        found = checkpoint.read({"model": same, "ema": {k: v + 1 for k, v in same.items()}})
+        with pytest.raises(ValueError, match="mmcv: expected names that stay apart"):
+            checkpoint.write(tmp_path / "out.pth", found, layout="mmcv")
+
+
+class TestLike:
+    """Averages written for a model: its file or folder tells the names."""
+
+    FOUND = checkpoint.read({"model": below("module.", RAW), "ema": AVERAGE})
+
+    def test_a_file(self, tmp_path: Path) -> None:
+        save_file(RAW, tmp_path / "model.safetensors")
+        checkpoint.write(tmp_path / "out", self.FOUND, like=tmp_path / "model.safetensors")
+        net().load_state_dict(load_file(tmp_path / "out"))
+
+    def test_names_and_shapes_that_differ(self, tmp_path: Path) -> None:
+        other = {**RAW, "b.bias": torch.ones(9), "c.bias": torch.ones(1)}
+        del other["a.bias"]
+        save_file(other, tmp_path / "model.safetensors")
+        with pytest.raises(
+            ValueError, match=r"no c.bias, a.bias beside, b.bias of shape \(2,\) for \(9,\)"
+        ):
+            checkpoint.write(tmp_path / "out", self.FOUND, like=tmp_path / "model.safetensors")
+        assert not (tmp_path / "out").exists()
+
+    def test_tied_names_that_a_file_leaves_out(self, tmp_path: Path) -> None:
+        table = torch.ones(4, 3)
+        tied = {"embed.weight": table, "head.weight": table}
+        found = checkpoint.read({"model": tied, "ema": {"embed.weight": table + 1}})
+        assert found.weights.keys() == tied.keys()
+        save_file({"embed.weight": table}, tmp_path / "model.safetensors")
+        checkpoint.write(tmp_path / "out", found, like=tmp_path / "model.safetensors")
+        assert load_file(tmp_path / "out").keys() == {"embed.weight"}
+
+    def test_a_folder_of_transformers(self, tmp_path: Path) -> None:
+        transformers = pytest.importorskip("transformers", reason="of the transformers extra")
+        config = transformers.BertConfig(
+            vocab_size=9,
+            hidden_size=4,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            intermediate_size=4,
+        )
+        model = transformers.BertForMaskedLM(config)
+        model.save_pretrained(tmp_path / "model")
+        ema = LitEma(model, decay=0.5)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(1.0)
+        ema(model)
+        source = tmp_path / "both.pt"
+        torch.save({"model": model.state_dict(), "ema": ema.named_averages()}, source)
+        found = checkpoint.read(source)
+        checkpoint.write(tmp_path / "out", found, like=tmp_path / "model")
+        loaded = transformers.BertForMaskedLM.from_pretrained(tmp_path / "out")
+        averages = ema.named_averages()
+        assert all(torch.equal(p, averages[name]) for name, p in loaded.named_parameters())
+        with pytest.raises(FileExistsError):
+            checkpoint.write(tmp_path / "out", found, like=tmp_path / "model")
+        with pytest.raises(ValueError, match="expected state_dict or diffusers-ema in a folder"):
+            checkpoint.write(tmp_path / "o", found, layout="timm", like=tmp_path / "model")
+        assert sorted(each.name for each in tmp_path.iterdir()) == ["both.pt", "model", "out"]
+
+    @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+    @pytest.mark.filterwarnings("ignore:It is deprecated to pass a pretrained model name")
+    def test_a_folder_of_diffusers(self, tmp_path: Path) -> None:
+        diffusers = pytest.importorskip("diffusers", reason="diffusers is of the bench extra")
+        training = pytest.importorskip("diffusers.training_utils", reason="of the bench extra")
+        model = diffusers.UNet2DModel(
+            sample_size=8,
+            block_out_channels=(4, 4),
+            norm_num_groups=2,
+            layers_per_block=1,
+            down_block_types=("DownBlock2D",) * 2,
+            up_block_types=("UpBlock2D",) * 2,
+        )
+        model.save_pretrained(tmp_path / "unet")
+        averages = {name: p.detach() + 1 for name, p in model.named_parameters()}
+        found = checkpoint.read({"model": model.state_dict(), "ema": averages})
+        options: Any = {"layout": "diffusers-ema", "decay": 0.9, "step": 7}
+        checkpoint.write(tmp_path / "unet_ema", found, like=tmp_path / "unet", **options)
+        ema = training.EMAModel.from_pretrained(tmp_path / "unet_ema", diffusers.UNet2DModel)
+        assert (ema.decay, ema.optimization_step) == (0.9, 7)
+        assert all(map(torch.equal, ema.shadow_params, averages.values()))
+        again = checkpoint.read(tmp_path)
+        assert (again.step, again.decay) == (7, 0.9)
+        assert all(torch.equal(again.weights[name], averages[name]) for name in averages)

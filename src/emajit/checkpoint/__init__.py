@@ -9,7 +9,18 @@ safetensors. `save_sharded` and `load_sharded` keep a shadow of DTensors in a fo
 
 from emajit.checkpoint.averaged import Averaged
 from emajit.checkpoint.native import load, load_sharded, save, save_sharded
-from emajit.checkpoint.reading import read, read_all
+from emajit.checkpoint.reading import Candidate, candidates, read, read_all
 from emajit.checkpoint.writing import write
 
-__all__ = ["Averaged", "load", "load_sharded", "read", "read_all", "save", "save_sharded", "write"]
+__all__ = [
+    "Averaged",
+    "Candidate",
+    "candidates",
+    "load",
+    "load_sharded",
+    "read",
+    "read_all",
+    "save",
+    "save_sharded",
+    "write",
+]

@@ -15,6 +15,10 @@ State = Mapping[str, Tensor]
 NO_NAMES = "found none; pass names=model, on the command line --names FILE"
 
 
+class NotOneError(ValueError):
+    """A checkpoint with no average or with several; the lines of the message are a table."""
+
+
 class Averaged(NamedTuple):
     """The averages of a checkpoint.
 
@@ -211,6 +215,13 @@ def required(field: str, layout: str, averaged: Averaged) -> Any:
             "found none"
         )
     return value
+
+
+def required_raw(layout: str, averaged: Averaged, averages: State) -> State:
+    """The trained weights; ValueError if those of an average are missing."""
+    if not averaged.raw.keys() >= averages.keys():
+        raise ValueError(f"{layout}: expected the trained weights beside the averages, found none")
+    return averaged.raw
 
 
 def in_order(layout: str, averaged: Averaged, names: Names) -> list[Tensor]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from emajit import _paths
 from emajit.checkpoint import partners, search, sources
-from emajit.checkpoint.averaged import Averaged, Reading, listed, tensors_of
+from emajit.checkpoint.averaged import Averaged, NotOneError, Reading, listed, tensors_of
 from emajit.checkpoint.files import Opaque
 from emajit.checkpoint.search import Found, Part
 
@@ -67,6 +67,31 @@ def read_all(
     return _found(source, names, None, None, several=True)
 
 
+class Candidate(NamedTuple):
+    """Tensors in a checkpoint that may be averages.
+
+    path: where they are, as `key` of `read` takes it; "" for the whole file.
+    tensors: in the order of the file.
+    why: what tells that they are averages, or "".
+    """
+
+    path: str
+    tensors: list[Tensor]
+    why: str
+
+
+def candidates(source: str | os.PathLike[str] | Mapping[str, Any]) -> list[Candidate]:
+    """What in a checkpoint may be averages: the tensors of each container but an optimizer's.
+
+    Raises as `read`, but not where there are none or several.
+    """
+    tree = source if isinstance(source, Mapping) else sources.content(Path(source))
+    if not isinstance(tree, Mapping):
+        return []
+    held = search.parts(tree)
+    return _candidates(held, search.averages(tree, held))
+
+
 def _found(
     source: str | os.PathLike[str] | Mapping[str, Any],
     names: Iterable[str] | torch.nn.Module | None,
@@ -85,6 +110,8 @@ def _found(
     tree = sources.content(path)
     try:
         return _in_tree(tree, path.name, names, key, raw_key, several=several)
+    except NotOneError as error:
+        raise NotOneError(f"{path}: {error}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -117,7 +144,7 @@ def _in_tree(
     else:
         chosen = found
     if not chosen or (len(chosen) > 1 and not several):
-        raise ValueError(_not_one(tree, held, found))
+        raise NotOneError(_not_one(tree, held, found))
     others = _others(held, [*found, *chosen])
     if raw_key is not None:
         others = [Part((raw_key,), _tensors_at(tree, raw_key))]
@@ -174,23 +201,29 @@ def _not_one(tree: Mapping[str, Any], held: Sequence[Part], found: Sequence[Foun
         keys = _paths.some([str(key) for key in tree])
         reason = f"found none among {keys}{_pickled(tree)}"
         lines = [f"expected averages in a layout that is known, or at a key that says so, {reason}"]
-    why = {each.path: f"; {each.why}" for each in found}
-    why |= {
-        each.path: f"; sigma_rel {each.reading.sigma_rel:g}"
-        for each in found
-        if each.reading.sigma_rel is not None
-    }
-    rows = [(each.path, each.values()) for each in found]
-    rows += [(part.name, part.values()) for part in held if part.name not in why]
-    for path, tensors in rows[:_SHOWN]:
+    rows = _candidates(held, found)
+    for path, tensors, why in rows[:_SHOWN]:
         sizes = f"{len(tensors):,} tensors, {sum(v.numel() for v in tensors):,} numbers"
-        dtypes = " and ".join(sorted({str(v.dtype).removeprefix("torch.") for v in tensors}))
-        lines.append(f"  {path or '(the file)'}: {sizes}, {dtypes}{why.get(path, '')}")
+        place, remark = path or '"" (the file)', why and f"; {why}"
+        lines.append(f"  {place}: {sizes}, {dtypes_of(tensors)}{remark}")
     if len(rows) > _SHOWN:
         lines.append(f"  and {len(rows) - _SHOWN:,} more")
     if rows:
         lines.append("choose one with key=PATH, on the command line --key PATH")
     return "\n".join(lines)
+
+
+def _candidates(held: Sequence[Part], found: Sequence[Found]) -> list[Candidate]:
+    rows = [Candidate(each.path, each.values(), each.why) for each in found]
+    return rows + [
+        Candidate(part.name, part.values(), "")
+        for part in held
+        if part.name not in {each.path for each in found}
+    ]
+
+
+def dtypes_of(tensors: Iterable[Tensor]) -> str:
+    return " and ".join(sorted({str(v.dtype).removeprefix("torch.") for v in tensors}))
 
 
 def _pickled(tree: Any) -> str:

@@ -25,8 +25,6 @@ _NEITHER = {"opt", "optim", "optimizer", "optimizers", "optims", "scaler", "sche
 # The word in place of that of the averaged module, in the name of the trained one.
 _TRAINED_WORDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(_AVERAGED, ("",)),
-    "k": ("q",),
-    "key": ("query", ""),
     "momentum": ("",),
     "target": ("online", ""),
     "teacher": ("student", ""),
@@ -141,7 +139,9 @@ def averages(tree: Any, held: Sequence[Part]) -> list[Found]:
     for path, value, _ in containers(tree):
         for reading in _readings(value) if isinstance(value, Mapping) else ():
             place = ".".join([*path, *([reading.path] if reading.path else [])])
-            found.append(Found(reading, place, f"the layout is that of {reading.layout}"))
+            length = reading.sigma_rel
+            told = "" if length is None else f", sigma_rel {length:g}"
+            found.append(Found(reading, place, f"the layout is that of {reading.layout}{told}"))
     used = {id(v) for each in found for v in [*each.values(), *listed(each.reading.raw or {})]}
     for part in held:  # buffers that do not change may be shared
         if 2 * sum(id(value) in used for value in part.values()) <= len(part.tensors):
@@ -201,7 +201,9 @@ def _marked(part: Part) -> list[Found]:
 
 
 def _averaged_modules(state: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The modules in a state that average another one, by its name; each with that other one.
+    """The modules that average another one, as their names say, each with the other one.
+
+    Together they must be the larger part of the state.
 
     >>> _averaged_modules({"net.w": 0, "net_ema.w": 1, "target_table.w": 2, "source_table.w": 3})
     [('net_ema', 'net')]
@@ -218,7 +220,8 @@ def _averaged_modules(state: Mapping[str, Any]) -> list[tuple[str, str]]:
         above, dot, own = module.rpartition(".")
         trained = [above + dot + other for other in trained_names(own)]
         pairs += [(module, other) for other in trained if names <= modules.get(other, set())][:1]
-    return pairs
+    paired = sum(len(modules[module]) + len(modules[other]) for module, other in pairs)
+    return pairs if 2 * paired > len(state) else []  # else they are layers of a model
 
 
 def trained_names(key: str) -> list[str]:
@@ -227,6 +230,8 @@ def trained_names(key: str) -> list[str]:
     >>> trained_names("encoder_k"), trained_names("ema_model"), trained_names("teacher")
     (['encoder_q'], ['model'], ['student'])
     """
+    if key == "encoder_k":  # "k" alone is that of attention
+        return ["encoder_q"]
     spelled = re.split(r"([._])", key)
     found = []
     for i in range(0, len(spelled), 2):

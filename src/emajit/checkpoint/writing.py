@@ -6,15 +6,17 @@ import json
 import os
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from emajit import _alias, _tree
 from emajit.checkpoint import files
-from emajit.checkpoint.averaged import Averaged, listed
+from emajit.checkpoint.averaged import Averaged, averages_of, listed
 from emajit.checkpoint.layouts import WRITERS
 from emajit.checkpoint.layouts.litema import CONTROLS
+from emajit.checkpoint.like import fitted, write_folder
 from emajit.checkpoint.saved import TIED, count
 
 _OF_TORCH = ".ckpt", ".pt", ".pth", ".bin"
@@ -26,6 +28,7 @@ def write(
     *,
     layout: str = "state_dict",
     names: Iterable[str] | torch.nn.Module | None = None,
+    like: str | os.PathLike[str] | None = None,
     decay: float | None = None,
     step: int | None = None,
     dtype: torch.dtype | None = None,
@@ -44,6 +47,11 @@ def write(
         names: for a layout by position, such as "diffusers-ema", the names of the model's
             parameters in order; or the model, whose buffers are then left out, and whose parameters
             without an average get their trained value.
+        like: a file or a folder of the model's weights, whose names and shapes the averages must
+            have, but for tied names that it leaves out. A folder, of diffusers' or transformers'
+            `save_pretrained`, is written as such a folder, with its config and tokenizer: as
+            "state_dict" for the model's `from_pretrained`, as "diffusers-ema" for that of
+            `EMAModel`.
         decay: to go on with, for the layouts that hold one; default that of `averaged`.
         step: how many updates the averages have taken, likewise.
         dtype: of floating-point tensors; default their own.
@@ -57,21 +65,15 @@ def write(
         TypeError: `averaged` is not from `read`.
         OSError: the file cannot be written.
     """
-    if not isinstance(averaged, Averaged):
-        raise TypeError(
-            f"averaged: expected what read has found, found {type(averaged).__qualname__}"
-        )
-    _tree.check_dtype(dtype)
-    path = Path(path)
-    if decay is not None:
-        if not 0 <= decay <= 1:
-            raise ValueError(f"decay: expected a number in [0, 1], found {decay}")
-        averaged = averaged._replace(decay=float(decay))
-    if step is not None:
-        averaged = averaged._replace(step=count(step))
-    if layout not in WRITERS:
-        raise ValueError(f"layout: expected {' or '.join(WRITERS)}, found {layout!r}")
+    path, averaged = Path(path), _checked(averaged, layout, decay, step, dtype)
     writer = WRITERS[layout]
+    if like is not None:
+        averaged = averaged._replace(weights=fitted(averaged.weights, like))
+        if Path(like).is_dir():
+            config = _config(averaged, layout)
+            casts = files.float_casts(averaged.weights, dtype)
+            write_folder(path, averaged.weights, Path(like), config, casts=casts, tell=tell)
+            return
     if isinstance(names, torch.nn.Module) and writer.by_position:
         averaged = _parameters(averaged, names)
     if writer.safetensors and path.suffix not in _OF_TORCH:
@@ -87,6 +89,42 @@ def write(
     weights, raw = (_cast(part, dtype) for part in (averaged.weights, averaged.raw))
     state = writer.state(averaged._replace(weights=weights, raw=raw), listed(names))
     files.write_torch(path, {writer.torch_key: state} if writer.torch_key else state, tell)
+
+
+def _checked(
+    averaged: Averaged,
+    layout: str,
+    decay: float | None,
+    step: int | None,
+    dtype: torch.dtype | None,
+) -> Averaged:
+    """The averages with the decay and the step that are given; raises as `write`."""
+    if not isinstance(averaged, Averaged):
+        raise TypeError(
+            f"averaged: expected what read has found, found {type(averaged).__qualname__}"
+        )
+    _tree.check_dtype(dtype)
+    if decay is not None:
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay: expected a number in [0, 1], found {decay}")
+        averaged = averaged._replace(decay=float(decay))
+    if step is not None:
+        averaged = averaged._replace(step=count(step))
+    if layout not in WRITERS:
+        raise ValueError(f"layout: expected {' or '.join(WRITERS)}, found {layout!r}")
+    return averaged
+
+
+def _config(averaged: Averaged, layout: str) -> dict[str, Any]:
+    """What diffusers keeps of an `EMAModel` in the config.json of its weights."""
+    if layout == "state_dict":
+        return {}
+    if layout != "diffusers-ema":
+        raise ValueError(
+            f"layout: expected state_dict or diffusers-ema in a folder, found {layout}"
+        )
+    state = WRITERS[layout].state(averaged, listed([*averages_of(averaged)]))
+    return {key: value for key, value in state.items() if key != "shadow_params"}
 
 
 def _parameters(averaged: Averaged, model: torch.nn.Module) -> Averaged:

@@ -13,33 +13,34 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from emajit import checkpoint
 from emajit.checkpoint import Averaged
 from emajit.checkpoint.layouts import WRITERS
-from emajit.cli.inspect import names_in, nbytes
+from emajit.cli.inspect import nbytes
 
 
 def write_averages(
     path: Path,
-    names: Path | None,
+    found: Averaged,
+    names: list[str] | None,
     out: Path,
     layout: str,
+    like: Path | None,
     decay: float | None,
     step: int | None,
     dtype: str | None,
     console: Console,
 ) -> None:
-    """Write the averages of a checkpoint into a file, in a layout of `checkpoint.write`.
+    """Write the averages found in a checkpoint into a file, in a layout of `checkpoint.write`.
 
-    Raises ValueError and OSError as `checkpoint.read` and `checkpoint.write`.
+    Raises ValueError and OSError as `checkpoint.write`.
     """
     if out.exists() and path.exists() and out.samefile(path):
         raise ValueError(f"--out: expected another file than the checkpoint, found {out}")
-    listed = names_in(names)
-    found = checkpoint.read(path, names=listed)
     with _progress(found, layout, console) as tell:
         checkpoint.write(
             out,
             found,
             layout=layout,
-            names=listed,
+            names=names,
+            like=like,
             decay=decay,
             step=step,
             dtype=None if dtype is None else getattr(torch, dtype),

@@ -1,35 +1,59 @@
-"""`emajit inspect`: the averages in a checkpoint, shown as tables."""
+"""`emajit inspect`: which weights in a checkpoint are averages, and what they are averages of."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
 from emajit import checkpoint
-from emajit.checkpoint import Averaged
+from emajit.checkpoint import Averaged, Candidate
+
+_SAMPLED = 2**20  # numbers of a tensor that a distance looks at
+_BLOCKS = 64
+_SHOWN = 40  # modules, without a depth
 
 
-def show_averages(path: Path, names: Path | None, console: Console) -> None:
-    """Show layout, step, decay and sizes, and the distance of the averages to the trained weights.
+def show_averages(
+    path: Path,
+    names: Path | None,
+    key: str | None,
+    raw_key: str | None,
+    depth: int | None,
+    *,
+    as_json: bool,
+    console: Console,
+) -> None:
+    """Show the candidates of a checkpoint and the average that is read, or print both as JSON.
 
-    Raises ValueError and OSError as `checkpoint.read`.
+    Several averages are shown side by side. Raises ValueError and OSError as `checkpoint.read`.
     """
-    found = checkpoint.read(path, names=names_in(names))
-    averages = {n: v for n, v in found.weights.items() if n not in found.raw_only}
-    summary = Table(title=escape(str(path)), show_header=False)
-    summary.add_row("layout", escape(found.layout))
-    summary.add_row("step", "not told" if found.step is None else f"{found.step:,}")
-    summary.add_row("decay", "not told" if found.decay is None else f"{found.decay:g}")
-    summary.add_row("averaged", _sizes(averages))
-    summary.add_row("trained only", _sizes({name: found.weights[name] for name in found.raw_only}))
-    summary.add_row("neither", f"{found.others:,} tensors")
-    console.print(summary, highlight=False)
-    if found.raw:
-        console.print(_distances(averages, found), highlight=False)
+    rows = checkpoint.candidates(path)
+    several = key is None and sum(bool(row.why) for row in rows) > 1
+    found = (
+        None if several else checkpoint.read(path, names=names_in(names), key=key, raw_key=raw_key)
+    )
+    modules = {} if found is None else _distances(found, depth)
+    if as_json:
+        told = {"candidates": [_as_dict(row) for row in rows], "average": _told(found, modules)}
+        console.print(json.dumps(told, indent=2), highlight=False, markup=False, soft_wrap=True)
+        return
+    if several or len(rows) > 1:
+        console.print(_table(path, rows), highlight=False)
+    if found is None:
+        hint = "choose one with --key PATH" if several else ""
+        console.print(hint, highlight=False, markup=False)
+        return
+    console.print(_summary(path, found), highlight=False)
+    if modules:
+        console.print(_shown(modules), highlight=False)
 
 
 def names_in(file: Path | None) -> list[str] | None:
@@ -51,33 +75,140 @@ def nbytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _sizes(tensors: dict[str, Tensor]) -> str:
-    numbers = sum(tensor.numel() for tensor in tensors.values())
-    size = sum(map(nbytes, tensors.values())) / 2**20
-    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
-    kinds = f", {' and '.join(dtypes)}" if dtypes else ""
-    return f"{len(tensors):,} tensors, {numbers:,} numbers, {size:,.1f} MiB{kinds}"
-
-
-def _distances(averages: dict[str, Tensor], found: Averaged) -> Table:
-    r"""$\|s - p\| / \|p\|$ of averages $s$ and trained weights $p$, for each block of a model."""
-    squares: dict[str, list[float]] = {}
-    for name, average in averages.items():
-        raw = found.raw.get(name)
-        if raw is not None and average.is_floating_point():
-            block = squares.setdefault(_block(name), [0.0, 0.0])
-            block[0] += float((average.double() - raw.double()).square().sum())
-            block[1] += float(raw.double().square().sum())
-    table = Table(title="Distance of averaged and trained weights, relative to the trained ones")
-    table.add_column("block")
-    table.add_column("distance", justify="right")
-    for name, (apart, size) in squares.items():
-        table.add_row(escape(name), f"{(apart / size) ** 0.5:.2%}" if size else "")
+def _table(path: Path, rows: list[Candidate]) -> Table:
+    table = Table(title=f"Weights in {escape(str(path))}")
+    for column in ("key", "tensors", "numbers", "MiB", "dtype", "read as an average, since"):
+        is_number = column in ("tensors", "numbers", "MiB")
+        table.add_column(column, justify="right" if is_number else "left", overflow="fold")
+    for key, tensors, why in rows:
+        sizes = _count(tensors)
+        cells = [f"{sizes['tensors']:,}", f"{sizes['numbers']:,}", f"{sizes['bytes'] / 2**20:,.1f}"]
+        dtypes = ", ".join(sizes["dtypes"])
+        table.add_row(escape(key) or '"" (the file)', *cells, dtypes, escape(why))
     return table
 
 
-def _block(name: str) -> str:
-    """A name up to its first number, such as `model.diffusion_model.input_blocks.3`."""
-    parts = name.split(".")
-    ends = [i for i, part in enumerate(parts[:-1]) if part.isdigit()]
-    return ".".join(parts[: ends[0] + 1] if ends else parts[:-1]) or name
+def _summary(path: Path, found: Averaged) -> Table:
+    averages, alone = _averages(found), [n for n in _averages(found) if n not in found.raw]
+    summary = Table(title=f"The average in {escape(str(path))}", show_header=False)
+    summary.add_row("layout", escape(found.layout))
+    summary.add_row("read from", escape(found.path) or "(the file)")
+    summary.add_row("since", escape(found.why))
+    if found.raw_path:
+        summary.add_row("trained weights at", escape(found.raw_path))
+    summary.add_row("step", "not told" if found.step is None else f"{found.step:,}")
+    summary.add_row("decay", "not told" if found.decay is None else f"{found.decay:g}")
+    if length := _length(found):
+        summary.add_row("length", length)
+    summary.add_row("averaged", _sizes(averages.values()))
+    rest = [found.weights[name] for name in found.raw_only]
+    summary.add_row("trained only", _sizes(rest) + _named(found.raw_only))
+    if found.raw and alone:
+        summary.add_row("averaged only", _sizes(averages[n] for n in alone) + _named(alone))
+    summary.add_row("neither", f"{found.others:,} tensors")
+    return summary
+
+
+def _named(names: Iterable[str]) -> str:
+    shown = [*names]
+    more = ", ..." if len(shown) > 3 else ""
+    return f": {escape(', '.join(shown[:3]))}{more}" if shown else ""
+
+
+def _length(found: Averaged) -> str:
+    """How many updates an average looks back, where a constant decay or a profile tells it."""
+    if found.sigma_rel is not None:
+        return f"{found.sigma_rel:g} of the run (sigma_rel)"
+    if found.decay is None or not 0 <= found.decay < 1:
+        return ""
+    return f"{1 / (1 - found.decay):,.0f} updates, 1 / (1 - decay)"
+
+
+def _averages(found: Averaged) -> dict[str, Tensor]:
+    return {n: v for n, v in found.weights.items() if n not in found.raw_only}
+
+
+def _count(tensors: Iterable[Tensor]) -> dict[str, Any]:
+    held = [*tensors]
+    return {
+        "tensors": len(held),
+        "numbers": sum(tensor.numel() for tensor in held),
+        "bytes": sum(map(nbytes, held)),
+        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in held}),
+    }
+
+
+def _sizes(tensors: Iterable[Tensor]) -> str:
+    count = _count(tensors)
+    kinds = f", {' and '.join(count['dtypes'])}" if count["dtypes"] else ""
+    size = f"{count['bytes'] / 2**20:,.1f} MiB"
+    return f"{count['tensors']:,} tensors, {count['numbers']:,} numbers, {size}{kinds}"
+
+
+def _as_dict(row: Candidate) -> dict[str, Any]:
+    return {"key": row.path, **_count(row.tensors), "why": row.why or None}
+
+
+def _told(found: Averaged | None, modules: Mapping[str, float | None]) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    fields = "path", "raw_path", "why", "layout", "step", "decay", "sigma_rel", "others"
+    return {
+        **{name: getattr(found, name) for name in fields},
+        "averaged": _count(_averages(found).values()),
+        "trained_only": [*found.raw_only],
+        "distances": dict(modules),
+    }
+
+
+def _distances(found: Averaged, depth: int | None) -> dict[str, float | None]:
+    r"""$\|s - p\| / \|p\|$ of averages $s$ and trained weights $p$, by module and over all.
+
+    Of a large tensor some blocks of numbers are compared. None where all of $p$ are zero.
+    """
+    names = [name for name in _averages(found) if name in found.raw]
+    if depth is None and len({_module(name, None) for name in names}) > _SHOWN:
+        depth = 1
+    squares: dict[str, list[float]] = {}
+    for name, average in _averages(found).items():
+        raw = found.raw.get(name)
+        if raw is not None and average.is_floating_point():
+            scale = max(1.0, average.numel() / _SAMPLED)
+            s, p = (_sample(tensor) for tensor in (average, raw))
+            both = float((s - p).square().sum()), float(p.square().sum())
+            for module in dict.fromkeys(["all", _module(name, depth)]):
+                sums = squares.setdefault(module, [0.0, 0.0])
+                squares[module] = [sum_ + scale * x for sum_, x in zip(sums, both, strict=True)]
+    return {
+        module: (apart / size) ** 0.5 if size else None for module, (apart, size) in squares.items()
+    }
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """All numbers of a tensor in float64, or blocks of them, evenly spread, if it is large."""
+    flat = tensor.reshape(-1)
+    if flat.numel() <= _SAMPLED:
+        return flat.double()
+    size = _SAMPLED // _BLOCKS
+    starts = [i * (flat.numel() - size) // (_BLOCKS - 1) for i in range(_BLOCKS)]
+    return torch.cat([flat[start : start + size].double() for start in starts])
+
+
+def _shown(modules: Mapping[str, float | None]) -> Table:
+    table = Table(title="Distance of averaged and trained weights, relative to the trained ones")
+    table.add_column("module")
+    table.add_column("distance", justify="right")
+    for name, distance in modules.items():
+        table.add_row(escape(name), "" if distance is None else f"{distance:.2%}")
+    return table
+
+
+def _module(name: str, depth: int | None) -> str:
+    """The first parts of a name; without a depth, those up to its first number; "all" for none."""
+    if depth == 0:
+        return "all"
+    modules = name.split(".")[:-1]
+    if depth is None:
+        ends = [i + 1 for i, part in enumerate(modules) if part.isdigit()]
+        depth = ends[0] if ends else len(modules)
+    return ".".join(modules[:depth]) or name

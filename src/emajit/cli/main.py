@@ -14,9 +14,11 @@ try:
     import typer
     from rich.console import Console
 
+    from emajit import checkpoint
+    from emajit.checkpoint.averaged import NotOneError
     from emajit.checkpoint.layouts import WRITERS
     from emajit.cli.convert import write_averages
-    from emajit.cli.inspect import show_averages
+    from emajit.cli.inspect import names_in, show_averages
     from emajit.cli.reconstruct import reconstruct_averages
 except ModuleNotFoundError as error:
     message = f"emajit: the command needs {error.name}; pip install rich safetensors typer"
@@ -103,7 +105,8 @@ Checkpoint = Annotated[
     Path,
     typer.Argument(
         metavar="FILE",
-        help="Of safetensors or torch.save, or a folder of torch.distributed.checkpoint.",
+        help="Of safetensors or torch.save; or a folder of a trainer, of a diffusers pipeline, or "
+        "of torch.distributed.checkpoint.",
     ),
 ]
 Names = Annotated[
@@ -115,11 +118,34 @@ Names = Annotated[
 ]
 
 
+Key = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH",
+        help="Where the averages are, if the file does not tell: keys with dots, such as "
+        "ema.module.",
+    ),
+]
+RawKey = Annotated[
+    str | None, typer.Option(metavar="PATH", help="Where the trained weights are, likewise.")
+]
+
+
 @app.command()
-def inspect(file: Checkpoint, names: Names = None) -> None:
-    """Show the averages in a checkpoint: layout, step, decay, distance to the trained weights."""
+def inspect(
+    file: Checkpoint,
+    names: Names = None,
+    key: Key = None,
+    raw_key: RawKey = None,
+    depth: Annotated[
+        int | None,
+        typer.Option(min=0, help="Of the modules whose distances are shown; default, the blocks."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Show which weights in a checkpoint are averages, and their distance to the trained ones."""
     with _errors_in_one_line():
-        show_averages(file, names, Console())
+        show_averages(file, names, key, raw_key, depth, as_json=as_json, console=Console())
 
 
 _FLAT = " and ".join(name for name, writer in WRITERS.items() if writer.safetensors)
@@ -139,6 +165,14 @@ Decay = Annotated[
 Step = Annotated[
     int | None, typer.Option(help="The updates that it has taken; default, as the checkpoint's.")
 ]
+Like = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="MODEL",
+        help="A file of the model's weights, whose names and shapes the averages must have; or a "
+        "folder of diffusers or transformers, to write such a folder, for from_pretrained.",
+    ),
+]
 Cast = Annotated[Dtype | None, typer.Option(help="Of the weights in it; default, their own.")]
 
 
@@ -147,6 +181,9 @@ def extract(
     file: Checkpoint,
     out: Out,
     names: Names = None,
+    key: Key = None,
+    raw_key: RawKey = None,
+    like: Like = None,
     layout: Annotated[
         Layout, typer.Option("--format", help="Of the file that is written.")
     ] = "state_dict",
@@ -155,7 +192,7 @@ def extract(
     dtype: Cast = None,
 ) -> None:
     """Write the averaged weights of a checkpoint into a file of their own."""
-    convert(file, out, layout, names, decay, step, dtype)
+    convert(file, out, layout, names, key, raw_key, like, decay, step, dtype)
 
 
 @app.command()
@@ -164,13 +201,17 @@ def convert(
     out: Out,
     layout: Annotated[Layout, typer.Option("--to", help="Of the file that is written.")],
     names: Names = None,
+    key: Key = None,
+    raw_key: RawKey = None,
+    like: Like = None,
     decay: Decay = None,
     step: Step = None,
     dtype: Cast = None,
 ) -> None:
     """Write the averages of a checkpoint in another layout, to go on with them there."""
     with _errors_in_one_line():
-        write_averages(file, names, out, layout, decay, step, dtype, Console())
+        found = checkpoint.read(file, names=(listed := names_in(names)), key=key, raw_key=raw_key)
+        write_averages(file, found, listed, out, layout, like, decay, step, dtype, Console())
 
 
 @contextmanager
@@ -182,7 +223,8 @@ def _errors_in_one_line() -> Iterator[None]:
         message = f"this needs {error.name}; pip install matplotlib numpy scikit-learn"
         raise _Failure(message) from None
     except (ValueError, OSError) as error:
-        raise _Failure(" ".join(str(error).split())) from None
+        is_table = isinstance(error, NotOneError)
+        raise _Failure(str(error) if is_table else " ".join(str(error).split())) from None
     except KeyboardInterrupt:
         raise _Failure("interrupted; no file is half-written", 130) from None
 
@@ -205,7 +247,8 @@ def main() -> int:
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
-        line = " ".join(error.format_message().split())
+        line = error.format_message()
+        line = line if isinstance(error, _Failure) else " ".join(line.split())
         if line:  # else it was called without a command, and has shown the help
             console = Console(stderr=True)
             console.print(f"emajit: {line}", markup=False, highlight=False, soft_wrap=True)

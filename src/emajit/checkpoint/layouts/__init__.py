@@ -25,6 +25,7 @@ _MODULES = (  # the command shows the layouts in this order
     "nemo",
     "edm2",
     "mmengine",
+    "mmcv",
     "composer",
     "torchtitan",
 )

@@ -24,6 +24,7 @@ from emajit.checkpoint.averaged import (
     averages_of,
     prefixes,
     required,
+    required_raw,
     step_of,
     tensors_of,
 )
@@ -134,8 +135,7 @@ def _state(averaged: Averaged, _: Names) -> dict[str, Any]:
     They are averages of the module `model` if it holds all of them, else of the whole model.
     """
     averages = averages_of(averaged)
-    if not averaged.raw.keys() >= averages.keys():
-        raise ValueError("litema: expected the trained weights beside the averages, found none")
+    raw = required_raw("litema", averaged, averages)
     prefix = "model." if all(name.startswith("model.") for name in averages) else ""
     names = [name.removeprefix(prefix) for name in averages]
     keys = _names.flat_keys(names, lambda key: key in ("decay", "num_updates"))
@@ -148,7 +148,7 @@ def _state(averaged: Averaged, _: Names) -> dict[str, Any]:
         CONTROLS[1]: torch.tensor(updates, dtype=torch.int32),
     }
     flat = {f"model_ema.{keys[name]}": averages[prefix + name] for name in names}
-    return {**averaged.raw, **controls, **flat}
+    return {**raw, **controls, **flat}
 
 
 LAYOUT = Layout(_read, Writer("litema", _state, safetensors=True, torch_key="state_dict"))

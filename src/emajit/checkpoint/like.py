@@ -1,0 +1,95 @@
+"""Averages written as a model's own file or folder, whose names and shapes they must have."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emajit import _alias, _names, _paths
+from emajit.checkpoint import files, search, sources
+
+# What a folder tells the program that loads it, and its largest: no weights, no training state.
+_TOLD = ".json", ".txt", ".model", ".md", ".jinja", ".py"
+
+
+def fitted(averages: Mapping[str, Tensor], like: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """`averages` under the names of the weights in `like`, a file or a folder, in its order.
+
+    Tied names that it leaves out are left out. Raises ValueError, with the first five differences,
+    where names or shapes differ, and where `like` holds more than one model.
+    """
+    wanted = _weights_in(Path(like))
+    tied = _alias.ties(averages)
+    missing = [name for name in wanted if name not in averages]
+    unknown = [name for name in averages if name not in wanted and name not in tied]
+    shapes = [
+        f"{name} of shape {tuple(averages[name].shape)} for {tuple(value.shape)}"
+        for name, value in wanted.items()
+        if name in averages and averages[name].shape != value.shape
+    ]
+    told = [*(f"no {name}" for name in missing), *(f"{name} beside" for name in unknown), *shapes]
+    if told:
+        shown = ", ".join(told[:5]) + (f", and {len(told) - 5:,} more" if len(told) > 5 else "")
+        raise ValueError(f"expected averages of the weights in {like}, found {shown}")
+    return {name: averages[name] for name in wanted}
+
+
+def _weights_in(path: Path) -> dict[str, Tensor]:
+    found = [(part.name, part.tensors) for part in search.parts(sources.content(path))]
+    models = [(name, tensors) for name, tensors in found if isinstance(tensors, dict)]
+    if len(models) != 1:
+        places = _paths.some([name for name, _ in models]) or "none"
+        raise ValueError(f"{path}: expected the weights of one model, found {places}")
+    bare = _names.unwrapped(models[0][1])
+    return {bare[name]: value for name, value in models[0][1].items()}
+
+
+def write_folder(
+    path: Path,
+    weights: Mapping[str, Tensor],
+    like: Path,
+    config: Mapping[str, Any],
+    *,
+    casts: Mapping[str, torch.dtype],
+    tell: Callable[[int], object],
+) -> None:
+    """Write a folder with the weights and the other files of `like`, which appears when complete.
+
+    `config` is added to its config.json. Raises FileExistsError where `path` exists.
+    """
+    if path.exists():
+        raise FileExistsError(errno.EEXIST, "expected no folder there yet", str(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        part.mkdir()
+        for each in like.iterdir():
+            if each.is_file() and each.suffix in _TOLD and not each.name.endswith(".index.json"):
+                shutil.copyfile(each, part / each.name)
+        if config:
+            told = json.loads((part / "config.json").read_text(encoding="utf-8"))
+            text = json.dumps({**told, **config}, indent=2) + "\n"
+            (part / "config.json").write_text(text, encoding="utf-8")
+        is_of_diffusers = any(each.name.startswith("diffusion_") for each in like.iterdir())
+        name = "diffusion_pytorch_model" if is_of_diffusers else "model"
+        files.write_tensors(
+            part / f"{name}.safetensors",
+            weights,
+            lambda *_: {"format": "pt"},
+            casts=casts,
+            tell=tell,
+        )
+        part.rename(path)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
