@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import os
+import pkgutil
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from emajit import LitEma, checkpoint, posthoc
+from emajit.checkpoint import layouts
 
 
 def net() -> nn.Module:
@@ -123,11 +125,16 @@ READ: dict[str, tuple[dict[str, Any], int | None, float | None]] = {
         None,
         None,
     ),
-    "LitEma in a script": ({"model": RAW, "ema": LITEMA}, 7, 0.5),
-    "one level deeper": ({"checkpoint": {"model": RAW, "ema": {"net": AVERAGE}}}, None, None),
+    "a LitEma in a script": ({"model": RAW, "ema": LITEMA}, 7, 0.5),
+    "a level deeper": ({"checkpoint": {"model": RAW, "ema": {"net": AVERAGE}}}, None, None),
     "a policy and its target": ({"policy_net": RAW, "target_net": AVERAGE}, None, None),
-    "parameters alone": ({"model": RAW, "ema": dict(zip(NAMES, SHADOW, strict=True))}, None, None),
+    "a shadow of parameters": (
+        {"model": RAW, "ema": dict(zip(NAMES, SHADOW, strict=True))},
+        None,
+        None,
+    ),
 }
+PROJECTS = {name.partition(",")[0] for name in READ if not name.startswith("a ")}
 
 
 @pytest.mark.parametrize("project", READ)
@@ -142,6 +149,17 @@ def test_the_averages_have_the_names_of_the_trained_weights(project: str, tmp_pa
             assert torch.equal(found.raw[name], RAW[name])
         assert (found.step, found.decay) == (step, decay)
         assert not set(found.raw_only) & set(NAMES)
+
+
+def test_the_readme_lists_what_is_read() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    told = readme.partition("| files of scripts |")[2].partition("\n")[0]
+    assert all(project in told for project in PROJECTS)
+    told = readme.partition("| states of libraries |")[2].partition("\n")[0]
+    spelled = told.lower().replace("averagedmodel", "averaged_model").replace("-", "_")
+    libraries = {each.name for each in pkgutil.iter_modules(layouts.__path__)}
+    libraries -= {"state_dict", "native", "native_lightning"}  # our own
+    assert all(library in spelled for library in libraries)
 
 
 def test_the_wider_of_two_precisions() -> None:

@@ -162,7 +162,11 @@ def _at(tree: Any, found: Sequence[Found], key: str) -> Found:
     below = [each for each in found if _is_below(each.path, key)]
     if len(below) == 1:
         return below[0]._replace(why="the key was given")
-    return Found(Reading(f"state at {key}", _tensors_at(tree, key)), key, "the key was given")
+    return Found(
+        Reading(f"state at {key}" if key else "state", _tensors_at(tree, key)),
+        key,
+        "the key was given",
+    )
 
 
 def _tensors_at(tree: Any, key: str) -> dict[str, Tensor] | list[Tensor]:
