@@ -74,9 +74,7 @@ def whole_params(shapes: dict[str, Any] = SHAPES) -> dict[str, Tensor]:
 def sharded(params: dict[str, Tensor], *, columns: bool = False) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     return {
-        name: distribute_tensor(
-            p, mesh, [Shard(int(columns)) if p.ndim else Replicate()], src_data_rank=None
-        )
+        name: distribute_tensor(p, mesh, [Shard(int(columns)) if p.ndim else Replicate()])
         for name, p in params.items()
     }
 

@@ -506,7 +506,7 @@ class TestPickledBeside:
     def test_what_is_no_plain_container_after_all(self, tmp_path: Path) -> None:
         path = tmp_path / "file"
         torch.save({"state_dict_ema": collections.defaultdict(int, w=1)}, path)
-        with pytest.raises(ValueError, match=f"^{path}: .* nothing else is .* Can only SETITEM"):
+        with pytest.raises(ValueError, match=f"^{path}: .* nothing else is .*(SETITEM|item assig)"):
             checkpoint.read(path)
 
 
@@ -889,8 +889,9 @@ class TestWritten:
             ({"layout": "litema"}, "litema: expected the trained weights beside the av"),
             ({"layout": "onnx"}, "layout: expected state_dict or litema or"),
             ({"dtype": torch.int8}, "dtype: expected a floating-point dtype, found torch.int8"),
-            ({"dtype": torch.float8_e8m0fnu}, "dtype: expected a floating-point dtype, found torc"),
         ]
+        if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
+            cases.append(({"dtype": torch.float8_e8m0fnu}, "dtype: expected a floating-point dt"))
         for layout in ("diffusers-ema", "torch-ema"):
             options: dict[str, Any] = {"layout": layout, "decay": 0.9}
             cases += [
