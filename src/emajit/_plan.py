@@ -78,10 +78,10 @@ class Found(NamedTuple):
     def rebuild(self, shadows: Sequence[PyTree], averages: list[Tensor]) -> list[PyTree]:
         """The trees of the shadows, with averages in the order of the pairs."""
         averages = [*map(_laid_out_as, self.shadows, averages)]
-        leaves = [None if slot is None else averages[slot] for slot in self.plan.slots]
-        size = len(leaves) // max(1, len(shadows))
-        trees = enumerate(shadows)
-        return [_tree.rebuild(tree, leaves[i * size : (i + 1) * size]) for i, tree in trees]
+        slots = self.plan.slots
+        size = len(slots) // max(1, len(shadows))
+        each = [slots[i * size : (i + 1) * size] for i in range(len(shadows))]
+        return [_tree.rebuild(t, averages, own) for t, own in zip(shadows, each, strict=True)]
 
     def update(self, alphas: Sequence[Alpha], step: Any) -> Update:
         """The update that the kernels get; warns of averages that stall."""

@@ -233,15 +233,19 @@ def check_writable(pairs: Pairs, shadows: Sequence[PyTree]) -> None:
         raise ValueError(f"{here}: expected memory of its own, found that it overlaps {there}")
 
 
-def rebuild(tree: PyTree, leaves: Sequence[Any]) -> PyTree:
-    """The tree with other leaves; for DTensors with their shards, placed as those are."""
+def rebuild(tree: PyTree, tensors: Sequence[Tensor], slots: Sequence[int | None]) -> PyTree:
+    """The tree with the tensor of each slot as leaf; for DTensors with shards, placed as they are.
+
+    Leaves of one slot, which are tied, become one object.
+    """
     olds, spec = pytree.tree_flatten(tree)
+    leaves = [None if slot is None else tensors[slot] for slot in slots]
     if _shards.are_in(olds):
-        placed: dict[int, Any] = {}  # tied leaves stay one object
-        for old, new in zip(olds, leaves, strict=True):
-            if id(new) not in placed:
-                placed[id(new)] = None if new is None else _shards.like(old, new)
-        leaves = [placed[id(new)] for new in leaves]
+        placed: dict[int, Any] = {}
+        for old, slot in zip(olds, slots, strict=True):
+            if slot is not None and slot not in placed:
+                placed[slot] = _shards.like(old, tensors[slot])
+        leaves = [None if slot is None else placed[slot] for slot in slots]
     return pytree.tree_unflatten(leaves, spec)
 
 
@@ -257,7 +261,7 @@ def copy(params: PyTree, dtype: torch.dtype | None) -> PyTree:
     _paths.check_leaves("params", params)
     pairs = pair([params], params, flatten([params], params))
     copies = [p.detach().to(copy_dtype(p, dtype), copy=True) for p in pairs.params]
-    return rebuild(params, [None if slot is None else copies[slot] for slot in pairs.slots])
+    return rebuild(params, copies, pairs.slots)
 
 
 def copy_dtype(leaf: Tensor, dtype: torch.dtype | None) -> torch.dtype:

@@ -70,8 +70,7 @@ def init(params: Tree, *, dtype: torch.dtype | None = None, pin_memory: bool = F
             p.detach(), dtype=_tree.copy_dtype(p, dtype), device="cpu", pin_memory=pinned
         ).copy_(p.detach())
         copies.append(held if p.is_cpu else offloaded(held, p.device))
-    leaves = [None if slot is None else copies[slot] for slot in pairs.slots]
-    return _tree.rebuild(params, leaves)  # type: ignore[no-any-return]
+    return _tree.rebuild(params, copies, pairs.slots)  # type: ignore[no-any-return]
 
 
 def update_(
