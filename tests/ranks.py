@@ -44,15 +44,18 @@ from emajit.fused import FusedOptimizer
 Check = Callable[[Path], None]
 WORLDS = (2, 3, 4)
 CHECKS: dict[str, Check] = {}
+FSDP: set[str] = set()
 QUICK: list[tuple[str, int]] = []  # with how many processes
 SLOW: list[tuple[str, int]] = []
 
 
-def check(*worlds: int, slow: tuple[int, ...] = ()) -> Callable[[Check], Check]:
-    """Mark a check, and for how many processes it is."""
+def check(*worlds: int, slow: tuple[int, ...] = (), fsdp: bool = False) -> Callable[[Check], Check]:
+    """Mark a check, for how many processes it is, and whether a `fully_shard` runs in it."""
 
     def add(function: Check) -> Check:
         CHECKS[function.__name__] = function
+        if fsdp:
+            FSDP.add(function.__name__)
         QUICK.extend((function.__name__, world) for world in worlds)
         SLOW.extend((function.__name__, world) for world in slow)
         return function
@@ -257,7 +260,7 @@ def inside_of_a_compiled_step(_: Path) -> None:
             assert_same(found, expected)
 
 
-@check(2, 3)
+@check(2, 3, fsdp=True)
 def fsdp_averages_what_one_process_averages(_: Path) -> None:
     model = fsdp(model_of())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -277,7 +280,7 @@ def fsdp_averages_what_one_process_averages(_: Path) -> None:
     assert_same(held, expected_ema)
 
 
-@check(2, 3)
+@check(2, 3, fsdp=True)
 def a_scope_computes_with_the_averages_and_leaves_nothing(_: Path) -> None:
     for options in ({}, {"reshard_after_forward": False}):
         model, reference = fsdp(model_of(), **options), model_of()
@@ -305,7 +308,7 @@ def a_scope_computes_with_the_averages_and_leaves_nothing(_: Path) -> None:
             torch.testing.assert_close(ours.full_tensor(), other)
 
 
-@check(2)
+@check(2, fsdp=True)
 def lit_ema_stores_copies_and_restores(_: Path) -> None:
     model: Any = fully_shard(model_of())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -345,7 +348,7 @@ def the_older_fsdp_is_refused(_: Path) -> None:
             use()
 
 
-@check(2)
+@check(2, fsdp=True)
 def a_fused_optimizer_runs_one_after_the_other(_: Path) -> None:
     models = [fsdp(model_of()) for _ in range(2)]
     optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1) for m in models]
@@ -363,7 +366,7 @@ def a_fused_optimizer_runs_one_after_the_other(_: Path) -> None:
     assert_same(ours, theirs)
 
 
-@check(2)
+@check(2, fsdp=True)
 def misfits_are_named(_: Path) -> None:
     params = sharded(whole_params())
     shadow = emajit.init(params)
@@ -429,7 +432,7 @@ def a_folder_of_shards_is_read_on_any_number_of_processes(shared: Path) -> None:
     assert_same(shadow, before)
 
 
-@check(2, 3)
+@check(2, 3, fsdp=True)
 def lit_ema_goes_on_from_torchs_own_checkpoint(shared: Path) -> None:
     folder = shared / "litema"
     model = fsdp(model_of())
@@ -450,7 +453,7 @@ def lit_ema_goes_on_from_torchs_own_checkpoint(shared: Path) -> None:
         torch.testing.assert_close(value, gathered(ema.state_dict())[name])
 
 
-@check(4)
+@check(4, fsdp=True)
 def two_dimensions_of_processes(_: Path) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
     hybrid: Any = fully_shard(model_of(), mesh=mesh)
@@ -519,7 +522,7 @@ def ddp_does_not_broadcast_the_averages(_: Path) -> None:
 
 if find_spec("lightning"):
 
-    @check(2)
+    @check(2, fsdp=True)
     def lightnings_model_parallel_strategy(shared: Path) -> None:
         from lightning.pytorch.strategies import ModelParallelStrategy  # noqa: PLC0415
 

@@ -69,6 +69,8 @@ def told(shared: Path) -> Told:
 
 @pytest.mark.parametrize(("name", "world"), ranks.QUICK)
 def test(name: str, world: int, told: Told) -> None:
+    if name in ranks.FSDP and not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip("fully_shard does not run on a CPU in torch 2.6")
     found = told("quick")[f"{name} {world}"]
     assert not found, found
 

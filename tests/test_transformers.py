@@ -540,6 +540,9 @@ def test_buffers(tmp_path: Path, buffers: Any) -> None:
     assert_same(trainer.model.state_dict(), later[-1])
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="torch 2.6 cannot trace transformers 5"
+)
 @pytest.mark.parametrize("compiled_by", ["Trainer", "caller"])
 def test_a_compiled_model(tmp_path: Path, compiled_by: str) -> None:
     options: dict[str, Any] = settings("steps") | {"max_steps": 4}

@@ -51,11 +51,16 @@ def placed(leaves: Iterable[Any]) -> list[Any]:
     """
     kind = _kind()
     return [
-        (leaf.shape, leaf.device_mesh, leaf.placements, leaf.device_mesh.get_coordinate())
+        (leaf.shape, leaf.device_mesh, leaf.placements, _place(leaf))
         if isinstance(leaf, kind)
         else None
         for leaf in leaves
     ]
+
+
+def _place(leaf: Any) -> tuple[int, ...]:
+    """The place of this process in the mesh of a DTensor: a list in torch 2.6, None outside."""
+    return tuple(leaf.device_mesh.get_coordinate() or ())
 
 
 def misplaced(found: Any, expected: Any) -> str:
@@ -100,8 +105,7 @@ def described(leaf: Any) -> str:
     if not is_one(leaf):
         return f"a whole tensor of shape {tuple(leaf.shape)}"
     placements = ", ".join(map(repr, leaf.placements))
-    place = leaf.device_mesh.get_coordinate()
-    return f"shape {tuple(leaf.shape)} as {placements} on {leaf.device_mesh} at {place}"
+    return f"shape {tuple(leaf.shape)} as {placements} on {leaf.device_mesh} at {_place(leaf)}"
 
 
 def like(leaf: Any, shard: Tensor) -> Any:
