@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from emajit import checkpoint, schedules
+from tests import kills
 
 pytest.importorskip("transformers", reason="the callback for transformers")
 pytest.importorskip("accelerate", reason="the Trainer of transformers needs it")
@@ -301,6 +303,78 @@ def test_resumes_bit_for_bit(tmp_path: Path, told: str) -> None:
     assert len(recorder.steps) == 2
     assert_same(trained(resumed.model), trained(uninterrupted.model))
     assert_same(averages(ema), averages(whole))
+
+
+def complete(folder: Path) -> list[Path]:
+    """The checkpoints that a training can go on from, the last one first."""
+    found = []
+    for file in folder.glob("checkpoint-*/trainer_state.json"):
+        try:
+            found.append((json.loads(file.read_text())["global_step"], file.parent))
+        except json.JSONDecodeError:  # half written
+            continue
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def seeded_bare() -> Any:
+    torch.manual_seed(0)
+    return Bare()
+
+
+@pytest.mark.parametrize("model", [tiny, seeded_bare])
+def test_killed_at_any_moment_the_averages_fit_the_last_checkpoint(
+    tmp_path: Path, model: Any
+) -> None:
+    """The Trainer removes the older checkpoint before `on_save`, where another callback raises."""
+
+    class Kill(TrainerCallback):  # type: ignore[misc, unused-ignore]
+        def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            if state.global_step == 6:
+                raise KeyboardInterrupt
+
+    folder = tmp_path / "run"
+    options = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "max_steps": 8}
+    with kills.moments(folder, tmp_path / "moments") as moments:
+        trainer = trainer_of(folder, Kill(), EMACallback(DECAY), model=model(), **options)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    assert len(moments) > 25
+    seen: list[int] = []
+    for moment in moments:
+        last = complete(moment)
+        if not last:  # there was no checkpoint yet
+            assert not seen
+            continue
+        step = int(last[0].name.rpartition("-")[2])
+        assert checkpoint.read(last[0] / "averages.safetensors").step == step
+        seen.append(step)
+    assert seen == sorted(seen)
+    assert {*seen} == {2, 4, 6}
+
+    whole = EMACallback(DECAY)
+    trainer_of(tmp_path / "whole", whole, model=model(), **options).train()
+    for path in (complete(moments[-1])[0], complete(moments[seen.index(4) - len(seen)])[0]):
+        ema = EMACallback(DECAY)
+        resumed = trainer_of(path.parent, ema, model=model(), **options)
+        resumed.train(resume_from_checkpoint=str(path))
+        assert_same(averages(ema), averages(whole))
+
+
+class SavesOnItsOwn(Trainer):  # type: ignore[misc, unused-ignore]
+    def _save_checkpoint(self, *_: Any, **__: Any) -> None:
+        state: Any = self.state
+        self.save_model(str(Path(str(self.args.output_dir), f"checkpoint-{state.global_step}")))
+
+
+def test_a_trainer_that_writes_no_state(tmp_path: Path) -> None:
+    ema, options = EMACallback(DECAY), {"save_strategy": "steps", "save_steps": 3}
+    trainer = trainer_of(tmp_path, ema, kind=SavesOnItsOwn, **options)
+    trainer.train()
+    assert checkpoint.read(tmp_path / "checkpoint-3" / "averages.safetensors").step == 3
+    found = checkpoint.read(tmp_path / "checkpoint-6" / "averages.safetensors")
+    assert_same(dict(found.weights), averages(ema))
+    trainer.save_state()
+    assert not (tmp_path / "averages.safetensors").exists()
 
 
 def test_a_resumed_checkpoint_without_averages(tmp_path: Path) -> None:

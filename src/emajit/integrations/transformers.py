@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,10 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
       `from_pretrained`. Only a `PreTrainedModel` has it: in the folder of an adapter the Trainer
       would take it for one more adapter.
 
+    Both are complete before the Trainer writes `trainer_state.json`, with which it ends a
+    checkpoint, and before it removes older ones: a job that is killed at any moment leaves averages
+    beside the trained weights of the last complete checkpoint.
+
     A callback is not told which folder is resumed. It looks into the folder given by
     `TrainingArguments(resume_from_checkpoint=...)` and into `checkpoint-<step>` in `output_dir`,
     and takes the averages that were saved beside the trained weights that the model has now. A
@@ -91,6 +96,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._options = _average.checked(decay, dtype, buffers, every)
         self._every = every
         self._average: LitEma | None = None
+        self._saved: Path | None = None
         self._is_training = False
         self._is_inside = False
         # The averages in the model for an evaluation of the Trainer, and what guards them there.
@@ -156,6 +162,9 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 _warn.warn(f"{found[0]} has no averages of EMACallback; its weights stand for them")
             else:
                 self._load(model, folders)
+        # The Trainer calls `on_save` only after it has removed an older checkpoint.
+        vars(state)["save_to_json"] = partial(self._save_before, args, state, kwargs)
+        self._saved = None
         self._is_training = True
         if args.eval_on_start:
             self._enter(model)
@@ -193,26 +202,40 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Put the averages into the checkpoint."""
-        folder = _folder(args, state)
+        """Put the averages into the checkpoint of a Trainer that saves in a way of its own."""
+        if args.should_save and self._saved != _folder(args, state):
+            self._save(_folder(args, state), state, kwargs)
+        self.restore()
+
+    def _save_before(
+        self, args: TrainingArguments, state: TrainerState, objects: dict[str, Any], json_path: str
+    ) -> None:
+        """Put the averages into a checkpoint, then the state of the Trainer."""
+        folder = Path(json_path).parent
+        if folder.name == _folder(args, state).name:  # else of `Trainer.save_state`
+            self._save(folder, state, objects)
+        type(state).save_to_json(state, json_path)
+
+    def _save(self, folder: Path, state: TrainerState, objects: dict[str, Any]) -> None:
         unguarded = self._is_inside
         self.restore()
-        if not args.should_save or state.is_hyper_param_search:
+        if state.is_hyper_param_search:
             return
         if unguarded:
             raise RuntimeError(
                 f"{folder}: expected trained weights, found the averages saved in their place, by "
                 "something that does not call state_dict()"
             )
-        average, model = self._present(), kwargs["model"]
-        of = {_OF: _fingerprint(average, model)}
-        checkpoint.save(folder / _FILE, **_average.state_of(average), metadata=of)
+        average, model = self._present(), objects["model"]
         bare = getattr(model, "_orig_mod", model)
         if isinstance(bare, PreTrainedModel):
             with average.ema_scope(model):
                 bare.save_pretrained(folder / "averaged")
-            if kwargs["processing_class"] is not None:
-                kwargs["processing_class"].save_pretrained(folder / "averaged")
+            if objects["processing_class"] is not None:
+                objects["processing_class"].save_pretrained(folder / "averaged")
+        of = {_OF: _fingerprint(average, model)}
+        checkpoint.save(folder / _FILE, **_average.state_of(average), metadata=of)
+        self._saved = folder
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
