@@ -26,11 +26,13 @@ def moments(folder: Path, copies: Path) -> Iterator[list[Path]]:
         _watchers.append(watch)
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        path = arguments[0] if writes or event in _CHANGES else None
+        if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            return
+        if event != "open" and event not in _CHANGES:
+            return
         below = event in ("os.remove", "os.rmdir") and arguments[1] != -1  # as rmtree goes down
-        inside = isinstance(path, str | os.PathLike) and folder in Path(path).absolute().parents
-        if below or inside:
+        paths = [Path(path) for path in arguments[:2] if isinstance(path, str | os.PathLike)]
+        if below or any(folder in path.absolute().parents for path in paths):
             copy()
 
     if not hasattr(sys, "_emajit_watches"):  # an audit hook cannot be removed

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 from emajit import checkpoint, schedules
+from tests import kills
 
 pytest.importorskip("lightning", reason="lightning is not installed")
 
@@ -242,6 +243,25 @@ class TestCheckpoint:
         assert_equal(
             {name: found.weights[name] for name in weights(model)}, averages(callback, model)
         )
+
+
+@pytest.mark.parametrize("monitor", [None, "loss"])
+def test_killed_at_any_moment_a_checkpoint_has_both(tmp_path: Path, monitor: str | None) -> None:
+    """Lightning writes one file, moves it into place, and only then removes the one before."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    saver = ModelCheckpoint(folder, monitor=monitor, mode="max", save_last=not monitor)
+    with kills.moments(folder, tmp_path / "moments") as moments:
+        trainer = trainer_of(folder, EMACallback(DECAY), saver, max_epochs=4)
+        trainer.fit(model_of(), data(2), data(2))
+    assert len(moments) >= 4
+    steps = []
+    for moment in moments:
+        found = [checkpoint.read(file) for file in moment.glob("*.ckpt")]
+        steps.append(max([each.step or 0 for each in found], default=0))
+        assert all(each.raw and each.step for each in found)
+    assert steps == sorted(steps)
+    assert {*steps} == ({0, 2, 4} if monitor else {0, 2, 4, 6, 8})  # the highest loss is that at 4
 
 
 def test_a_checkpoint_without_averages(tmp_path: Path) -> None:
