@@ -19,7 +19,7 @@ from tests import kills
 pytest.importorskip("lightning", reason="lightning is not installed")
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
 
 from emajit.integrations._average import fingerprint
@@ -30,6 +30,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning",
     "ignore:.*isinstance.treespec, LeafSpec",
     "ignore:Checkpoint directory .* exists and is not empty",
+    "ignore:.*callbacks used to create the checkpoint need to be provided",
 )
 
 DECAY = schedules.warmup(0.9)
@@ -274,6 +275,142 @@ def test_a_checkpoint_without_averages(tmp_path: Path) -> None:
             fresh, data(), ckpt_path=tmp_path / "plain.ckpt"
         )
     assert_equal(averages(callback, fresh), weights(model))
+
+
+class Migrated(Regression):
+    """Its layers were called `net` when it was saved, and their units were in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.net = self.net, nn.Identity()
+        self.calls = 0
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        loss: Tensor = self.body(batch[0]).square().mean()
+        return loss
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.calls += 1
+        state = checkpoint["state_dict"]
+        del checkpoint["loops"]["predict_loop"]  # which a second call would not find
+        for name in list(state):
+            state[name.replace("net.", "body.")] = state.pop(name)
+        for name, value in state.items():
+            if not name.startswith("body.2.") and value.ndim:
+                state[name] = value.flip(0)
+        state["body.2.weight"] = state["body.2.weight"].flip(1)
+        state["body.1.running_mean"] += 1  # in place
+
+
+def migrated(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As the hook of `Migrated` has it, for tensors that nobody else holds."""
+    found = {"net.1.running_mean": torch.zeros(4)} | state
+    Migrated().on_load_checkpoint({"state_dict": found, "loops": {"predict_loop": 0}})
+    return found
+
+
+class TestMigration:
+    """A module's `on_load_checkpoint` sees averages as well as trained weights."""
+
+    @pytest.mark.parametrize("save", ["raw", "averaged", "of Lightning"])
+    def test_renames_and_changes_both(self, tmp_path: Path, save: Any) -> None:
+        model = model_of()
+        kind = EMAWeightAveraging(decay=0.5) if save == "of Lightning" else None
+        callback: Any = kind or EMACallback(DECAY, save=save)
+
+        class Saver(Callback):
+            def on_train_epoch_end(self, trainer: Trainer, _: LightningModule) -> None:
+                trainer.save_checkpoint(tmp_path / "last.ckpt")
+
+        trainer_of(tmp_path, callback, Saver()).fit(model, data())
+        found = checkpoint.read(tmp_path / "last.ckpt")
+        state = {n: v.clone() for n, v in found.raw.items()}
+        averaged = migrated({n: found.weights[n].clone() for n in weights(model_of())})
+
+        class Look(Callback):
+            def on_train_start(self, _: Trainer, module: LightningModule) -> None:
+                assert_equal(module.state_dict(), migrated(state))
+                held = averages(resumed, module)
+                assert_equal(held, {name: averaged[name] for name in held})
+
+        fresh, resumed = Migrated(), EMACallback(DECAY, save="raw" if kind else save)
+        trainer = trainer_of(tmp_path, resumed, Look(), max_epochs=3)
+        trainer.fit(fresh, data(), ckpt_path=tmp_path / "last.ckpt", weights_only=bool(kind))
+        trainer.save_checkpoint(tmp_path / "again.ckpt")
+        assert checkpoint.read(tmp_path / "again.ckpt").step == (found.step or 0) + 6
+        assert "on_load_checkpoint" not in vars(fresh)
+        assert fresh.calls == (2 if save == "raw" else 3)
+
+    def test_tested_by_a_new_process(self, tmp_path: Path) -> None:
+        file, _, model = saved(tmp_path, "averaged")
+        fresh = Migrated()
+        fresh.test_step = lambda *_: fresh.remember("test")  # type: ignore[method-assign]
+        found = checkpoint.read(file)
+        trainer_of(tmp_path, EMACallback(DECAY)).test(fresh, data(2), ckpt_path=file, verbose=False)
+        averaged = migrated({n: found.weights[n].clone() for n in weights(model)})
+        assert_equal(fresh.seen["test"], {n: averaged[n] for n in fresh.seen["test"]})
+        assert_equal(fresh.state_dict(), migrated({n: v.clone() for n, v in found.raw.items()}))
+
+    @pytest.mark.parametrize("save", ["raw", "averaged"])
+    def test_what_torchs_hooks_change_is_told(self, tmp_path: Path, save: Any) -> None:
+        """They see one copy, or none; a cast is no change."""
+        file, _, _ = saved(tmp_path, save)
+        model = model_of()
+        trainer = trainer_of(tmp_path, EMACallback(DECAY, save=save), precision="bf16-true")
+        trainer.test(model, data(2), ckpt_path=file, verbose=False)
+
+        def doubles(_: nn.Module, state: dict[str, Tensor], *__: Any) -> None:
+            state["net.0.weight"] = state["net.0.weight"] * 2
+
+        hooked: Any = model_of()
+        hooked.register_load_state_dict_pre_hook(doubles)
+        trainer = trainer_of(tmp_path, EMACallback(DECAY, save=save), max_epochs=3)
+        with pytest.warns(UserWarning, match=r"net\.0\.weight: the module has changed trained"):
+            trainer.fit(hooked, data(), ckpt_path=file)
+
+
+class TestOfLightningsOwnAveraging:
+    """`WeightAveraging` has the averages in `state_dict`, and beside it the trained weights."""
+
+    def test_resumes_with_both(self, tmp_path: Path) -> None:
+        class Saver(Callback):
+            def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+                trainer.save_checkpoint(tmp_path / "last.ckpt")
+                self.trained = weights(module)
+
+        saver, callback, resumed = Saver(), EMAWeightAveraging(decay=0.5), EMACallback(DECAY)
+        trainer_of(tmp_path, callback, saver).fit(model_of(), data())
+        averaged = {n: torch.load(tmp_path / "last.ckpt")["state_dict"][n] for n in saver.trained}
+        assert differ(saver.trained, averaged)
+
+        class Look(Callback):
+            def on_train_start(self, _: Trainer, module: LightningModule) -> None:
+                assert_equal(weights(module), saver.trained)
+                assert_equal(averages(resumed, module), averaged)
+
+        model, trainer = model_of(1), trainer_of(tmp_path, resumed, Look(), max_epochs=3)
+        trainer.fit(model, data(), ckpt_path=tmp_path / "last.ckpt")
+        trainer.save_checkpoint(tmp_path / "again.ckpt")
+        assert checkpoint.read(tmp_path / "again.ckpt").step == 12 + 6
+
+    def test_averages_that_do_not_fit_are_refused(self, tmp_path: Path) -> None:
+        class Saver(Callback):
+            def on_train_end(self, trainer: Trainer, _: LightningModule) -> None:
+                trainer.save_checkpoint(tmp_path / "last.ckpt")
+
+        trainer = trainer_of(tmp_path, Saver(), EMAWeightAveraging(decay=0.5))
+        trainer.fit(model_of(), data())
+        file = torch.load(tmp_path / "last.ckpt")
+        del file["state_dict"]["net.0.bias"]
+        torch.save(file, tmp_path / "broken.ckpt")
+        model = model_of()
+        model.strict_loading = False
+        with pytest.raises(
+            ValueError, match=r"averages: expected those of the model.*net\.0\.bias"
+        ):
+            trainer_of(tmp_path, EMACallback(DECAY), max_epochs=3).fit(
+                model, data(), ckpt_path=tmp_path / "broken.ckpt"
+            )
 
 
 def test_averages_of_another_model(tmp_path: Path) -> None:

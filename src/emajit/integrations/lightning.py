@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from emajit import _module, _names, _shards, _warn, schedules, scope
+from emajit._torch import pytree
+from emajit.checkpoint.averaged import Averaged, Names
+from emajit.checkpoint.layouts import lightning as weight_averaging
+from emajit.checkpoint.layouts import native_lightning
 from emajit.functional import Decay, Schedule
 from emajit.integrations import _average
 from emajit.litema import LitEma
@@ -40,6 +46,12 @@ class EMACallback(Callback):
     ones are `checkpoint["emajit"]["raw"]`; `emajit.checkpoint.read` knows both. Lightning calls no
     callback for `ModelCheckpoint(save_weights_only=True)`, whose files have the trained weights.
     A callback of your own that saves after batches belongs behind this one.
+
+    Where the module has an `on_load_checkpoint`, as for a checkpoint from before a change of its
+    layers, it is called for each kind of weights, each time with a copy of the checkpoint that has
+    this kind as `checkpoint["state_dict"]`: averages, trained weights that are not what Lightning
+    loads, and last what Lightning loads. A checkpoint of Lightning's own `WeightAveraging` is
+    resumed with its trained weights and its averages, and with the number of its updates.
 
     Args:
         decay: as in `emajit.update`, but no list.
@@ -73,12 +85,15 @@ class EMACallback(Callback):
         self._training: weakref.ref[Trainer] | None = None
         self._loaded: dict[str, Any] | None = None
         self._loaded_for: weakref.ref[nn.Module] | None = None
+        # The hook that each copy of the weights is shown to, and the copies that it has returned.
+        self._hook: Callable[[dict[str, Any]], None] | None = None
+        self._migrated: dict[str, Any] | None = None
         self._averaged_at = 0
         self._inside: AbstractContextManager[None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         trained = (None, self._trained[1]) if self._trained else None  # a copy is another module
-        gone = dict.fromkeys(("_training", "_loaded_for", "_inside"))
+        gone = dict.fromkeys(("_training", "_loaded_for", "_inside", "_hook"))
         return {**vars(self), **gone, "_trained": trained}
 
     @contextmanager
@@ -101,7 +116,11 @@ class EMACallback(Callback):
                 if self._training is None:  # its end tells
                     self._trained = _identity(module)
             if self._loaded is not None:
-                _average.restore(self._average, self._loaded)
+                shadow = self._loaded["shadow"]
+                if self._loaded.get("is_whole"):
+                    partners = _names.match(shadow, self._average._keys_by_name())
+                    shadow = {bare: shadow[name] for bare, name in partners.items()}
+                _average.restore(self._average, {**self._loaded, "shadow": shadow})
                 self._averaged_at = self._loaded["averaged_at"]
                 self._loaded = None
         return self._average
@@ -126,6 +145,7 @@ class EMACallback(Callback):
             raise ValueError(
                 "strategy: expected ModelParallelStrategy to shard, found FSDPStrategy"
             )
+        self._show_copies_to(pl_module)
         if stage != "fit":
             return
         if any(_is_a("ModelCheckpoint", c) and c.save_weights_only for c in callbacks):
@@ -146,6 +166,7 @@ class EMACallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from the module's weights, or go on."""
+        self._show_no_more(pl_module)
         self._training = weakref.ref(trainer)
         self._of(pl_module)
         if not 0 <= trainer.global_step - self._averaged_at < self._every:  # of another run
@@ -161,6 +182,7 @@ class EMACallback(Callback):
 
     def _enter(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._leave()
+        self._show_no_more(pl_module)
         if self._is_for(trainer, pl_module):
             self._inside = self.averaged(pl_module)
             self._inside.__enter__()
@@ -176,6 +198,7 @@ class EMACallback(Callback):
 
     def _end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         self._leave()
+        self._show_no_more(pl_module)
         if self._training is not None and self._training() is trainer:  # and not one within it
             self._training, self._trained = None, _identity(pl_module)
 
@@ -210,7 +233,11 @@ class EMACallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Take the averages from the checkpoint, and for the module the trained weights."""
-        self._loaded, self._loaded_for = checkpoint.get(_KEY), weakref.ref(pl_module)
+        self._show_no_more(pl_module)
+        self._loaded = self._migrated or checkpoint.get(_KEY)
+        if self._loaded is None and (averaged := _averaged_in(checkpoint)):
+            self._loaded = _whole(averaged, checkpoint)
+        self._migrated, self._loaded_for = None, weakref.ref(pl_module)
         if self._loaded is None:
             self._average = None
             if trainer.ckpt_path:  # and not one that Lightning has made for itself
@@ -222,6 +249,77 @@ class EMACallback(Callback):
             for name, value in self._loaded["raw"].items():
                 state[name] = _shards.split_as(state.get(name), value)
             pl_module.load_state_dict(state, strict=pl_module.strict_loading)
+        if self._loaded is not None:
+            _warn_of_changes(pl_module, self._loaded.get("raw", checkpoint.get("state_dict", {})))
+
+    def _show_copies_to(self, module: LightningModule) -> None:
+        """Let the module's own `on_load_checkpoint` see each copy of the weights.
+
+        Lightning calls it before any callback, with one of them.
+        """
+        hook = module.on_load_checkpoint
+        if getattr(hook, "__qualname__", "") != "CheckpointHooks.on_load_checkpoint":
+            self._hook = partial(self._migrate, hook)
+            vars(module)["on_load_checkpoint"] = self._hook
+
+    def _show_no_more(self, module: LightningModule) -> None:
+        hook, self._hook = self._hook, None
+        if hook is not None and vars(module).get("on_load_checkpoint") is hook:
+            del vars(module)["on_load_checkpoint"]
+
+    def _migrate(self, hook: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any]) -> None:
+        """Call a module's hook for each copy of the weights, last for the one that is loaded."""
+        averaged = _averaged_in(checkpoint)
+        self._migrated = None
+        if averaged is not None:
+            copies = _whole(averaged, checkpoint)
+            for key in copies.keys() & {"shadow", "raw"}:
+                rest = {n: v for n, v in checkpoint["state_dict"].items() if n not in copies[key]}
+                seen = pytree.tree_map(lambda leaf: leaf, checkpoint)
+                seen["state_dict"] = copy.deepcopy({**copies[key], **rest})
+                hook(seen)
+                copies[key] = seen["state_dict"]
+            self._migrated = copies
+        hook(checkpoint)
+
+
+def _averaged_in(checkpoint: Mapping[str, Any]) -> Averaged | None:
+    """Averages of this callback, or of Lightning's `WeightAveraging` and `EMAWeightAveraging`."""
+    if "state_dict" not in checkpoint:  # but a folder of shards, which were loaded already
+        return None
+    found = (
+        layout.LAYOUT.read(checkpoint, Names(None, []))
+        for layout in (native_lightning, weight_averaging)
+    )
+    return next(filter(None, found), None)
+
+
+def _warn_of_changes(module: nn.Module, loaded: Mapping[str, Any]) -> None:
+    """Warn if the parameters are other numbers than were loaded, by a hook of torch's."""
+    for name, p in module.named_parameters():
+        value = loaded.get(name)
+        if value is None or _shards.is_one(p) or _shards.is_one(value):
+            continue
+        if _average.fingerprint([p]) != _average.fingerprint([value], p.dtype):
+            _warn.warn(
+                f"{name}: the module has changed trained weights as it loaded them, and its "
+                "averages are as they were saved; on_load_checkpoint is shown both"
+            )
+            return
+
+
+def _whole(averaged: Averaged, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's copies of the weights, each with all that a `state_dict` has."""
+    ours = checkpoint.get(_KEY, {})
+    copies: dict[str, Any] = {
+        "shadow": averaged.weights,
+        "step": averaged.step or 0,
+        "averaged_at": ours.get("averaged_at", checkpoint["global_step"]),
+        "is_whole": True,
+    }
+    if not ours or "raw" in ours:
+        copies["raw"] = averaged.raw
+    return copies
 
 
 def _identity(module: nn.Module) -> tuple[weakref.ref[nn.Module], set[str]]:
