@@ -92,15 +92,17 @@ class Controls(nn.Module):
     decay: Tensor
     num_updates: Tensor
 
-    def __init__(self, decay: float | Schedule, *, counts: bool) -> None:
+    def __init__(
+        self, decay: float | Schedule, *, counts: bool, must_count: bool = False, every: int = 1
+    ) -> None:
         super().__init__()
         self.schedule: Schedule | None = decay if callable(decay) else None
         first = float(decay(0) if callable(decay) else decay)
         self._written_decay = first, float32(first)
         self._first_update = 0 if counts else -1
         # Whether the number of updates is needed, also after a load of a state without it.
-        self._must_count = callable(decay)
-        self.every, self._calls = 1, 0
+        self._must_count = must_count or callable(decay)
+        self.every, self._calls = every, 0
         self._host_decay, self._host_updates = HostNumber(), HostNumber()
         self.register_buffer("decay", torch.tensor(first, dtype=torch.float32))
         self.register_buffer("num_updates", torch.tensor(self._first_update, dtype=torch.int32))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emajit import _choose, _controls, _module, _names, _paths, _shards, _warn, functional, scope
+from emajit import _choose, _controls, _module, _names, _paths, _warn, functional, scope
 from emajit._litema_state import LitEmaState
 from emajit.functional import Decay, Nonfinite, Rounding, Schedule
 
@@ -94,21 +93,17 @@ class LitEma(LitEmaState):
                 "rounding: 'stochastic' needs the number of updates, which is not counted without "
                 "warm-up; for a constant decay, give decay=emajit.schedules.constant(...)"
             )
+        _module.check_policy(buffers)
         chosen = _names.Filter(include, exclude)
-        params, kept = _module.averaged(model, buffers, chosen)
-        super().__init__(rate, chosen, counts=counts)
-        self._must_count = self._must_count or rounding == "stochastic"
-        self.every = every
+        _module.check_filter(model, chosen)
+        must_count = rounding == "stochastic"
+        super().__init__(
+            rate, chosen, buffers, dtype, counts=counts, must_count=must_count, every=every
+        )
         self.rounding, self.nonfinite, self.backend = rounding, nonfinite, backend
-        self.collected_params: list[Tensor] = []
-        self._takes_buffers, self._is_sharded = bool(kept), _shards.are_in(params.values())
         # Models that `copy_to` has written since `store`, and what their buffers held.
         self._overwritten: list[tuple[nn.Module, dict[str, Tensor]]] = []
-        self._seen = weakref.ref(model) if self._is_sharded else None
-        self._hold(params, kept, dtype)
-        self._match([*self._tensors_of(model)])  # before a trace, which cannot match patterns
-        if buffers == "copy":
-            self._copied.update(self.m_name2s_name[name] for name in kept)
+        self.track(model)
         if rounding == "nearest":
             for held in {average.dtype for average in self.buffers()}:
                 _warn.warn_of_stall(held, 1.0 - self._written_decay[0])
@@ -122,7 +117,7 @@ class LitEma(LitEmaState):
         `every`, where calls cannot be counted.
         """
         if self.every > 1:
-            average = self.get_buffer(next(iter(self.m_name2s_name.values())))
+            average = self.get_buffer(next(iter(self.m_name2s_name.values()), "decay"))
             if not self._is_due(average.device):
                 return
         averages, params, updates, decay = self._prepare_update(model)
@@ -138,6 +133,9 @@ class LitEma(LitEmaState):
         except _paths.DeviceError:
             params = {name: _moved(p, averages[name].device) for name, p in params.items()}
             functional.update_(averages, params, step, **options)
+        except ValueError:
+            _module.check_shapes(averages, params)  # which tells of `track`
+            raise
         self._finish_update(model, updates)
 
     def _prepare_update(
@@ -148,6 +146,11 @@ class LitEma(LitEmaState):
         The number of updates is -1 without warm-up, and a tensor where it must not be read.
         """
         averages, params = self._pairs(model)
+        if not averages:
+            raise ValueError(
+                "model: expected averaged parameters, found none, since it had no trainable ones "
+                "when LitEma was built; call track(model) when it has"
+            )
         if self._copied:
             copies = self._copies()
             _module.check_shapes(copies, params)
@@ -250,45 +253,6 @@ class LitEma(LitEmaState):
             finally:
                 if context is not None:
                     _log.info("%s: Restored training weights", context)
-
-    def _pairs(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The averages and the parameters of `model` that they are of, under its names."""
-        params = self._tensors_of(model)
-        if list(params) != self._known:
-            self._match(list(params))
-        buffers: dict[str, Any] = self._buffers
-        averages = {name: buffers[key] for name, key in self._keys.items()}
-        if len(averages) < len(params):
-            for name in [name for name in params if name not in averages]:
-                if params.pop(name).requires_grad and name not in self._left_out:
-                    raise ValueError(
-                        f"{name}: expected no trainable parameter beside the averaged ones, found "
-                        "this one requires grad; build a new LitEma to average it"
-                    )
-        if self._uninitialised:  # what a loaded state did not have starts from the weights
-            _module.check_shapes(averages, params)
-            for name, key in self._keys.items():
-                if key in self._uninitialised:
-                    averages[name].copy_(params[name].detach())
-            self._uninitialised.clear()
-        return averages, params
-
-    def _tensors_of(self, model: nn.Module) -> dict[str, Tensor]:
-        """The parameters of a model outside of a scope, and its buffers if some are averaged."""
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a module, found {type(model).__qualname__}")
-        if self._is_sharded:
-            _shards.reshard(model)
-            self._seen = weakref.ref(model)
-        tensors = _module.named_parameters(model)
-        if self._takes_buffers:
-            tensors |= dict(model.named_buffers())
-        scope.check_outside(tensors.values())
-        return tensors
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without weak references, which cannot be pickled."""
-        return {**vars(self), "_seen": None}
 
 
 def _moved(param: Tensor, device: torch.device) -> Tensor:
