@@ -29,6 +29,12 @@ def float32(number: float) -> float:
     return float(struct.unpack("f", struct.pack("f", number))[0])
 
 
+def check_first(updates: Any) -> None:
+    """Raise ValueError unless `updates` is a number of updates."""
+    if not isinstance(updates, int) or not 0 <= updates < 2**31:
+        raise ValueError(f"init_num_updates: expected a number of updates, found {updates!r}")
+
+
 def check_every(every: Any) -> None:
     """Raise ValueError unless `every` is a number of steps."""
     if not isinstance(every, int) or every < 1:
@@ -93,13 +99,13 @@ class Controls(nn.Module):
     num_updates: Tensor
 
     def __init__(
-        self, decay: float | Schedule, *, counts: bool, must_count: bool = False, every: int = 1
+        self, decay: float | Schedule, *, first_update: int, must_count: bool, every: int
     ) -> None:
         super().__init__()
         self.schedule: Schedule | None = decay if callable(decay) else None
         first = float(decay(0) if callable(decay) else decay)
         self._written_decay = first, float32(first)
-        self._first_update = 0 if counts else -1
+        self._first_update = first_update
         # Whether the number of updates is needed, also after a load of a state without it.
         self._must_count = must_count or callable(decay)
         self.every, self._calls = every, 0

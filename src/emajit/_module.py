@@ -151,7 +151,8 @@ def copy_(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
             raise ValueError(f"parameter {i}: expected one on {expected}, found {found}")
     scope.prepare_to_write()
     alike = [v.to(p.device, p.dtype) for p, v in zip(params, values, strict=True)]
-    _torch.foreach_copy_([p.data for p in params], alike)
+    if alike:
+        _torch.foreach_copy_([p.data for p in params], alike)
 
 
 def places(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, tuple[nn.Module, str]]:

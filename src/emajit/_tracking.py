@@ -44,6 +44,8 @@ class Tracking(Controls):
         self._uninitialised: set[str] = set()
         # Keys of buffers that are copied.
         self._copied: set[str] = set()
+        # What was matched last: `m_name2s_name`, of which callers know that it can be replaced.
+        self._matched = self.m_name2s_name
         # Of the model seen last the names of its tensors, those without the prefixes of wrappers,
         # the keys of their averages, and the names that the filter leaves out.
         self._known: list[str] = []
@@ -165,12 +167,12 @@ class Tracking(Controls):
         self._bare = _names.canonical_of(names)
         self._keys = {n: self.m_name2s_name[partners[n]] for n in names if n in partners}
         self._left_out = {name for name, bare in self._bare.items() if not self._chosen.keeps(bare)}
-        self._known = names
+        self._known, self._matched = names, self.m_name2s_name
 
     def _pairs(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The averages and the parameters of `model` that they are of, under its names."""
         params = self._tensors_of(model)
-        if list(params) != self._known:
+        if list(params) != self._known or self._matched is not self.m_name2s_name:
             self._match(model, list(params))
         buffers: dict[str, Any] = self._buffers
         averages = {name: buffers[key] for name, key in self._keys.items()}
@@ -206,8 +208,8 @@ class Tracking(Controls):
         return tensors
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without weak references, which cannot be pickled."""
-        return {**vars(self), "_seen": None, "_tracked": []}
+        """Without weak references and an entered scope, which cannot be pickled."""
+        return {**vars(self), "_seen": None, "_tracked": [], "_swapped": None}
 
 
 def _continued(

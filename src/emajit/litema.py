@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class LitEma(LitEmaState):
         use_num_upates: warm up with `min(decay, (1 + n) / (10 + n))` at update n = 1, 2, ...; no
             effect beside a schedule.
         use_num_updates: the same argument, in the spelling of many copies of the class.
+        init_num_updates: the number of updates to go on from, where they are counted.
         dtype: of the averages; default that of each parameter.
         buffers: "ignore" leaves the model's buffers, such as the statistics of BatchNorm, as they
             are in training. Of the buffers that a `state_dict` has, "copy" holds the values at the
@@ -48,8 +49,9 @@ class LitEma(LitEmaState):
         rounding, nonfinite, backend: as in `emajit.update`.
 
     Raises:
-        ValueError: `decay` is not in [0, 1], no parameter is left to average, a name matches none,
-            an unknown option, or `rounding="stochastic"` where updates are not counted.
+        ValueError: `decay` is not in [0, 1], the filter leaves no trainable parameter or has a name
+            that matches none, an unknown option, or `rounding="stochastic"` where updates are not
+            counted.
         TypeError: `model` is no module, or `decay` neither a number nor a schedule.
 
     >>> model = nn.Linear(2, 2)
@@ -68,6 +70,7 @@ class LitEma(LitEmaState):
         use_num_upates: bool = True,
         *,
         use_num_updates: bool | None = None,
+        init_num_updates: int = 0,
         dtype: torch.dtype | None = None,
         buffers: _module.Policy = "ignore",
         include: _names.Patterns | None = None,
@@ -86,6 +89,7 @@ class LitEma(LitEmaState):
         _choose.check_options(rounding, nonfinite)
         _choose.check_backend(backend)
         _controls.check_every(every)
+        _controls.check_first(init_num_updates)
         warms_up = use_num_upates if use_num_updates is None else use_num_updates
         counts = warms_up or callable(decay)
         if rounding == "stochastic" and not counts:
@@ -96,13 +100,19 @@ class LitEma(LitEmaState):
         _module.check_policy(buffers)
         chosen = _names.Filter(include, exclude)
         _module.check_filter(model, chosen)
-        must_count = rounding == "stochastic"
         super().__init__(
-            rate, chosen, buffers, dtype, counts=counts, must_count=must_count, every=every
+            rate,
+            chosen,
+            buffers,
+            dtype,
+            first_update=init_num_updates if counts else -1,
+            must_count=rounding == "stochastic",
+            every=every,
         )
         self.rounding, self.nonfinite, self.backend = rounding, nonfinite, backend
         # Models that `copy_to` has written since `store`, and what their buffers held.
         self._overwritten: list[tuple[nn.Module, dict[str, Tensor]]] = []
+        self._swapped: AbstractContextManager[None] | None = None  # entered by `swap`
         self.track(model)
         if rounding == "nearest":
             for held in {average.dtype for average in self.buffers()}:
@@ -146,7 +156,7 @@ class LitEma(LitEmaState):
         The number of updates is -1 without warm-up, and a tensor where it must not be read.
         """
         averages, params = self._pairs(model)
-        if not averages:
+        if not averages and self._buffers.keys() == {"decay", "num_updates"}:
             raise ValueError(
                 "model: expected averaged parameters, found none, since it had no trainable ones "
                 "when LitEma was built; call track(model) when it has"
@@ -163,7 +173,7 @@ class LitEma(LitEmaState):
             averages, params = (
                 dict(zip(bare, tensors.values(), strict=True)) for tensors in (averages, params)
             )
-        updates = self._updates(next(iter(averages.values())).device)
+        updates = self._updates(next(iter(averages.values()), self.decay).device)
         return averages, params, updates, self._decay_at(updates)
 
     def _copies(self) -> dict[str, Tensor]:
@@ -224,11 +234,27 @@ class LitEma(LitEmaState):
         parameters = _module.listed("restore", parameters, self._seen)
         scope.check_outside(parameters)
         if not self.collected_params:
+            if not parameters:  # nothing of nothing
+                return
             raise RuntimeError("restore: expected store() before, found nothing stored")
         _module.check_stored(self.collected_params, parameters)
         buffers, values = _module.overwritten_beside(self._overwritten, parameters)
         _module.copy_(parameters + buffers, self.collected_params + values)
         self.collected_params, self._overwritten = [], []
+
+    def swap(self, model: nn.Module) -> None:
+        """Enter `ema_scope(model)`, or leave the one that the last call has entered.
+
+        For callers of copies of the class that exchange weights and averages by two calls. Here
+        the averages stay where they are, so that a state saved in between is that of the averages.
+        """
+        if self._swapped is None:
+            entered = self.ema_scope(model)
+            entered.__enter__()
+            self._swapped = entered
+        else:
+            swapped, self._swapped = self._swapped, None
+            swapped.__exit__(None, None, None)
 
     @contextmanager
     def ema_scope(self, model: nn.Module, context: str | None = None) -> Iterator[None]:
