@@ -179,7 +179,7 @@ def averages_with_a_decay_of_its_own(ema: Any) -> list[Tensor]:
 
 @of("CompVis/latent-diffusion")
 def averages_all_of_itself(ema: Any) -> list[Tensor]:
-    engine = nn.Module()
+    engine: Any = nn.Module()
     engine.add_module("model", net())
     engine.add_module("model_ema", ema(engine))
     step(engine)

@@ -523,7 +523,7 @@ class TestDefects:
         ema = LitEma(model)
         ema(model)
         model[2] = nn.Linear(3, 1, bias=False)  # type: ignore[operator]
-        with pytest.raises(ValueError, match=r"model: .* found it lacks 2\.bias; call track"):
+        with pytest.raises(ValueError, match=r"model: .* found it lacks \['2.bias'\]; call track"):
             ema(model)
 
     @pytest.mark.parametrize(("warm", "expected"), [(True, 0), (False, -1)])

@@ -158,8 +158,8 @@ class Tracking(Controls):
         missing = [name for name in self.m_name2s_name if name not in found]
         if missing:
             tied = _names.match(missing, _names.named(model, "parameters", twice=True))
-            told = f"{_paths.some([*tied])} tied to another parameter since"
-            told = told if tied else f"it lacks {_paths.some(missing)}"
+            told = f"{_paths.few([*tied])} tied to another parameter since"
+            told = told if tied else f"it lacks {_paths.few(missing)}"
             raise ValueError(
                 f"model: expected every averaged parameter, found {told}; call "
                 "track(model) to average what the model has now"
