@@ -1,4 +1,4 @@
-"""The state of a `LitEma`: its buffers, their keys, and how they are loaded, saved and cast."""
+"""The state of a `LitEma`: how its buffers are shown, loaded, saved and cast."""
 
 from __future__ import annotations
 
@@ -9,43 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from emajit import _names, _paths, _shards, _warn, functional
-from emajit._controls import Controls, decimal
-from emajit.functional import Schedule
+from emajit import _names, _paths, _shards, _warn
+from emajit._controls import decimal
+from emajit._tracking import Tracking
 
 _RANGES = {"decay": (0, 1), "num_updates": (-1, 2**31 - 1)}
 
 
-class LitEmaState(Controls):
-    """The buffers of a `LitEma`: controls, and each average under its key in `m_name2s_name`."""
-
-    def __init__(self, decay: float | Schedule, chosen: _names.Filter, *, counts: bool) -> None:
-        super().__init__(decay, counts=counts)
-        # Every attribute is set before the keys are chosen, so that no average takes its name.
-        self.m_name2s_name: dict[str, str] = {}
-        self._chosen = chosen
-        self._is_updated = False
-        # Keys of averages that were neither updated nor loaded. The averages in `_uninitialised`,
-        # a subset, start from the model at the next use.
-        self._untouched: set[str] = set()
-        self._uninitialised: set[str] = set()
-        # Keys of buffers that are copied.
-        self._copied: set[str] = set()
-        # Of the model seen last the names of its tensors, those without the prefixes of wrappers,
-        # the keys of their averages, and the names that the filter leaves out.
-        self._known: list[str] = []
-        self._bare: dict[str, str] = {}
-        self._keys: dict[str, str] = {}
-        self._left_out: set[str] = set()
-
-    def _hold(
-        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], dtype: torch.dtype | None
-    ) -> None:
-        """Register the first average of each parameter and buffer."""
-        self.m_name2s_name = _names.flat_keys([*params, *buffers], lambda key: hasattr(self, key))
-        for name, average in functional.init({**params, **buffers}, dtype=dtype).items():
-            self.register_buffer(self.m_name2s_name[name], average)
-        self._untouched.update(self.m_name2s_name.values())
+class LitEmaState(Tracking):
+    """Controls and averages as the buffers of a module, whose state is the original's."""
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
@@ -70,38 +42,6 @@ class LitEmaState(Controls):
         updates = f"updates={count}, " if count >= 0 else ""
         held = f"averages={len(averages)} in {', '.join(dtypes)}"
         return f"decay={self.schedule or decay}{warm_up}, {updates}{held}"
-
-    def named_averages(self) -> dict[str, Tensor]:
-        """The averages themselves, under the names that the parameters have in the bare model.
-
-        A shadow for `emajit.ema_scope`, for `torch.func.functional_call` and to save.
-
-        Raises RuntimeError after a load without some of them, which start from the model's weights
-        at the next use of the model.
-        """
-        if self._uninitialised:
-            raise RuntimeError(
-                f"named_averages: expected all averages, found {len(self._uninitialised)} that the "
-                f"state_dict did not have, {min(self._uninitialised)} for one; ema_scope(model) "
-                "and copy_to(model) start them from the model's weights"
-            )
-        return {name: self.get_buffer(key) for name, key in self._keys_by_name().items()}
-
-    def _keys_by_name(self) -> dict[str, str]:
-        bare = _names.canonical_of(self.m_name2s_name)
-        return {bare[name]: key for name, key in self.m_name2s_name.items()}
-
-    def _match(self, names: list[str]) -> None:
-        """Find the average of each tensor of a model, by name."""
-        partners = _names.match(self.m_name2s_name, names)
-        found = set(partners.values())
-        missing = [name for name in self.m_name2s_name if name not in found]
-        if missing:
-            raise ValueError(f"model: expected every averaged parameter, found it lacks {missing}")
-        self._bare = _names.canonical_of(names)
-        self._keys = {n: self.m_name2s_name[partners[n]] for n in names if n in partners}
-        self._left_out = {name for name, bare in self._bare.items() if not self._chosen.keeps(bare)}
-        self._known = names
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LitEmaState:
         """Keep the controls as they are but for their device, whatever becomes of the averages.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emajit import _controls, _module, _shards, _tree, functional, schedules
+from emajit import _controls, _module, _paths, _shards, _tree, functional, schedules
 from emajit.litema import LitEma
 
 
@@ -42,8 +42,8 @@ def restore(ema: LitEma, state: Mapping[str, Any]) -> None:
     missing, unknown = sorted(keys.keys() - shadow.keys()), sorted(shadow.keys() - keys.keys())
     if missing or unknown:
         raise ValueError(
-            f"averages: expected those of the model and of the option buffers, found {missing} "
-            f"missing and {unknown} unknown"
+            "averages: expected those of the model and of the option buffers, found "
+            f"{_paths.few(missing)} missing and {_paths.few(unknown)} unknown"
         )
     flat = {
         keys[name]: _shards.split_as(ema.get_buffer(keys[name]), value)
