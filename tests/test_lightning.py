@@ -724,6 +724,67 @@ def test_buffers(tmp_path: Path, buffers: Any) -> None:
         assert torch.equal(model.get_buffer("net.1.num_batches_tracked"), count)
 
 
+class Diverging(Regression):
+    """A loss that is NaN in the third batch, which Adam never forgets."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("nan") if batch_idx == 2 else loss
+
+
+def test_averages_that_are_not_finite_are_told_once(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, saver = Diverging(), ModelCheckpoint(tmp_path, save_top_k=-1)
+    with pytest.warns(
+        UserWarning, match=r"net.0.weight: the average holds .*nonfinite='skip'"
+    ) as w:
+        trainer_of(tmp_path, EMACallback(DECAY), saver, max_epochs=3).fit(model, data())
+    assert len([each for each in w if "not finite" in str(each.message)]) == 1
+
+
+def test_weights_that_are_not_finite_are_not_averaged(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    callback, recorder, model = EMACallback(DECAY, nonfinite="skip"), Recorder(), Diverging()
+    saver = ModelCheckpoint(tmp_path, save_top_k=-1)
+    trainer_of(tmp_path, callback, recorder, saver, max_steps=2).fit(model, data())
+    expected = recorder.average
+    trainer_of(tmp_path, callback, saver).fit(model, data())
+    assert all(p.isnan().all() for p in model.parameters())
+    found = averages(callback, model)
+    assert all(value.isfinite().all() for value in found.values())
+    assert differ({n: v.float() for n, v in expected.items()}, found)  # it has gone on until then
+
+
+def test_which_parameters_and_how(tmp_path: Path) -> None:
+    callback = EMACallback(
+        DECAY,
+        include="net.*",
+        exclude=["*.bias"],
+        rounding="stochastic",
+        dtype=torch.bfloat16,
+        backend="eager",
+    )
+    model, trainer = model_of(), trainer_of(tmp_path, callback)
+    trainer.fit(model, data(), data(2))
+    trained = weights(model)
+    seen = model.seen["validation"]
+    assert {n for n in seen if not torch.equal(seen[n], trained[n])} == {
+        n for n in seen if n.endswith("weight")
+    }
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    resumed, fresh = EMACallback(**callback._options), model_of(1)
+    trainer_of(tmp_path, resumed).fit(fresh, data(), ckpt_path=tmp_path / "last.ckpt")
+    assert_equal(averages(resumed, fresh), averages(callback, model))
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"nonfinite": "zero"}, "nonfinite: expected propagate or skip, found 'zero'"),
+        ({"rounding": "up"}, "rounding: expected nearest or stochastic, found 'up'"),
+        ({"backend": "none"}, "backend: "),
+    ]
+    for option, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            EMACallback(**option)
+
+
 def test_save_weights_only_is_told(tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path, save_weights_only=True)
     with pytest.warns(UserWarning, match="saves the trained weights alone"):

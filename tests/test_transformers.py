@@ -549,6 +549,32 @@ def test_an_evaluation_that_is_forbidden_later(tmp_path: Path) -> None:
         trainer.train()
 
 
+class Diverges(Trainer):  # type: ignore[misc, unused-ignore]
+    """A loss that is NaN at the third step, which Adam never forgets."""
+
+    def compute_loss(self, *arguments: Any, **options: Any) -> Any:
+        loss: Any = super().compute_loss(*arguments, **options)
+        return loss * float("nan") if self.state.global_step == 2 else loss
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+def test_averages_that_are_not_finite(tmp_path: Path, nonfinite: Any) -> None:
+    ema, recorder = EMACallback(DECAY, nonfinite=nonfinite, exclude="*.bias"), Recorder()
+    options = {"save_strategy": "steps", "save_steps": 2, "max_grad_norm": 0.0}
+    trainer = trainer_of(tmp_path, ema, recorder, kind=Diverges, **options)
+    start = trained(trainer.model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    told = [each for each in caught if "the average holds values that are" in str(each.message)]
+    assert len(told) == (nonfinite == "propagate")
+    found = averages(ema)
+    assert not any(name.endswith("bias") for name in found)
+    if nonfinite == "skip":  # the decay counts the updates that were left out
+        expected = reference(start, recorder.steps[:2])
+        assert_near(found, {name: expected[name] for name in found})
+
+
 class Bare(nn.Module):
     """No `PreTrainedModel`."""
 

@@ -74,10 +74,17 @@ class LitEmaState(Tracking):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        """Save the schedule's decay of the last update, and omit averages without values."""
+        """Save the schedule's decay of the last update, and omit averages without values.
+
+        On the CPU averages that are not finite are told of once.
+        """
         if self.schedule is not None and not self.num_updates.is_meta:
             self.decay.fill_(float(self.schedule(max(0, int(self.num_updates) - 1))))
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.nonfinite != "skip":
+            held = _shards.local([self.get_buffer(key) for key in self.m_name2s_name.values()])
+            named = dict(zip(self.m_name2s_name, held, strict=True))
+            _warn.warn_of_nonfinite(self, {n: a for n, a in named.items() if a.is_cpu})
         for key in self._uninitialised:
             del destination[prefix + key]
 

@@ -46,7 +46,8 @@ class LitEma(LitEmaState):
         every: update at every so many calls, counted from the construction. A state does not tell
             how many calls there were since the last update; with the decay `schedules.every(...)`
             each call counts as an update, so that a loaded state goes on exactly.
-        rounding, nonfinite, backend: as in `emajit.update`.
+        rounding, nonfinite, backend: as in `emajit.update`. A state that is saved on the CPU tells
+            once, by a warning, of averages that are not finite.
 
     Raises:
         ValueError: `decay` is not in [0, 1], the filter leaves no trainable parameter or has a name

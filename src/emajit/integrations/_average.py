@@ -9,26 +9,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emajit import _controls, _module, _paths, _shards, _tree, functional, schedules
+from emajit import _choose, _controls, _module, _paths, _shards, _tree, _warn, functional, schedules
+from emajit.functional import Nonfinite, Rounding
 from emajit.litema import LitEma
 
 
 def checked(
-    decay: Any, dtype: torch.dtype | None, buffers: _module.Policy, every: int
+    decay: Any,
+    every: int,
+    *,
+    dtype: torch.dtype | None,
+    buffers: _module.Policy,
+    rounding: Rounding,
+    nonfinite: Nonfinite,
+    backend: str,
+    **others: Any,
 ) -> dict[str, Any]:
     """The options of a `LitEma`; ValueError and TypeError name the one that is unusable."""
     functional.check_decay(decay)
     _tree.check_dtype(dtype)
     _module.check_policy(buffers)
     _controls.check_every(every)
-    # A number is the decay of every update, and is counted all the same.
-    schedule = decay if callable(decay) else schedules.constant(decay)
-    return {"decay": schedule, "dtype": dtype, "buffers": buffers}
+    _choose.check_options(rounding, nonfinite)
+    _choose.check_backend(backend)
+    return {
+        # A number is the decay of every update, and is counted all the same.
+        "decay": decay if callable(decay) else schedules.constant(decay),
+        "dtype": dtype,
+        "buffers": buffers,
+        "rounding": rounding,
+        "nonfinite": nonfinite,
+        "backend": backend,
+        **others,
+    }
 
 
 def state_of(ema: LitEma) -> dict[str, Any]:
-    """What `restore` goes on from, in whole tensors; to be called by all processes."""
+    """What `restore` goes on from, in whole tensors; to be called by all processes.
+
+    Warns once of averages that are not finite.
+    """
     averages = ema.named_averages()
+    if ema.nonfinite != "skip":
+        here = _shards.local(averages.values())
+        _warn.warn_of_nonfinite(ema, dict(zip(averages, here, strict=True)))
     return {
         "shadow": {name: _shards.whole(average) for name, average in averages.items()},
         "step": int(ema.num_updates),

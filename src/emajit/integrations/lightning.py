@@ -17,7 +17,7 @@ from emajit._torch import pytree
 from emajit.checkpoint.averaged import Averaged, Names
 from emajit.checkpoint.layouts import lightning as weight_averaging
 from emajit.checkpoint.layouts import native_lightning
-from emajit.functional import Decay, Schedule
+from emajit.functional import Decay, Nonfinite, Rounding, Schedule
 from emajit.integrations import _average
 from emajit.litema import LitEma
 
@@ -55,7 +55,8 @@ class EMACallback(Callback):
 
     Args:
         decay: as in `emajit.update`, but no list.
-        dtype, buffers: as in `LitEma`.
+        dtype, buffers, include, exclude, rounding, nonfinite, backend: as in `LitEma`. Of
+            averages that are not finite a warning tells once, when they are saved.
         every: average after each optimizer step of so many, at most once a batch; `decay` counts
             the averaged ones.
         save: which weights a checkpoint's `state_dict` has.
@@ -72,12 +73,27 @@ class EMACallback(Callback):
         *,
         dtype: torch.dtype | None = None,
         buffers: _module.Policy = "ignore",
+        include: _names.Patterns | None = None,
+        exclude: _names.Patterns | None = None,
         every: int = 1,
+        rounding: Rounding = "nearest",
+        nonfinite: Nonfinite = "propagate",
+        backend: str = "auto",
         save: Literal["raw", "averaged"] = "raw",
     ) -> None:
         if save not in ("raw", "averaged"):
             raise ValueError(f"save: expected raw or averaged, found {save!r}")
-        self._options = _average.checked(decay, dtype, buffers, every)
+        self._options = _average.checked(
+            decay,
+            every,
+            dtype=dtype,
+            buffers=buffers,
+            include=include,
+            exclude=exclude,
+            rounding=rounding,
+            nonfinite=nonfinite,
+            backend=backend,
+        )
         self._every, self._save = every, save
         self._average: LitEma | None = None
         # What the averages are of: the module, and a fingerprint of its weights after the training.

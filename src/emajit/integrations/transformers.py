@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from emajit import _module, _shards, _warn, checkpoint, schedules
+from emajit import _module, _names, _shards, _warn, checkpoint, schedules
 from emajit.checkpoint import saved
-from emajit.functional import Decay, Schedule
+from emajit.functional import Decay, Nonfinite, Rounding, Schedule
 from emajit.integrations import _average
 from emajit.litema import LitEma
 
@@ -72,7 +72,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     Args:
         decay: as in `emajit.update`, but no list.
-        dtype, buffers: as in `LitEma`.
+        dtype, buffers, include, exclude, rounding, nonfinite, backend: as in `LitEma`. Of
+            averages that are not finite a warning tells once, when they are saved.
         every: average after each optimizer step whose number is a multiple of this; `decay` counts
             the averaged ones.
 
@@ -91,9 +92,24 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         *,
         dtype: torch.dtype | None = None,
         buffers: _module.Policy = "ignore",
+        include: _names.Patterns | None = None,
+        exclude: _names.Patterns | None = None,
         every: int = 1,
+        rounding: Rounding = "nearest",
+        nonfinite: Nonfinite = "propagate",
+        backend: str = "auto",
     ) -> None:
-        self._options = _average.checked(decay, dtype, buffers, every)
+        self._options = _average.checked(
+            decay,
+            every,
+            dtype=dtype,
+            buffers=buffers,
+            include=include,
+            exclude=exclude,
+            rounding=rounding,
+            nonfinite=nonfinite,
+            backend=backend,
+        )
         self._every = every
         self._average: LitEma | None = None
         self._saved: Path | None = None
