@@ -543,6 +543,17 @@ def test_a_gradient_scaler_skips_a_step(unscale: str, name: str) -> None:
     assert scalers[0].get_scale() == scalers[1].get_scale()
 
 
+def test_the_first_step_needs_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It creates the optimizer's state; to look for a compiler takes seconds."""
+    asked: list[str] = []
+    monkeypatch.setattr("emajit._compile.can_compile", asked.append)  # and there is none
+    twins = Twins(OPTIMIZERS["AdamW"], backend="auto")
+    for step in range(3):
+        twins.step(step)
+        assert asked == ["cpu"] * step
+    twins.compare()
+
+
 def test_gradients_that_were_unscaled_twice_are_refused() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -46,8 +46,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     second one compiles, seconds to minutes. The graph depends on the other options of the
     parameter groups, and on which gradients are None. Falls back to two separate steps for complex
     parameters, 0-d ones in float64, DTensors, an optimizer with step hooks, and, with a warning,
-    for options that differ at nearly every step (`OneCycleLR` with its momentum) and for what
-    `torch.compile` refuses (sparse gradients).
+    for options that differ at nearly every step and for what `torch.compile` refuses (sparse
+    gradients). So does `OneCycleLR` with its momentum: unlike a learning rate, a momentum is a
+    number to torch's optimizers, on which they branch; pass `cycle_momentum=False` for the graph.
 
     `torch.amp.GradScaler` takes it as an optimizer: `scaler.step(fused)`, `scaler.unscale_(fused)`
     or `scaler.unscale_(optimizer)`. The graph unscales the gradients that are not unscaled yet.
@@ -267,10 +268,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             or _compile.aliased_inputs((*leaves, *self._weights(), *scaled))
             or any(not offload.is_hook(hook) for hook in _torch.step_hooks(optimizer))
             or not _optimizer.steps_on_its_own(optimizer)
-            or (self._backend == "auto" and not _compile.can_compile(_device(update).type))
         ):
             return None
-        graph = self._graphs.get(key, False)
+        graph, device = self._graphs.get(key, False), _device(update)
+        if graph is None and self._backend == "auto" and not _compile.can_compile(device.type):
+            return None
         if graph is None:  # to be made
             # Dynamo takes an optimizer on a GPU for capturable. It would move `step` as it traces,
             # too late for what a skipped step puts back, and leave NAdam's `mu_product`.
@@ -280,7 +282,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             # torch.compile loses a write to a 0-d float64 tensor (2.11 to 2.13).
             lost = any(t.ndim == 0 and t.dtype == torch.float64 for t in self._written())
             graph = not lost and _optimizer.compiled_step(
-                optimizer, update.skip, self._backend, _device(update)
+                optimizer, update.skip, self._backend, device
             )
             self._graphs[key] = graph
         return graph
