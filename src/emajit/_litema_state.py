@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from emajit import _names, _paths, _shards, _warn
+from emajit import _module, _names, _paths, _shards, _torch, _warn
 from emajit._controls import decimal
 from emajit._tracking import Tracking
 
@@ -91,7 +91,7 @@ class LitEmaState(Tracking):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load all of it, or raise and load nothing.
+        """Load all of it, or raise and load nothing, also where a signal interrupts it.
 
         With `strict=False` averages may be missing: a missing average that was never updated or
         loaded starts from the model at the next use; any other stays. `assign` copies the loaded
@@ -151,21 +151,44 @@ class LitEmaState(Tracking):
                 "now, from 0"
             )
             state[prefix + "num_updates"] = torch.zeros_like(self.num_updates)
-        if local_metadata.get("assign_to_params_buffers"):
-            for key in [prefix + key for key in self._buffers if prefix + key in state]:
-                own = torch.empty_like(state[key], requires_grad=False).copy_(state[key].detach())
-                state[key] = own.to(controls[key].dtype) if key in controls else own
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        buffers: dict[str, Any] = {
+            key: buffer
+            for key, buffer in self._buffers.items()
+            if prefix + key in state and (assign or not buffer.is_meta)  # type: ignore[union-attr]
+        }
+        values: dict[str, Tensor] = {key: state[prefix + key].detach() for key in buffers}
+        # torch finds the missing keys. It would load one buffer after the other.
+        state |= {prefix + key: buffer for key, buffer in buffers.items()}
         super()._load_from_state_dict(
             state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self._untouched = {key for key in self._untouched if prefix + key not in state}
-        self._uninitialised = set(self._untouched)
-        if self._uninitialised:
+        if error_msgs:
+            return
+        untouched = {key for key in self._untouched if prefix + key not in state}
+        if assign:
+            new = {
+                key: _own(value, buffers[key] if key in _RANGES else value)
+                for key, value in values.items()
+            }
+            load: list[tuple[Any, ...]] = [(self._buffers.update, new)]
+        else:
+            shards = [_shards.local(of.values()) for of in (buffers, values)]
+            load = [(_torch.foreach_copy_, *shards)] if buffers else []
+        flags = {"_untouched": untouched, "_uninitialised": {*untouched}}
+        with torch.no_grad():
+            _module.at_once(*load, (vars(self).update, flags))
+        if untouched:
             _warn.warn(
-                f"{len(self._uninitialised)} of {len(self.m_name2s_name)} averages are not in the "
-                f"state_dict, {prefix}{min(self._uninitialised)} for one; at the next use they "
+                f"{len(untouched)} of {len(self.m_name2s_name)} averages are not in the "
+                f"state_dict, {prefix}{min(untouched)} for one; at the next use they "
                 "start from the model's weights",
             )
+
+
+def _own(value: Tensor, like: Tensor) -> Tensor:
+    """A copy of a loaded value in memory of its own, in the dtype of `like`."""
+    return torch.empty_like(value, dtype=like.dtype, requires_grad=False).copy_(value)
 
 
 def _misfit(key: str, value: object, buffer: Any) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import starmap
 from typing import Any, Literal
 
 import torch
@@ -131,6 +134,11 @@ def listed(
             "model.reshard()"
         )
     return found
+
+
+def at_once(*calls: tuple[Any, ...]) -> None:
+    """Call functions of C, each with its arguments; no signal is handled between two of them."""
+    deque(starmap(operator.call, calls), maxlen=0)
 
 
 def copy_(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:

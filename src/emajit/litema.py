@@ -122,6 +122,9 @@ class LitEma(LitEmaState):
     def forward(self, model: nn.Module) -> None:
         """Update the averages with the parameters of `model`, without a host synchronisation.
 
+        A signal that interrupts between an update and its count leaves the count one behind: the
+        next update then has the decay that this one had.
+
         Raises, before anything is written: ValueError where the model lacks an averaged parameter,
         has a trainable one that is neither averaged nor left out, or a shape differs; TypeError if
         it is no module; RuntimeError inside of a scope, and in a compiled or captured step with
@@ -185,7 +188,8 @@ class LitEma(LitEmaState):
     def _finish_update(
         self, model: nn.Module, updates: int | Tensor, unless: Tensor | None = None
     ) -> None:
-        """Copy buffers and count an update; a flag on the device may say that it was left out."""
+        """Count an update and copy buffers; a flag on the device may say that it was left out."""
+        self._count(updates, unless)  # first: what is not copied now is so by the next update
         if self._copied:
             copies, buffers = self._copies(), dict(model.named_buffers())
             values = [buffers[name] for name in copies]
@@ -193,7 +197,6 @@ class LitEma(LitEmaState):
                 pairs = zip(copies.values(), values, strict=True)
                 values = [torch.where(unless, old, new) for old, new in pairs]
             _module.copy_([*copies.values()], values)
-        self._count(updates, unless)
         self._untouched.clear()
         if not self._is_updated:  # to set an attribute of a module takes a microsecond
             self._is_updated = True

@@ -9,7 +9,6 @@ import math
 import os
 import secrets
 import stat
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
+
+from emajit.checkpoint import archives
 
 try:
     from safetensors import SafetensorError, safe_open
@@ -331,7 +332,9 @@ def load_torch(path: Path) -> Any:
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
         with torch.serialization.safe_globals([(_opaque(name), name) for name in names]):
-            mapped = zipped and _is_stored(path)
+            mapped = zipped and archives.is_stored(path)
+            if zipped:
+                archives.check_lengths(path)
             return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:  # noqa: BLE001, whatever a broken file makes of a parser
         reason = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split())
@@ -339,12 +342,6 @@ def load_torch(path: Path) -> Any:
             f"{path}: expected a whole file of torch.save with tensors and plain containers, "
             f"since nothing else is unpickled, found: {reason or type(error).__name__:.300}"
         ) from None
-
-
-def _is_stored(path: Path) -> bool:
-    """Whether the bytes of each record are those of the file: not of one that was zipped anew."""
-    with zipfile.ZipFile(path) as archive:
-        return all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
 
 
 def form(file: Any, name: str) -> Form:
