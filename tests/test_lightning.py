@@ -19,7 +19,12 @@ from tests import kills
 pytest.importorskip("lightning", reason="lightning is not installed")
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    Callback,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+)
 from lightning.pytorch.strategies import FSDPStrategy
 
 from emajit.integrations._average import fingerprint
@@ -722,6 +727,108 @@ def test_buffers(tmp_path: Path, buffers: Any) -> None:
     with callback.averaged(model):
         assert torch.equal(model.get_buffer("net.1.running_mean"), mean) == (buffers != "average")
         assert torch.equal(model.get_buffer("net.1.num_batches_tracked"), count)
+
+
+class Backboned(Regression):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Linear(3, 3)
+        self.net = nn.Sequential(self.backbone, nn.Tanh(), nn.Linear(3, 1))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=0.05)
+
+
+class FromTheUnfreezing(Callback):
+    """In float64, the averages of what is trained, each from the batch on that first trains it."""
+
+    def __init__(self) -> None:
+        self.average: dict[str, Tensor] = {}
+        self.updates = 0
+
+    def on_train_batch_start(self, _: Trainer, module: LightningModule, *__: Any) -> None:
+        for name, p in module.named_parameters():
+            if p.requires_grad:
+                self.average.setdefault(name, p.detach().double())
+
+    def on_train_batch_end(self, _: Any, module: LightningModule, *__: Any, **___: Any) -> None:  # type: ignore[override]
+        beta, self.updates = float(DECAY(self.updates)), self.updates + 1
+        for name, p in module.named_parameters():
+            if name in self.average:
+                self.average[name] = beta * self.average[name] + (1 - beta) * p.detach().double()
+
+
+class TestUnfreezing:
+    """By Lightning's `BackboneFinetuning`, which freezes in `setup`, at each resume as well."""
+
+    def finetuning(self) -> Any:
+        return BackboneFinetuning(
+            1, lambda _: 1.0, backbone_initial_lr=0.05, initial_denom_lr=1.0, should_align=False
+        )
+
+    @pytest.mark.parametrize("is_first", [True, False])
+    def test_starts_from_the_weights_and_is_saved(self, tmp_path: Path, is_first: bool) -> None:
+        torch.manual_seed(0)
+        model, callback, seen = Backboned(), EMACallback(DECAY), FromTheUnfreezing()
+        frozen = model.backbone.weight.detach().clone()
+        pair = [callback, self.finetuning()]
+        trainer = trainer_of(tmp_path, *pair[:: 1 if is_first else -1], seen, max_epochs=3)
+        trainer.fit(model, data(), data(2))
+        assert seen.updates == 18
+        assert seen.average.keys() == weights(model).keys()
+        found = averages(callback, model)
+        for name, expected in seen.average.items():
+            assert_close(found[name].double(), expected, rtol=1e-6, atol=1e-6)
+        assert not torch.equal(found["net.0.weight"], frozen)
+        assert_equal(model.seen["validation"], found)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        assert set(torch.load(tmp_path / "last.ckpt")["emajit"]["shadow"]) == {*seen.average}
+
+    @pytest.mark.parametrize("save", ["raw", "averaged"])
+    @pytest.mark.parametrize("hooked", [False, True])
+    def test_resumed_after_it(self, tmp_path: Path, save: Any, hooked: bool) -> None:
+        class Hooked(Backboned):
+            def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+                pass
+
+        torch.manual_seed(0)
+        model, callback = Backboned(), EMACallback(DECAY, save=save)
+        trainer = trainer_of(tmp_path, callback, self.finetuning())
+        trainer.fit(model, data())
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        expected = averages(callback, model)
+
+        class Look(Callback):
+            def on_train_start(self, _: Trainer, module: LightningModule) -> None:
+                assert not module.get_parameter("net.0.weight").requires_grad
+                assert_equal(averages(resumed, module), expected)
+                assert_equal(weights(module), weights(model))
+
+        resumed, fresh = EMACallback(DECAY, save=save), Hooked() if hooked else Backboned()
+        trainer = trainer_of(tmp_path, resumed, self.finetuning(), Look(), max_epochs=3)
+        trainer.fit(fresh, data(), ckpt_path=tmp_path / "last.ckpt")
+        # Lightning leaves the backbone frozen, and the average goes on to its weights.
+        found, before, towards = (
+            state["net.0.weight"] for state in (averages(resumed, fresh), expected, weights(fresh))
+        )
+        rest = 1.0
+        for step in range(12, 18):
+            rest *= float(DECAY(step))
+        assert_close(found, towards + rest * (before - towards), rtol=1e-5, atol=1e-6)
+
+    def test_resumed_before_it(self, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        whole, uninterrupted = EMACallback(DECAY), Backboned()
+        start = copy.deepcopy(uninterrupted)
+        trainer_of(tmp_path, whole, self.finetuning(), max_epochs=3).fit(uninterrupted, data())
+        trainer = trainer_of(tmp_path, EMACallback(DECAY), self.finetuning(), max_epochs=1)
+        trainer.fit(start, data())
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        resumed, fresh = EMACallback(DECAY), Backboned()
+        trainer = trainer_of(tmp_path, resumed, self.finetuning(), max_epochs=3)
+        trainer.fit(fresh, data(), ckpt_path=tmp_path / "last.ckpt")
+        assert_equal(weights(fresh), weights(uninterrupted))
+        assert_equal(averages(resumed, fresh), averages(whole, uninterrupted))
 
 
 class Diverging(Regression):

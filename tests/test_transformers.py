@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import subprocess
@@ -547,6 +548,78 @@ def test_an_evaluation_that_is_forbidden_later(tmp_path: Path) -> None:
     )
     with pytest.raises(RuntimeError, match=r"checkpoint-2: expected trained weights, found the"):
         trainer.train()
+
+
+class Unfreezes(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """The embeddings at the step `at`, and adds an adapter; in float64, what should be averaged."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.updates = at, 0
+        self.average: State = {}
+
+    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
+        kwargs["model"].get_input_embeddings().requires_grad_(False)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        if state.global_step == self.at:
+            model.get_input_embeddings().requires_grad_(True)
+            model.transformer.h[0].adapter = adapter = nn.Linear(2, 2)
+            adapter.weight.grad = torch.ones(2, 2)
+            kwargs["optimizer"].param_groups[0]["params"] += [*adapter.parameters()]
+            self.new = [n for n, p in model.named_parameters() if n not in self.average]
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                self.average.setdefault(name, p.detach().double())
+
+    def on_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
+        beta, self.updates = float(DECAY(self.updates)), self.updates + 1
+        for name, p in kwargs["model"].named_parameters():
+            if name in self.average:
+                self.average[name] = beta * self.average[name] + (1 - beta) * p.detach().double()
+
+
+@pytest.mark.parametrize("is_best", [False, True])
+def test_what_is_unfrozen_and_added_in_training(tmp_path: Path, is_best: bool) -> None:
+    """Each average begins with the step that first trains it; saved, and resumed where frozen."""
+    losses = iter([1.0, 2.0, 3.0])
+    options: dict[str, Any] = settings("steps") | {
+        "load_best_model_at_end": is_best,
+        "metric_for_best_model": "given",
+        "greater_is_better": False,
+        "compute_metrics": lambda _: {"given": next(losses)},
+    }
+    ema, unfreezes, recorder = EMACallback(DECAY), Unfreezes(3), Recorder()
+    trainer = trainer_of(tmp_path, unfreezes, ema, recorder, **options)
+    if is_best:  # of the step 2, when the embeddings were frozen, and there was no adapter
+        trainer._load_best_model = lambda: trainer.model.load_state_dict(
+            {**trainer.model.state_dict(), **recorder.steps[1]}
+        )
+    trainer.train()
+    found = averages(ema)
+    if is_best:
+        assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+        raw = trained(trainer.model)
+        assert_same({n: found[n] for n in unfreezes.new}, {n: raw[n] for n in unfreezes.new})
+        kept = checkpoint.read(tmp_path / "checkpoint-2" / "averages.safetensors").weights
+        assert_same({n: found[n] for n in kept}, dict(kept))
+        return
+    assert_near(found, unfreezes.average)
+    assert "transformer.h.0.adapter.weight" in found
+    assert differ(found, trained(trainer.model))
+
+    model = copy.deepcopy(trainer.model)
+    model.get_input_embeddings().requires_grad_(False)
+    again, seen = EMACallback(DECAY), []
+
+    class Look(TrainerCallback):  # type: ignore[misc, unused-ignore]
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            seen.append(averages(again))
+
+    resumed = trainer_of(tmp_path, again, Look(), model=model, max_steps=7)
+    resumed._load_optimizer_and_scheduler = lambda *_: None  # it had other groups of parameters
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert_same(seen[0], found)
 
 
 class Diverges(Trainer):  # type: ignore[misc, unused-ignore]

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from emajit import _choose, _controls, _module, _paths, _shards, _tree, _warn, functional, schedules
+from emajit import (
+    _choose,
+    _controls,
+    _module,
+    _names,
+    _paths,
+    _shards,
+    _tree,
+    _warn,
+    functional,
+    schedules,
+)
 from emajit.functional import Nonfinite, Rounding
 from emajit.litema import LitEma
 
@@ -42,6 +53,36 @@ def checked(
         "backend": backend,
         **others,
     }
+
+
+def started(
+    model: nn.Module, options: Mapping[str, Any], names: Collection[str] = ()
+) -> tuple[LitEma, set[str]]:
+    """A LitEma of the trainable parameters, and of those that `names` says; and the trainable ones.
+
+    A frozen parameter is averaged on if it was trained before, as are those that are unfrozen in a
+    training and frozen again where this is resumed.
+    """
+    params = _module.named_parameters(model)
+    trainable = {name for name, p in params.items() if p.requires_grad}
+    frozen = [
+        params[name] for name in _names.match(params, names).values() if name not in trainable
+    ]
+    try:
+        for p in frozen:
+            p.requires_grad_(True)
+        return LitEma(model, **options), trainable
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+
+
+def follow(ema: LitEma, model: nn.Module, known: set[str]) -> set[str]:
+    """Take in parameters that require grad by now; the names of all that have, of which `known`."""
+    trainable = {name for name, p in _module.named_parameters(model).items() if p.requires_grad}
+    if not trainable <= known:
+        ema.track(model)
+    return trainable | known
 
 
 def state_of(ema: LitEma) -> dict[str, Any]:

@@ -14,11 +14,8 @@ from torch import nn
 
 from emajit import _module, _names, _shards, _warn, schedules, scope
 from emajit._torch import pytree
-from emajit.checkpoint.averaged import Averaged, Names
-from emajit.checkpoint.layouts import lightning as weight_averaging
-from emajit.checkpoint.layouts import native_lightning
 from emajit.functional import Decay, Nonfinite, Rounding, Schedule
-from emajit.integrations import _average
+from emajit.integrations import _average, _copies
 from emajit.litema import LitEma
 
 try:
@@ -26,8 +23,6 @@ try:
 except ModuleNotFoundError as error:
     message = "emajit.integrations.lightning needs lightning; pip install lightning"
     raise ModuleNotFoundError(message, name=error.name) from None
-
-_KEY = "emajit"
 
 
 class EMACallback(Callback):
@@ -38,7 +33,9 @@ class EMACallback(Callback):
     trained weights, and the averages only in validation, test and prediction; `averaged` gives them
     outside of the Trainer. Another module, or the same one after it was given other weights, is
     evaluated as it is, and to fit it starts averages anew. A step that a `GradScaler` leaves out is
-    one of Lightning's `global_step`, and is averaged as the others.
+    one of Lightning's `global_step`, and is averaged as the others. A parameter that is unfrozen in
+    training, as by `BackboneFinetuning`, or added, is averaged from its weights at the next batch
+    on (see `LitEma.track`); one that is frozen keeps its average.
 
     A checkpoint has both. `checkpoint["state_dict"]` are the weights that `save` says, which are
     what `load_from_checkpoint` loads; resuming goes on bit for bit with either. The averages in
@@ -63,8 +60,7 @@ class EMACallback(Callback):
 
     Raises ValueError and TypeError for an unusable option, ValueError for a second `EMACallback` of
     the Trainer and for its strategy "fsdp" ("model_parallel", which shards by `fully_shard`, is
-    fine), and what `LitEma` raises for the module: at the start of training, and where a
-    parameter starts to require grad later.
+    fine), and what `LitEma` raises for the module at the start of training.
     """
 
     def __init__(
@@ -96,6 +92,7 @@ class EMACallback(Callback):
         )
         self._every, self._save = every, save
         self._average: LitEma | None = None
+        self._known: set[str] = set()  # the parameters that have required grad
         # What the averages are of: the module, and a fingerprint of its weights after the training.
         self._trained: tuple[weakref.ref[nn.Module] | None, set[str]] | None = None
         self._training: weakref.ref[Trainer] | None = None
@@ -128,15 +125,12 @@ class EMACallback(Callback):
         """The averages, which start from the module, or from what was loaded."""
         with torch.inference_mode(False):
             if self._average is None or self._loaded is not None:
-                self._average = LitEma(module, **self._options)
+                names = self._loaded["shadow"] if self._loaded else ()
+                self._average, self._known = _average.started(module, self._options, names)
                 if self._training is None:  # its end tells
                     self._trained = _identity(module)
             if self._loaded is not None:
-                shadow = self._loaded["shadow"]
-                if self._loaded.get("is_whole"):
-                    partners = _names.match(shadow, self._average._keys_by_name())
-                    shadow = {bare: shadow[name] for bare, name in partners.items()}
-                _average.restore(self._average, {**self._loaded, "shadow": shadow})
+                _average.restore(self._average, self._loaded)
                 self._averaged_at = self._loaded["averaged_at"]
                 self._loaded = None
         return self._average
@@ -188,6 +182,12 @@ class EMACallback(Callback):
         if not 0 <= trainer.global_step - self._averaged_at < self._every:  # of another run
             self._averaged_at = trainer.global_step
 
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+    ) -> None:
+        """Take in the parameters that were unfrozen, or added, since the last batch."""
+        self._known = _average.follow(self._of(pl_module), pl_module, self._known)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
     ) -> None:
@@ -236,7 +236,7 @@ class EMACallback(Callback):
             checkpoint["state_dict"] = {name: value.clone() for name, value in trained.items()}
             self._enter(trainer, pl_module)
         state, raw = _average.state_of(self._of(pl_module)), checkpoint["state_dict"]
-        ours = checkpoint[_KEY] = {**state, "averaged_at": self._averaged_at}
+        ours = checkpoint[_copies.KEY] = {**state, "averaged_at": self._averaged_at}
         if self._save == "averaged":
             averages = _with_ties(pl_module, _names.match(raw, state["shadow"]))
             ours["raw"] = {name: _shards.whole(raw[name]) for name in averages}
@@ -250,9 +250,9 @@ class EMACallback(Callback):
     ) -> None:
         """Take the averages from the checkpoint, and for the module the trained weights."""
         self._show_no_more(pl_module)
-        self._loaded = self._migrated or checkpoint.get(_KEY)
-        if self._loaded is None and (averaged := _averaged_in(checkpoint)):
-            self._loaded = _whole(averaged, checkpoint)
+        self._loaded = self._migrated or checkpoint.get(_copies.KEY)
+        if self._loaded is None and (averaged := _copies.averaged_in(checkpoint)):
+            self._loaded = _copies.whole(averaged, checkpoint)
         self._migrated, self._loaded_for = None, weakref.ref(pl_module)
         if self._loaded is None:
             self._average = None
@@ -266,7 +266,12 @@ class EMACallback(Callback):
                 state[name] = _shards.split_as(state.get(name), value)
             pl_module.load_state_dict(state, strict=pl_module.strict_loading)
         if self._loaded is not None:
-            _warn_of_changes(pl_module, self._loaded.get("raw", checkpoint.get("state_dict", {})))
+            _copies.warn_of_changes(
+                pl_module, self._loaded.get("raw", checkpoint.get("state_dict", {}))
+            )
+        if self._loaded is not None and self._loaded.get("is_whole"):
+            shadow = _copies.averages_in(self._loaded["shadow"], pl_module, self._options)
+            self._loaded = {**self._loaded, "shadow": shadow}
 
     def _show_copies_to(self, module: LightningModule) -> None:
         """Let the module's own `on_load_checkpoint` see each copy of the weights.
@@ -285,10 +290,10 @@ class EMACallback(Callback):
 
     def _migrate(self, hook: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any]) -> None:
         """Call a module's hook for each copy of the weights, last for the one that is loaded."""
-        averaged = _averaged_in(checkpoint)
+        averaged = _copies.averaged_in(checkpoint)
         self._migrated = None
         if averaged is not None:
-            copies = _whole(averaged, checkpoint)
+            copies = _copies.whole(averaged, checkpoint)
             for key in copies.keys() & {"shadow", "raw"}:
                 rest = {n: v for n, v in checkpoint["state_dict"].items() if n not in copies[key]}
                 seen = pytree.tree_map(lambda leaf: leaf, checkpoint)
@@ -297,45 +302,6 @@ class EMACallback(Callback):
                 copies[key] = seen["state_dict"]
             self._migrated = copies
         hook(checkpoint)
-
-
-def _averaged_in(checkpoint: Mapping[str, Any]) -> Averaged | None:
-    """Averages of this callback, or of Lightning's `WeightAveraging` and `EMAWeightAveraging`."""
-    if "state_dict" not in checkpoint:  # but a folder of shards, which were loaded already
-        return None
-    found = (
-        layout.LAYOUT.read(checkpoint, Names(None, []))
-        for layout in (native_lightning, weight_averaging)
-    )
-    return next(filter(None, found), None)
-
-
-def _warn_of_changes(module: nn.Module, loaded: Mapping[str, Any]) -> None:
-    """Warn if the parameters are other numbers than were loaded, by a hook of torch's."""
-    for name, p in module.named_parameters():
-        value = loaded.get(name)
-        if value is None or _shards.is_one(p) or _shards.is_one(value):
-            continue
-        if _average.fingerprint([p]) != _average.fingerprint([value], p.dtype):
-            _warn.warn(
-                f"{name}: the module has changed trained weights as it loaded them, and its "
-                "averages are as they were saved; on_load_checkpoint is shown both"
-            )
-            return
-
-
-def _whole(averaged: Averaged, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint's copies of the weights, each with all that a `state_dict` has."""
-    ours = checkpoint.get(_KEY, {})
-    copies: dict[str, Any] = {
-        "shadow": averaged.weights,
-        "step": averaged.step or 0,
-        "averaged_at": ours.get("averaged_at", checkpoint["global_step"]),
-        "is_whole": True,
-    }
-    if not ours or "raw" in ours:
-        copies["raw"] = averaged.raw
-    return copies
 
 
 def _identity(module: nn.Module) -> tuple[weakref.ref[nn.Module], set[str]]:

@@ -45,6 +45,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     starts the averages from the model's weights, or goes on bit for bit from the checkpoint that
     it resumes. The caller's own evaluations and predictions use the trained weights, except
     within `averaged`. Put this callback behind others that change weights or ask for evaluations.
+    A parameter that another callback unfreezes or adds, such as an adapter, is averaged from the
+    next step on (see `LitEma.track`); one that is frozen keeps its average.
 
     A checkpoint has the trained weights where they always are, and beside them
 
@@ -83,7 +85,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     training, for parameters in shards (FSDP, DeepSpeed ZeRO 3), for a resumed checkpoint that is
     not found or whose averages do not fit, for a second `EMACallback` of the Trainer, and for
     `enable_jit_checkpoint`, whose checkpoints no callback hears of; and what `LitEma` raises for
-    the model, there and where a parameter starts to require grad later.
+    the model.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         )
         self._every = every
         self._average: LitEma | None = None
+        self._known: set[str] = set()  # the parameters that have required grad
         self._saved: Path | None = None
         self._is_training = False
         self._is_inside = False
@@ -169,7 +172,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         for name, p in model.named_parameters():
             if _shards.is_one(p) or hasattr(p, "ds_id") or "_fsdp_wrapped_module" in name:
                 raise ValueError(f"{name}: expected a whole parameter, found one in shards")
-        self._average = LitEma(model, **self._options)
+        self._average, self._known = _average.started(model, self._options)
         if state.global_step:
             told = args.resume_from_checkpoint
             folders = [*([Path(str(told))] if told else []), _folder(args, state)]
@@ -249,7 +252,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 bare.save_pretrained(folder / "averaged")
             if objects["processing_class"] is not None:
                 objects["processing_class"].save_pretrained(folder / "averaged")
-        of = {_OF: _fingerprint(average, model)}
+        of = {_OF: _fingerprint([*average.named_averages()], model)}
         checkpoint.save(folder / _FILE, **_average.state_of(average), metadata=of)
         self._saved = folder
 
@@ -263,21 +266,36 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if args.load_best_model_at_end and best is not None and not state.is_hyper_param_search:
             if args.distributed_state is not None:
                 args.distributed_state.wait_for_everyone()  # one process may still be writing
-            self._load(kwargs["model"], [Path(best)])
+            # A parameter may have been unfrozen since.
+            self._load(kwargs["model"], [Path(best)], all_of_them=False)
 
     def _restore(self, *_: Any, **__: Any) -> None:
         self.restore()
 
-    on_epoch_begin = on_step_begin = _restore
+    on_epoch_begin = _restore
     on_epoch_end = _before_evaluation
 
-    def _load(self, model: nn.Module, folders: list[Path]) -> None:
-        """Go on from the averages that were saved beside the weights that the model has."""
-        average = self._present()
-        for file in (folder / _FILE for folder in folders):
-            if file.is_file() and _saved_fingerprint(file) == _fingerprint(average, model):
-                shadow, step = checkpoint.load(file, like=average.named_averages())
-                _average.restore(average, {"shadow": shadow, "step": step})
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take in the parameters that were unfrozen, or added, since the last step."""
+        self.restore()
+        self._known = _average.follow(self._present(), kwargs["model"], self._known)
+
+    def _load(self, model: nn.Module, folders: list[Path], *, all_of_them: bool = True) -> None:
+        """Go on from the averages that were saved beside the weights that the model has.
+
+        Unless they must be `all_of_them`, others start from these weights.
+        """
+        for file in filter(Path.is_file, (folder / _FILE for folder in folders)):
+            names, of = _saved(file)
+            average, known = _average.started(model, self._options, names)
+            every = average.named_averages()
+            like = every if all_of_them else {n: every[n] for n in names if n in every}
+            if of == _fingerprint([*like], model):
+                shadow, step = checkpoint.load(file, like=like)
+                _average.restore(average, {"shadow": every | shadow, "step": step})
+                self._average, self._known = average, known
                 return
         raise ValueError(
             f"expected {_FILE} that was saved beside the weights that the model has, found it in "
@@ -290,12 +308,14 @@ def _folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir or "", f"checkpoint-{state.global_step}")
 
 
-def _fingerprint(average: LitEma, model: nn.Module) -> str:
+def _fingerprint(names: list[str], model: nn.Module) -> str:
     """Of the trained weights of what is averaged: it tells one training from another."""
-    params = dict(model.named_parameters())
-    return _average.fingerprint(params[name] for name in average.m_name2s_name if name in params)
+    params = _module.named_parameters(model)
+    averaged = {*_names.match(params, names).values()}
+    return _average.fingerprint(p for name, p in params.items() if name in averaged)
 
 
-def _saved_fingerprint(path: Path) -> str | None:
+def _saved(path: Path) -> tuple[list[str], str | None]:
+    """The names of the averages in a file, and the fingerprint of the trained weights."""
     with saved.opened(path) as file:
-        return file.record.metadata.get(_OF)
+        return file.names(), file.record.metadata.get(_OF)
