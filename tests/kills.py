@@ -22,7 +22,7 @@ def moments(folder: Path, copies: Path) -> Iterator[list[Path]]:
     def copy() -> None:
         _watchers.clear()  # copying is an operation too
         found.append(copies / f"{len(found)}")
-        shutil.copytree(folder, found[-1])
+        shutil.copytree(folder, found[-1], symlinks=True)
         _watchers.append(watch)
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ class Recorder(Callback):
         self.steps = self.updates = 0
 
     def on_train_start(self, _: Trainer, pl_module: LightningModule) -> None:
-        self.average = {name: p.detach().double() for name, p in pl_module.named_parameters()}
+        self.average = {n: p.detach().double().clone() for n, p in pl_module.named_parameters()}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
@@ -985,3 +986,69 @@ def test_copied_and_pickled(tmp_path: Path) -> None:
             trainer_of(tmp_path, other).test(tested, data(2), verbose=False)
         assert_equal(same.seen["test"], averages(callback, model))
         assert_equal(another.seen["test"], weights(model_of(1)))
+
+
+def sequence(seed: int, folder: Path) -> None:
+    """A training with random options, killed at random moments and resumed, is one without kills.
+
+    Each validation is of the averages of a reference in float64.
+    """
+    choose = random.Random(seed)  # noqa: S311
+    accumulate, every = choose.choice([1, 2, 3]), choose.choice([1, 2])
+    options: dict[str, Any] = {
+        "max_epochs": 4,
+        "accumulate_grad_batches": accumulate,
+        "check_val_every_n_epoch": choose.choice([1, 2]),
+        "num_sanity_val_steps": choose.choice([0, 1]),
+        "precision": choose.choice(["32-true", "bf16-mixed"]),
+    }
+    saves: dict[str, Any] = {
+        "every_n_epochs": 1,
+        "save_on_train_epoch_end": choose.choice([True, False]),
+        "save_top_k": choose.choice([1, -1]),
+        "save_last": choose.choice([None, True, "link"]),
+    }
+    kinds: dict[str, Any] = {
+        "every": every,
+        "save": choose.choice(["raw", "averaged"]),
+        "dtype": choose.choice([None, torch.float64]),
+        "nonfinite": choose.choice(["propagate", "skip"]),
+    }
+    epochs = [6, 5][choose.randrange(2)]
+
+    class Module(choose.choice([Regression, Backboned])):  # type: ignore[misc]
+        def on_load_checkpoint(self, _: dict[str, Any]) -> None:
+            pass
+
+    class Checks(Recorder):
+        def on_validation_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
+            if not trainer.sanity_checking and not trainer.ckpt_path:
+                for name, value in weights(module).items():
+                    assert_close(value.double(), self.average[name], rtol=2e-6, atol=2e-6)
+
+    def train(at: Path, file: Path | None = None) -> tuple[EMACallback, Any]:
+        torch.manual_seed(0)
+        callback, module = EMACallback(DECAY, **kinds), Module()
+        others = [Checks(every=every), ModelCheckpoint(at, **saves)]
+        trainer = trainer_of(at, callback, *others, **options)
+        trainer.fit(module, data(epochs), data(2), ckpt_path=file)
+        return callback, module
+
+    whole, expected = train(folder / "whole")
+    (folder / "0").mkdir()
+    with kills.moments(folder / "0", folder / "moments-0") as moments:
+        train(folder / "0")
+    for life in range(1, choose.choice([2, 3])):
+        killed = choose.choice(moments)
+        files = [file for file in killed.glob("*.ckpt") if file.exists()]  # and no dead link
+        last = max(files, key=lambda file: torch.load(file)["global_step"], default=None)
+        with kills.moments(killed, folder / f"moments-{life}") as moments:
+            callback, module = train(killed, last)
+    assert_equal(weights(module), weights(expected))
+    if module.trainer.global_step:
+        assert_equal(averages(callback, module), averages(whole, expected))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_random_training_that_is_killed_and_resumed(tmp_path: Path, seed: int) -> None:
+    sequence(seed, tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import random
 import subprocess
 import sys
 import warnings
@@ -123,10 +124,10 @@ def averages(ema: EMACallback) -> State:
     return {name: value.clone() for name, value in ema._average.named_averages().items()}
 
 
-def reference(start: State, steps: list[State]) -> State:
+def reference(start: State, steps: list[State], decay: schedules.Schedule = DECAY) -> State:
     average = {name: value.double() for name, value in start.items()}
     for step, params in enumerate(steps):
-        beta = float(DECAY(step))
+        beta = float(decay(step))
         average = {
             name: beta * s + (1 - beta) * params[name].double() for name, s in average.items()
         }
@@ -523,6 +524,21 @@ def test_an_evaluation_that_is_asked_for_later(tmp_path: Path) -> None:
     assert_same(recorder.evaluated[0], averages(ema))
 
 
+class TakesState(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    def on_prediction_step(self, *_: Any, **kwargs: Any) -> None:
+        self.taken = trained(kwargs["model"]) and kwargs["model"].state_dict()
+
+
+def test_a_state_that_is_taken_in_an_evaluation(tmp_path: Path) -> None:
+    """It is that of the trained weights, and what is evaluated after it is told."""
+    recorder, takes = Recorder(), TakesState()
+    options = {"eval_strategy": "steps", "eval_steps": 3, "max_steps": 3}
+    trainer = trainer_of(tmp_path, EMACallback(DECAY), recorder, takes, **options)
+    with pytest.warns(UserWarning, match=r"step 3 was of the trained .* call of state_dict\(\)"):
+        trainer.train()
+    assert_same({name: takes.taken[name] for name in recorder.steps[-1]}, recorder.steps[-1])
+
+
 class ForbidsLater(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_evaluate = False
@@ -761,3 +777,66 @@ def test_without_transformers() -> None:
         "emajit.integrations.transformers needs transformers; "
         "pip install transformers accelerate safetensors\n"
     )
+
+
+def sequence(seed: int, folder: Path) -> None:
+    """A training with random options, killed at random moments and resumed, is one without kills.
+
+    At each evaluation its averages are those of a reference in float64.
+    """
+    choose = random.Random(seed)  # noqa: S311
+    options: dict[str, Any] = {
+        "model": None,
+        "max_steps": 8,
+        "eval_strategy": choose.choice(["no", "steps", "epoch"]),
+        "eval_steps": choose.choice([1, 2, 3]),
+        "save_strategy": "steps",
+        "save_steps": choose.choice([1, 2, 3]),
+        "save_total_limit": choose.choice([None, 1, 2]),
+        "gradient_accumulation_steps": choose.choice([1, 2]),
+    }
+    if choose.random() < 0.3:
+        options["eval_dataset"] = {"one": tokens(8, seed=2), "two": tokens(8, seed=3)}
+    every, fixed = choose.choice([1, 1, 2]), schedules.constant(0.9)
+    decay = choose.choice([DECAY, fixed, schedules.uniform()])
+    kinds: dict[str, Any] = {
+        "every": every,
+        "dtype": choose.choice([None, torch.float64]),
+        "nonfinite": choose.choice(["propagate", "skip"]),
+    }
+    build = choose.choice([tiny, seeded_bare])
+
+    def train(at: Path, **kwargs: Any) -> tuple[EMACallback, Recorder, Any]:
+        ema, recorder = EMACallback(decay, **kinds), Recorder()
+        trainer = trainer_of(at, ema, recorder, **options | {"model": build()})
+        trainer.train(**kwargs)
+        return ema, recorder, trainer
+
+    whole, recorder, expected = train(folder / "whole")
+    start = trained(build())
+    steps = recorder.steps[every - 1 :: every]
+    evaluated = [log["step"] for log in expected.state.log_history if "eval_runtime" in log]
+    evaluated += [
+        log["step"] for log in expected.state.log_history if "eval_one_runtime" in log
+    ] * 2
+    assert len(evaluated) == len(recorder.evaluated)
+    for step, found in zip(sorted(evaluated), recorder.evaluated, strict=True):
+        assert_near(found, reference(start, steps[: step // every], decay))
+    assert_near(averages(whole), reference(start, steps, decay))
+
+    with kills.moments(folder / "0", folder / "moments-0") as moments:
+        train(folder / "0")
+    for life in range(1, choose.choice([2, 3])):
+        # One at the last step would take another: the Trainer looks whether it is done after it.
+        moments = [at for at in moments if not (at / f"checkpoint-{options['max_steps']}").exists()]
+        killed = choose.choice(moments)
+        last = complete(killed)
+        with kills.moments(killed, folder / f"moments-{life}") as moments:
+            ema, _, trainer = train(killed, resume_from_checkpoint=str(last[0]) if last else None)
+    assert_same(trained(trainer.model), trained(expected.model))
+    assert_same(averages(ema), averages(whole))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_random_training_that_is_killed_and_resumed(tmp_path: Path, seed: int) -> None:
+    sequence(seed, tmp_path)

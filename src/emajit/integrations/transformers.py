@@ -120,6 +120,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._is_inside = False
         # The averages in the model for an evaluation of the Trainer, and what guards them there.
         self._evaluation, self._guards = ExitStack(), ExitStack()
+        self._was_interrupted = False
 
     @contextmanager
     def averaged(self, model: nn.Module) -> Iterator[None]:
@@ -147,12 +148,17 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         return self._average
 
     def _enter(self, model: nn.Module) -> None:
+        self._was_interrupted = False
         self._evaluation.enter_context(self.averaged(model))
         # No hook comes between the last of several evaluations, or one that raises, and saving or
         # loading.
         bare = getattr(model, "_orig_mod", model)
         for register in (bare.register_state_dict_pre_hook, bare.register_load_state_dict_pre_hook):
-            self._guards.callback(register(lambda *_: self._evaluation.close()).remove)
+            self._guards.callback(register(lambda *_: self._interrupt()).remove)
+
+    def _interrupt(self) -> None:
+        self._was_interrupted |= self._is_inside
+        self._evaluation.close()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -210,10 +216,14 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     ) -> None:
         """Give the model its trained weights back, unless there may be another data set."""
         if self._is_training and not self._is_inside:
+            why = (
+                "from a call of state_dict() or load_state_dict() within it on"
+                if self._was_interrupted
+                else "since EMACallback was not told of it before; it belongs behind the callback "
+                "that asked for the evaluation"
+            )
             _warn.warn(
-                f"the evaluation at step {state.global_step} was of the trained weights, since "
-                "EMACallback was not told of it before; it belongs behind the callback that asked "
-                "for the evaluation"
+                f"the evaluation at step {state.global_step} was of the trained weights, {why}"
             )
         if "eval_runtime" in kwargs["metrics"]:  # eval_<name>_runtime where there are several
             self.restore()
