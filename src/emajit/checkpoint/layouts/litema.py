@@ -65,7 +65,15 @@ def _read(tree: Mapping[str, Any], names: Names) -> Averaged | None:
 
 
 def _renamed(flat: State, full: Mapping[str, str]) -> dict[str, Tensor]:
-    return {full[key]: average for key, average in flat.items()}
+    """The averages under full names; ValueError for two of one name that differ."""
+    renamed: dict[str, Tensor] = {}
+    for key, average in flat.items():
+        first = renamed.setdefault(full[key], average)
+        if first is not average and not torch.equal(first, average):
+            raise ValueError(
+                f"LitEma: {key!r}: expected one average of {full[key]!r}, found two that differ"
+            )
+    return renamed
 
 
 def _names_from(flat: State, raw: State) -> dict[str, str]:
