@@ -26,7 +26,7 @@ class TestTwoKeysOfOneParameter:
         return {"model.weight": torch.zeros(2), **averages}
 
     def test_that_differ(self) -> None:
-        with pytest.raises(ValueError, match=r"expected one average of 'model.weight', found two"):
+        with pytest.raises(ValueError, match=r"expected one average of 'model.weight', found an"):
             checkpoint.read(self.state(2.0))
 
     def test_that_are_the_same(self) -> None:
@@ -89,3 +89,45 @@ class TestTiesInAFileThatKnowsNone:
         found = checkpoint.read(tmp_path / "apart.safetensors")
         assert_close(found.weights["model.head.weight"], second)
         assert found.raw_only == ("model.head.weight",)
+
+
+class TestAModuleNamedAsAWrapper:
+    """Parameters `w` and `module.w` side by side."""
+
+    def host(self) -> Any:
+        host: Any = nn.Module()
+        host.model = nn.Module()
+        host.model.w = nn.Parameter(torch.zeros(2))
+        host.model.module = nn.ParameterDict({"w": torch.ones(2)})
+        host.model_ema = LitEma(host.model)
+        for p in host.model.parameters():
+            p.data.add_(1.0)
+        host.model_ema(host.model)
+        return host
+
+    def test_both_keys_tell_them_apart(self, tmp_path: Path) -> None:
+        host = self.host()
+        averages = host.model_ema.named_averages()
+        assert [*averages] == ["w", "module.w"]
+        found = checkpoint.read(host.state_dict())
+        alone = checkpoint.read(host.model_ema.state_dict(), names=host.model)
+        checkpoint.write(tmp_path / "again", found, layout="litema")
+        again = checkpoint.read(tmp_path / "again")
+        for name, average in averages.items():
+            assert torch.equal(found.weights[f"model.{name}"], average)
+            assert torch.equal(again.weights[f"model.{name}"], average)
+            assert torch.equal(alone.weights[name], average)
+
+    def test_one_key_does_not(self) -> None:
+        state = self.host().state_dict()
+        del state["model_ema.modulew"]
+        with pytest.raises(ValueError, match=r"'w': expected one .* found \['model.w', 'model.mod"):
+            checkpoint.read(state)
+
+    def test_keys_of_a_wrapped_model_are_not_taken_for_those_of_the_bare_one(self) -> None:
+        host = self.host()
+        state = host.state_dict()
+        state["model_ema.modulemodulew"] = state.pop("model_ema.modulew")
+        state["model_ema.modulew"] = state.pop("model_ema.w")
+        with pytest.raises(ValueError, match=r"one average of 'model\.module\.w', found an"):
+            checkpoint.read(state)
