@@ -194,6 +194,14 @@ class Tracking(Controls):
             self._uninitialised.clear()
         return averages, params
 
+    def _check_emptied(self) -> None:
+        """Raise ValueError where no average is, nor was before the names of all were removed."""
+        if self._buffers.keys() == {"decay", "num_updates"}:
+            raise ValueError(
+                "model: expected averaged parameters, found none, since it had no trainable ones "
+                "when LitEma was built; call track(model) when it has"
+            )
+
     def _tensors_of(self, model: nn.Module) -> dict[str, Tensor]:
         """The parameters of a model outside of a scope, and its buffers if some are averaged."""
         if not isinstance(model, nn.Module):
