@@ -434,3 +434,15 @@ def test_from_nothing() -> None:
     ema.track(model)
     ema(model)
     assert [*ema.named_averages()] == ["layer.weight", "layer.bias"]
+
+
+@pytest.mark.parametrize("buffers", ["ignore", "copy", "average"])
+def test_averages_in_the_model_are_not_averaged(buffers: Any) -> None:
+    model: Any = Net()
+    model.ema = LitEma(model, buffers=buffers)
+    model.slow = LitEma(model, decay=0.5, buffers=buffers)
+    expected = [*model.ema.m_name2s_name]
+    for ema in (model.ema, model.slow):
+        ema.track(model)
+        ema(model)
+        assert [*ema.m_name2s_name] == expected

@@ -85,6 +85,14 @@ class HostNumber:
         return HostNumber, ()
 
 
+def last_of(averages: dict[str, Tensor]) -> tuple[Tensor, int] | None:
+    """The last average and its version, by which one knows later whether it was written."""
+    if torch.compiler.is_compiling() or not averages:
+        return None
+    last = next(reversed(averages.values()))
+    return None if last.is_inference() else (last, last._version)
+
+
 def is_on_host(buffer: Tensor) -> bool:
     return buffer.is_cpu
 
@@ -173,6 +181,13 @@ class Controls(nn.Module):
         elif updates >= 0:
             self.num_updates.add_(1)
             self._host_updates.wrote(self.num_updates, updates + 1)
+
+    def _count_if_written(self, last: tuple[Tensor, int] | None, updates: int | Tensor) -> None:
+        """Count an update that was interrupted after it had written the last average."""
+        if last is None or isinstance(updates, Tensor) or last[0]._version == last[1]:
+            return
+        if int(self.num_updates) == updates:
+            self._count(updates, None)
 
     def _is_due(self, device: torch.device) -> bool:
         """Count a call, and return whether it updates."""

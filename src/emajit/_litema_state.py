@@ -158,11 +158,13 @@ class LitEmaState(Tracking):
             if prefix + key in state and (assign or not buffer.is_meta)  # type: ignore[union-attr]
         }
         values: dict[str, Tensor] = {key: state[prefix + key].detach() for key in buffers}
-        # torch finds the missing keys. It would load one buffer after the other.
-        state |= {prefix + key: buffer for key, buffer in buffers.items()}
+        # torch, which would load one after the other, loads the rest, and finds what is missing.
+        loaded = {prefix + key for key in buffers}
+        rest = {key: value for key, value in state.items() if key not in loaded}
         super()._load_from_state_dict(
-            state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        missing_keys[:] = [key for key in missing_keys if key not in loaded]
         if error_msgs:
             return
         untouched = {key for key in self._untouched if prefix + key not in state}
@@ -176,8 +178,7 @@ class LitEmaState(Tracking):
             shards = [_shards.local(of.values()) for of in (buffers, values)]
             load = [(_torch.foreach_copy_, *shards)] if buffers else []
         flags = {"_untouched": untouched, "_uninitialised": {*untouched}}
-        with torch.no_grad():
-            _module.at_once(*load, (vars(self).update, flags))
+        _module.at_once(*load, (vars(self).update, flags))
         if untouched:
             _warn.warn(
                 f"{len(untouched)} of {len(self.m_name2s_name)} averages are not in the "

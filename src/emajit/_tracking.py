@@ -77,10 +77,9 @@ class Tracking(Controls):
             _shards.reshard(model)
             self._is_sharded = _shards.are_in(model.parameters())
         tensors = self._tensors_of(model)
-        params, buffers = _module.averaged(model, self._policy, self._chosen)
         places = _module.places(model, tensors)
         partners = self._partners(tensors, places)
-        taken = {n: t for n, t in tensors.items() if n in params or n in buffers or n in partners}
+        taken, copied = self._taken(model, tensors, partners)
         held, old_keys = self._buffers, {*self.m_name2s_name.values()}
         old: dict[str, Any] = {
             name: held[key]
@@ -101,7 +100,7 @@ class Tracking(Controls):
             _buffers=others | {keys[name]: average for name, average in averages.items()},
             _untouched={keys[name] for name in untouched},
             _uninitialised=set(),
-            _copied={keys[name] for name in buffers if self._policy == "copy"},
+            _copied={keys[name] for name in copied},
             _tracked=[
                 (weakref.ref(at), own, names.get(name)) for name, (at, own) in places.items()
             ],
@@ -109,6 +108,21 @@ class Tracking(Controls):
             _known=[],
         )
         self._match(model, [*tensors])  # before a trace, which cannot match patterns
+
+    def _taken(
+        self, model: nn.Module, tensors: Mapping[str, Tensor], partners: Mapping[str, str]
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """The tensors that are averaged, but for averages in the model, and the names of copies."""
+        params, buffers = _module.averaged(model, self._policy, self._chosen)
+        inside = {
+            id(buffer)
+            for module in model.modules()
+            if isinstance(module, Tracking)
+            for buffer in module._buffers.values()
+        }
+        chosen = params.keys() | buffers.keys() | partners.keys()
+        taken = {n: t for n, t in tensors.items() if n in chosen and id(t) not in inside}
+        return taken, [n for n in buffers if n in taken and self._policy == "copy"]
 
     def _partners(
         self, tensors: Mapping[str, Tensor], places: Mapping[str, tuple[nn.Module, str]]
@@ -193,6 +207,14 @@ class Tracking(Controls):
                     averages[name].copy_(params[name].detach())
             self._uninitialised.clear()
         return averages, params
+
+    def _check_emptied(self) -> None:
+        """Raise ValueError where no average is, nor was before the names of all were removed."""
+        if self._buffers.keys() == {"decay", "num_updates"}:
+            raise ValueError(
+                "model: expected averaged parameters, found none, since it had no trainable ones "
+                "when LitEma was built; call track(model) when it has"
+            )
 
     def _tensors_of(self, model: nn.Module) -> dict[str, Tensor]:
         """The parameters of a model outside of a scope, and its buffers if some are averaged."""

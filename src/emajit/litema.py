@@ -26,8 +26,8 @@ class LitEma(LitEmaState):
     has it, the dots become slashes. Averages go on for a parameter that is frozen later.
 
     Args:
-        model: the module whose trainable parameters are averaged. It is not kept, except by a
-            weak reference if it is sharded. With several processes, build the LitEma where all have
+        model: the module whose trainable parameters are averaged; call `track` where it gets others
+            later, or its first ones. It is not kept, except by weak references. With several processes, build the LitEma where all have
             the same weights: after `DistributedDataParallel`, or with one seed.
         decay: the share of the average that an update keeps, in [0, 1]; or a schedule of the number
             of updates (see `emajit.schedules`). With a schedule the buffer `decay` holds the decay
@@ -122,8 +122,7 @@ class LitEma(LitEmaState):
     def forward(self, model: nn.Module) -> None:
         """Update the averages with the parameters of `model`, without a host synchronisation.
 
-        A signal that interrupts between an update and its count leaves the count one behind: the
-        next update then has the decay that this one had.
+        An update that a signal interrupts is counted if the last average was written.
 
         Raises, before anything is written: ValueError where the model lacks an averaged parameter,
         has a trainable one that is neither averaged nor left out, or a shape differs; TypeError if
@@ -142,15 +141,19 @@ class LitEma(LitEmaState):
             "nonfinite": self.nonfinite,
             "backend": self.backend,
         }
+        last = _controls.last_of(averages)
         try:
-            functional.update_(averages, params, step, **options)
-        except _paths.DeviceError:
-            params = {name: _moved(p, averages[name].device) for name, p in params.items()}
-            functional.update_(averages, params, step, **options)
-        except ValueError:
-            _module.check_shapes(averages, params)  # which tells of `track`
+            try:
+                functional.update_(averages, params, step, **options)
+            except _paths.DeviceError:
+                params = {name: _moved(p, averages[name].device) for name, p in params.items()}
+                functional.update_(averages, params, step, **options)
+            self._finish_update(model, updates)
+        except BaseException as error:
+            self._count_if_written(last, updates)
+            if isinstance(error, ValueError):
+                _module.check_shapes(averages, params)  # which tells of `track`
             raise
-        self._finish_update(model, updates)
 
     def _prepare_update(
         self, model: nn.Module
@@ -160,11 +163,8 @@ class LitEma(LitEmaState):
         The number of updates is -1 without warm-up, and a tensor where it must not be read.
         """
         averages, params = self._pairs(model)
-        if not averages and self._buffers.keys() == {"decay", "num_updates"}:
-            raise ValueError(
-                "model: expected averaged parameters, found none, since it had no trainable ones "
-                "when LitEma was built; call track(model) when it has"
-            )
+        if not averages:
+            self._check_emptied()
         if self._copied:
             copies = self._copies()
             _module.check_shapes(copies, params)
@@ -177,7 +177,8 @@ class LitEma(LitEmaState):
             averages, params = (
                 dict(zip(bare, tensors.values(), strict=True)) for tensors in (averages, params)
             )
-        updates = self._updates(next(iter(averages.values()), self.decay).device)
+        first = next(iter(averages.values())) if averages else self.decay
+        updates = self._updates(first.device)
         return averages, params, updates, self._decay_at(updates)
 
     def _copies(self) -> dict[str, Tensor]:

@@ -162,7 +162,10 @@ def _held(path: Path) -> Any:
         if KEY not in header:
             names = file.keys()
             held = {name: _apart(files.tensor(path, file, name)) for name in names}
-            _tie(path, held, header.get(TIED, "{}"))
+            if TIED in header:
+                _tie(path, held, header[TIED])
+            else:
+                files.tie_equal(held)
             return held
         saved = Saved(path, file)
         shadow = {name: _apart(saved.read(name)) for name in saved.names()}
