@@ -37,6 +37,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*isinstance.treespec, LeafSpec",
     "ignore:Checkpoint directory .* exists and is not empty",
     "ignore:.*callbacks used to create the checkpoint need to be provided",
+    "ignore:The dirpath has changed from",
 )
 
 DECAY = schedules.warmup(0.9)
