@@ -339,6 +339,37 @@ def lit_ema_stores_copies_and_restores(_: Path) -> None:
 
 
 @check(2)
+def lit_ema_tracks_what_is_unfrozen_grown_and_sharded_later(_: Path) -> None:
+    model: Any = model_of()
+    model[0].requires_grad_(False)
+    late = emajit.LitEma(model, 0.5, use_num_upates=False)
+    model = fsdp(model)
+    ema = emajit.LitEma(model, 0.5, use_num_upates=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    trained(model, optimizer, 0)
+    ema(model)
+    averages = gathered(ema.named_averages())
+    model[0].requires_grad_(True)
+    model[4] = fully_shard(nn.Linear(5, 3))
+    with torch.no_grad():
+        model(torch.randn(4, 3))  # leaves parameters whole
+    ema.track(model)
+    params = gathered(dict(model.named_parameters()))
+    found = gathered(ema.named_averages())
+    assert found.keys() == params.keys()
+    for name, average in found.items():
+        kept = name.startswith("2.")  # a shard of another shape starts from its weights
+        assert torch.equal(average, averages[name] if kept else params[name]), name
+    trained(model, torch.optim.SGD(model.parameters(), lr=0.5), 1)
+    ema(model)
+    params = gathered(dict(model.named_parameters()))
+    for name, average in gathered(ema.named_averages()).items():
+        torch.testing.assert_close(average, (found[name] + params[name].detach()) / 2)
+    with pytest.raises(ValueError, match="expected a whole tensor"):
+        late.track(model)
+
+
+@check(2)
 def the_older_fsdp_is_refused(_: Path) -> None:
     model = FullyShardedDataParallel(model_of(), device_id=torch.device("cpu"))
     for use in (lambda: emajit.LitEma(model), lambda: emajit.ema_scope(model, {}).__enter__()):

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import emajit
 from emajit import LitEma, checkpoint, schedules
+from emajit.fused import FusedOptimizer
 from tests import reference
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
@@ -89,6 +90,10 @@ class Run:
 def _alone() -> Iterator[None]:
     """Each Accelerator from the start: its state is the process's."""
     yield
+    _reset()
+
+
+def _reset() -> None:
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerate.state.GradientState._reset_state()
 
@@ -107,6 +112,50 @@ def test_averages_each_optimizer_step(accumulated: int, updates: int) -> None:
     run.epoch()
     run.epoch()
     assert_as_expected(run, updates)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_a_fused_optimizer_is_prepared(accumulated: int, scaled: bool, tmp_path: Path) -> None:
+    """It steps, and averages, only where gradients are synchronised; and it is saved."""
+
+    def run(fuse: bool) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+        _reset()
+        torch.manual_seed(0)
+        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=accumulated)
+        if scaled:
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+            accelerator.native_amp = True
+        model = nn.Linear(3, 1)
+        ema = LitEma(model)
+        inner: Any = torch.optim.AdamW(model.parameters(), lr=0.1)
+        if fuse:
+            inner = FusedOptimizer(inner, ema, model, backend="aot_eager")
+        prepared, optimizer = accelerator.prepare(model, inner)
+        for step in range(6):
+            with accelerator.accumulate(prepared):
+                accelerator.backward(prepared(torch.ones(4, 3) * step).square().mean())
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(prepared.parameters(), 0.5)
+                optimizer.step()
+                if accelerator.sync_gradients and not fuse:
+                    ema(model)
+                optimizer.zero_grad()
+        state = accelerator.save_state(str(tmp_path / str(fuse)))
+        saved = torch.load(Path(state) / "optimizer.bin")
+        assert saved["state"][0]["step"] == 6 // accumulated
+        return dict(model.named_parameters()), ema.named_averages(), int(ema.num_updates)
+
+    expected, found = run(fuse=False), run(fuse=True)
+    assert found[2] == expected[2] == 6 // accumulated
+    assert_close(found[:2], expected[:2], rtol=1e-5, atol=1e-5)
+
+
+def test_a_prepared_optimizer_is_not_fused() -> None:
+    accelerator, model = accelerate.Accelerator(cpu=True), nn.Linear(3, 1)
+    optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters()))
+    with pytest.raises(TypeError, match="build the FusedOptimizer first, and wrap or prepare it"):
+        FusedOptimizer(optimizer, LitEma(model), model)
 
 
 def test_a_skipped_step_does_not_count() -> None:

@@ -515,8 +515,8 @@ def test_the_average_is_of_weights_as_they_were_rounded() -> None:
 
 
 @pytest.mark.parametrize("name", ["AdamW", "SGD momentum"])
-@pytest.mark.parametrize("unscale", [True, False])
-def test_a_gradient_scaler_skips_a_step(unscale: bool, name: str) -> None:
+@pytest.mark.parametrize("unscale", ["as fused", "as its optimizer", "in the step"])
+def test_a_gradient_scaler_skips_a_step(unscale: str, name: str) -> None:
     """An infinite gradient changes nothing, before and after the graph is there."""
     twins = Twins(OPTIMIZERS[name])
     targets: list[Any] = [twins.optimizers[0], twins.fused]
@@ -525,8 +525,9 @@ def test_a_gradient_scaler_skips_a_step(unscale: bool, name: str) -> None:
         infinite = step in (0, 1, 4, 6, 7)
         for model, scaler, target in zip(twins.models, scalers, targets, strict=True):
             scaled_gradients(model, step, scaler, infinite=infinite)
-            if unscale:
-                scaler.unscale_(target)
+            if unscale != "in the step":
+                by_name = unscale == "as its optimizer" and target is twins.fused
+                scaler.unscale_(twins.optimizers[1] if by_name else target)
         before = copy.deepcopy((twins.params[1], twins.shadows[1], twins.optimizers[1].state))
         scalers[0].step(targets[0])
         if not infinite:
@@ -540,6 +541,70 @@ def test_a_gradient_scaler_skips_a_step(unscale: bool, name: str) -> None:
             scaler.update()
         twins.compare()
     assert scalers[0].get_scale() == scalers[1].get_scale()
+
+
+def test_the_first_step_needs_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It creates the optimizer's state; to look for a compiler takes seconds."""
+    asked: list[str] = []
+    monkeypatch.setattr("emajit._compile.can_compile", asked.append)  # and there is none
+    twins = Twins(OPTIMIZERS["AdamW"], backend="auto")
+    for step in range(3):
+        twins.step(step)
+        assert asked == ["cpu"] * step
+    twins.compare()
+
+
+def test_gradients_that_were_unscaled_twice_are_refused() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fused = FusedOptimizer(optimizer, LitEma(model), model, backend="aot_eager")
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    scaled_gradients(model, 0, scaler, infinite=False)
+    scaler.unscale_(optimizer)
+    scaler.unscale_(fused)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="gradients: expected them unscaled once, found it done"):
+        scaler.step(fused)
+    assert_close(model.state_dict(), before, rtol=0, atol=0)
+    scaler.update()
+    scaled_gradients(model, 0, scaler, infinite=False)
+    scaler.unscale_(optimizer)
+    scaler.step(fused)
+
+
+def test_is_an_optimizer_of_torch() -> None:
+    """Whoever asks for one can take it in place of its optimizer."""
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    shadow = emajit.init(dict(model.named_parameters()))
+    fused: Any = FusedOptimizer(
+        optimizer, shadow, dict(model.named_parameters()), decay=0.5, backend="aot_eager"
+    )
+    assert torch.optim.Optimizer in type(fused).mro()
+    assert fused.param_groups is optimizer.param_groups
+    assert fused.defaults is optimizer.defaults
+    scheduler = lr_scheduler.ExponentialLR(fused, 0.5)
+    for step in range(3):
+        gradients(model, step)
+        fused.step(step)
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 8)
+    assert fused.state is optimizer.state
+    state = copy.deepcopy(fused.state_dict())
+    fused.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    other = copy.deepcopy(fused)
+    assert other.optimizer is not optimizer
+    gradients(model, 3)
+    fused.step(3)
+    fused.load_state_dict(state)
+    assert_close(optimizer.state_dict(), other.state_dict())
+    called: list[int] = []
+    fused.register_step_post_hook(lambda *_: called.append(1))
+    fused.step(4)
+    assert called == [1]
+    fused.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    assert len(optimizer.param_groups) == 2
 
 
 @pytest.mark.inductor

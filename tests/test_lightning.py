@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,17 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 from emajit import checkpoint, schedules
+from tests import kills
 
 pytest.importorskip("lightning", reason="lightning is not installed")
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    Callback,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+)
 from lightning.pytorch.strategies import FSDPStrategy
 
 from emajit.integrations._average import fingerprint
@@ -29,6 +36,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning",
     "ignore:.*isinstance.treespec, LeafSpec",
     "ignore:Checkpoint directory .* exists and is not empty",
+    "ignore:.*callbacks used to create the checkpoint need to be provided",
+    "ignore:The dirpath has changed from",
 )
 
 DECAY = schedules.warmup(0.9)
@@ -75,7 +84,7 @@ class Recorder(Callback):
         self.steps = self.updates = 0
 
     def on_train_start(self, _: Trainer, pl_module: LightningModule) -> None:
-        self.average = {name: p.detach().double() for name, p in pl_module.named_parameters()}
+        self.average = {n: p.detach().double().clone() for n, p in pl_module.named_parameters()}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
@@ -244,6 +253,25 @@ class TestCheckpoint:
         )
 
 
+@pytest.mark.parametrize("monitor", [None, "loss"])
+def test_killed_at_any_moment_a_checkpoint_has_both(tmp_path: Path, monitor: str | None) -> None:
+    """Lightning writes one file, moves it into place, and only then removes the one before."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    saver = ModelCheckpoint(folder, monitor=monitor, mode="max", save_last=not monitor)
+    with kills.moments(folder, tmp_path / "moments") as moments:
+        trainer = trainer_of(folder, EMACallback(DECAY), saver, max_epochs=4)
+        trainer.fit(model_of(), data(2), data(2))
+    assert len(moments) >= 4
+    steps = []
+    for moment in moments:
+        found = [checkpoint.read(file) for file in moment.glob("*.ckpt")]
+        steps.append(max([each.step or 0 for each in found], default=0))
+        assert all(each.raw and each.step for each in found)
+    assert steps == sorted(steps)
+    assert {*steps} == ({0, 2, 4} if monitor else {0, 2, 4, 6, 8})  # the highest loss is that at 4
+
+
 def test_a_checkpoint_without_averages(tmp_path: Path) -> None:
     plain, model = trainer_of(tmp_path), model_of()
     plain.fit(model, data())
@@ -254,6 +282,142 @@ def test_a_checkpoint_without_averages(tmp_path: Path) -> None:
             fresh, data(), ckpt_path=tmp_path / "plain.ckpt"
         )
     assert_equal(averages(callback, fresh), weights(model))
+
+
+class Migrated(Regression):
+    """Its layers were called `net` when it was saved, and their units were in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.net = self.net, nn.Identity()
+        self.calls = 0
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        loss: Tensor = self.body(batch[0]).square().mean()
+        return loss
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.calls += 1
+        state = checkpoint["state_dict"]
+        del checkpoint["loops"]["predict_loop"]  # which a second call would not find
+        for name in list(state):
+            state[name.replace("net.", "body.")] = state.pop(name)
+        for name, value in state.items():
+            if not name.startswith("body.2.") and value.ndim:
+                state[name] = value.flip(0)
+        state["body.2.weight"] = state["body.2.weight"].flip(1)
+        state["body.1.running_mean"] += 1  # in place
+
+
+def migrated(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As the hook of `Migrated` has it, for tensors that nobody else holds."""
+    found = {"net.1.running_mean": torch.zeros(4)} | state
+    Migrated().on_load_checkpoint({"state_dict": found, "loops": {"predict_loop": 0}})
+    return found
+
+
+class TestMigration:
+    """A module's `on_load_checkpoint` sees averages as well as trained weights."""
+
+    @pytest.mark.parametrize("save", ["raw", "averaged", "of Lightning"])
+    def test_renames_and_changes_both(self, tmp_path: Path, save: Any) -> None:
+        model = model_of()
+        kind = EMAWeightAveraging(decay=0.5) if save == "of Lightning" else None
+        callback: Any = kind or EMACallback(DECAY, save=save)
+
+        class Saver(Callback):
+            def on_train_epoch_end(self, trainer: Trainer, _: LightningModule) -> None:
+                trainer.save_checkpoint(tmp_path / "last.ckpt")
+
+        trainer_of(tmp_path, callback, Saver()).fit(model, data())
+        found = checkpoint.read(tmp_path / "last.ckpt")
+        state = {n: v.clone() for n, v in found.raw.items()}
+        averaged = migrated({n: found.weights[n].clone() for n in weights(model_of())})
+
+        class Look(Callback):
+            def on_train_start(self, _: Trainer, module: LightningModule) -> None:
+                assert_equal(module.state_dict(), migrated(state))
+                held = averages(resumed, module)
+                assert_equal(held, {name: averaged[name] for name in held})
+
+        fresh, resumed = Migrated(), EMACallback(DECAY, save="raw" if kind else save)
+        trainer = trainer_of(tmp_path, resumed, Look(), max_epochs=3)
+        trainer.fit(fresh, data(), ckpt_path=tmp_path / "last.ckpt", weights_only=bool(kind))
+        trainer.save_checkpoint(tmp_path / "again.ckpt")
+        assert checkpoint.read(tmp_path / "again.ckpt").step == (found.step or 0) + 6
+        assert "on_load_checkpoint" not in vars(fresh)
+        assert fresh.calls == (2 if save == "raw" else 3)
+
+    def test_tested_by_a_new_process(self, tmp_path: Path) -> None:
+        file, _, model = saved(tmp_path, "averaged")
+        fresh = Migrated()
+        fresh.test_step = lambda *_: fresh.remember("test")  # type: ignore[method-assign]
+        found = checkpoint.read(file)
+        trainer_of(tmp_path, EMACallback(DECAY)).test(fresh, data(2), ckpt_path=file, verbose=False)
+        averaged = migrated({n: found.weights[n].clone() for n in weights(model)})
+        assert_equal(fresh.seen["test"], {n: averaged[n] for n in fresh.seen["test"]})
+        assert_equal(fresh.state_dict(), migrated({n: v.clone() for n, v in found.raw.items()}))
+
+    @pytest.mark.parametrize("save", ["raw", "averaged"])
+    def test_what_torchs_hooks_change_is_told(self, tmp_path: Path, save: Any) -> None:
+        """They see one copy, or none; a cast is no change."""
+        file, _, _ = saved(tmp_path, save)
+        model = model_of()
+        trainer = trainer_of(tmp_path, EMACallback(DECAY, save=save), precision="bf16-true")
+        trainer.test(model, data(2), ckpt_path=file, verbose=False)
+
+        def doubles(_: nn.Module, state: dict[str, Tensor], *__: Any) -> None:
+            state["net.0.weight"] = state["net.0.weight"] * 2
+
+        hooked: Any = model_of()
+        hooked.register_load_state_dict_pre_hook(doubles)
+        trainer = trainer_of(tmp_path, EMACallback(DECAY, save=save), max_epochs=3)
+        with pytest.warns(UserWarning, match=r"net\.0\.weight: the module has changed trained"):
+            trainer.fit(hooked, data(), ckpt_path=file)
+
+
+class TestOfLightningsOwnAveraging:
+    """`WeightAveraging` has the averages in `state_dict`, and beside it the trained weights."""
+
+    def test_resumes_with_both(self, tmp_path: Path) -> None:
+        class Saver(Callback):
+            def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+                trainer.save_checkpoint(tmp_path / "last.ckpt")
+                self.trained = weights(module)
+
+        saver, callback, resumed = Saver(), EMAWeightAveraging(decay=0.5), EMACallback(DECAY)
+        trainer_of(tmp_path, callback, saver).fit(model_of(), data())
+        averaged = {n: torch.load(tmp_path / "last.ckpt")["state_dict"][n] for n in saver.trained}
+        assert differ(saver.trained, averaged)
+
+        class Look(Callback):
+            def on_train_start(self, _: Trainer, module: LightningModule) -> None:
+                assert_equal(weights(module), saver.trained)
+                assert_equal(averages(resumed, module), averaged)
+
+        model, trainer = model_of(1), trainer_of(tmp_path, resumed, Look(), max_epochs=3)
+        trainer.fit(model, data(), ckpt_path=tmp_path / "last.ckpt")
+        trainer.save_checkpoint(tmp_path / "again.ckpt")
+        assert checkpoint.read(tmp_path / "again.ckpt").step == 12 + 6
+
+    def test_averages_that_do_not_fit_are_refused(self, tmp_path: Path) -> None:
+        class Saver(Callback):
+            def on_train_end(self, trainer: Trainer, _: LightningModule) -> None:
+                trainer.save_checkpoint(tmp_path / "last.ckpt")
+
+        trainer = trainer_of(tmp_path, Saver(), EMAWeightAveraging(decay=0.5))
+        trainer.fit(model_of(), data())
+        file = torch.load(tmp_path / "last.ckpt")
+        del file["state_dict"]["net.0.bias"]
+        torch.save(file, tmp_path / "broken.ckpt")
+        model = model_of()
+        model.strict_loading = False
+        with pytest.raises(
+            ValueError, match=r"averages: expected those of the model.*net\.0\.bias"
+        ):
+            trainer_of(tmp_path, EMACallback(DECAY), max_epochs=3).fit(
+                model, data(), ckpt_path=tmp_path / "broken.ckpt"
+            )
 
 
 def test_averages_of_another_model(tmp_path: Path) -> None:
@@ -567,6 +731,169 @@ def test_buffers(tmp_path: Path, buffers: Any) -> None:
         assert torch.equal(model.get_buffer("net.1.num_batches_tracked"), count)
 
 
+class Backboned(Regression):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Linear(3, 3)
+        self.net = nn.Sequential(self.backbone, nn.Tanh(), nn.Linear(3, 1))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=0.05)
+
+
+class FromTheUnfreezing(Callback):
+    """In float64, the averages of what is trained, each from the batch on that first trains it."""
+
+    def __init__(self) -> None:
+        self.average: dict[str, Tensor] = {}
+        self.updates = 0
+
+    def on_train_batch_start(self, _: Trainer, module: LightningModule, *__: Any) -> None:
+        for name, p in module.named_parameters():
+            if p.requires_grad:
+                self.average.setdefault(name, p.detach().double())
+
+    def on_train_batch_end(self, _: Any, module: LightningModule, *__: Any, **___: Any) -> None:  # type: ignore[override]
+        beta, self.updates = float(DECAY(self.updates)), self.updates + 1
+        for name, p in module.named_parameters():
+            if name in self.average:
+                self.average[name] = beta * self.average[name] + (1 - beta) * p.detach().double()
+
+
+class TestUnfreezing:
+    """By Lightning's `BackboneFinetuning`, which freezes in `setup`, at each resume as well."""
+
+    def finetuning(self) -> Any:
+        return BackboneFinetuning(
+            1, lambda _: 1.0, backbone_initial_lr=0.05, initial_denom_lr=1.0, should_align=False
+        )
+
+    @pytest.mark.parametrize("is_first", [True, False])
+    def test_starts_from_the_weights_and_is_saved(self, tmp_path: Path, is_first: bool) -> None:
+        torch.manual_seed(0)
+        model, callback, seen = Backboned(), EMACallback(DECAY), FromTheUnfreezing()
+        frozen = model.backbone.weight.detach().clone()
+        pair = [callback, self.finetuning()]
+        trainer = trainer_of(tmp_path, *pair[:: 1 if is_first else -1], seen, max_epochs=3)
+        trainer.fit(model, data(), data(2))
+        assert seen.updates == 18
+        assert seen.average.keys() == weights(model).keys()
+        found = averages(callback, model)
+        for name, expected in seen.average.items():
+            assert_close(found[name].double(), expected, rtol=1e-6, atol=1e-6)
+        assert not torch.equal(found["net.0.weight"], frozen)
+        assert_equal(model.seen["validation"], found)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        assert set(torch.load(tmp_path / "last.ckpt")["emajit"]["shadow"]) == {*seen.average}
+
+    @pytest.mark.parametrize("save", ["raw", "averaged"])
+    @pytest.mark.parametrize("hooked", [False, True])
+    def test_resumed_after_it(self, tmp_path: Path, save: Any, hooked: bool) -> None:
+        class Hooked(Backboned):
+            def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+                pass
+
+        torch.manual_seed(0)
+        model, callback = Backboned(), EMACallback(DECAY, save=save)
+        trainer = trainer_of(tmp_path, callback, self.finetuning())
+        trainer.fit(model, data())
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        expected = averages(callback, model)
+
+        class Look(Callback):
+            def on_train_start(self, _: Trainer, module: LightningModule) -> None:
+                assert not module.get_parameter("net.0.weight").requires_grad
+                assert_equal(averages(resumed, module), expected)
+                assert_equal(weights(module), weights(model))
+
+        resumed, fresh = EMACallback(DECAY, save=save), Hooked() if hooked else Backboned()
+        trainer = trainer_of(tmp_path, resumed, self.finetuning(), Look(), max_epochs=3)
+        trainer.fit(fresh, data(), ckpt_path=tmp_path / "last.ckpt")
+        # Lightning leaves the backbone frozen, and the average goes on to its weights.
+        found, before, towards = (
+            state["net.0.weight"] for state in (averages(resumed, fresh), expected, weights(fresh))
+        )
+        rest = 1.0
+        for step in range(12, 18):
+            rest *= float(DECAY(step))
+        assert_close(found, towards + rest * (before - towards), rtol=1e-5, atol=1e-6)
+
+    def test_resumed_before_it(self, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        whole, uninterrupted = EMACallback(DECAY), Backboned()
+        start = copy.deepcopy(uninterrupted)
+        trainer_of(tmp_path, whole, self.finetuning(), max_epochs=3).fit(uninterrupted, data())
+        trainer = trainer_of(tmp_path, EMACallback(DECAY), self.finetuning(), max_epochs=1)
+        trainer.fit(start, data())
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        resumed, fresh = EMACallback(DECAY), Backboned()
+        trainer = trainer_of(tmp_path, resumed, self.finetuning(), max_epochs=3)
+        trainer.fit(fresh, data(), ckpt_path=tmp_path / "last.ckpt")
+        assert_equal(weights(fresh), weights(uninterrupted))
+        assert_equal(averages(resumed, fresh), averages(whole, uninterrupted))
+
+
+class Diverging(Regression):
+    """A loss that is NaN in the third batch, which Adam never forgets."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("nan") if batch_idx == 2 else loss
+
+
+def test_averages_that_are_not_finite_are_told_once(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, saver = Diverging(), ModelCheckpoint(tmp_path, save_top_k=-1)
+    with pytest.warns(
+        UserWarning, match=r"net.0.weight: the average holds .*nonfinite='skip'"
+    ) as w:
+        trainer_of(tmp_path, EMACallback(DECAY), saver, max_epochs=3).fit(model, data())
+    assert len([each for each in w if "not finite" in str(each.message)]) == 1
+
+
+def test_weights_that_are_not_finite_are_not_averaged(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    callback, recorder, model = EMACallback(DECAY, nonfinite="skip"), Recorder(), Diverging()
+    saver = ModelCheckpoint(tmp_path, save_top_k=-1)
+    trainer_of(tmp_path, callback, recorder, saver, max_steps=2).fit(model, data())
+    expected = recorder.average
+    trainer_of(tmp_path, callback, saver).fit(model, data())
+    assert all(p.isnan().all() for p in model.parameters())
+    found = averages(callback, model)
+    assert all(value.isfinite().all() for value in found.values())
+    assert differ({n: v.float() for n, v in expected.items()}, found)  # it has gone on until then
+
+
+def test_which_parameters_and_how(tmp_path: Path) -> None:
+    callback = EMACallback(
+        DECAY,
+        include="net.*",
+        exclude=["*.bias"],
+        rounding="stochastic",
+        dtype=torch.bfloat16,
+        backend="eager",
+    )
+    model, trainer = model_of(), trainer_of(tmp_path, callback)
+    trainer.fit(model, data(), data(2))
+    trained = weights(model)
+    seen = model.seen["validation"]
+    assert {n for n in seen if not torch.equal(seen[n], trained[n])} == {
+        n for n in seen if n.endswith("weight")
+    }
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    resumed, fresh = EMACallback(**callback._options), model_of(1)
+    trainer_of(tmp_path, resumed).fit(fresh, data(), ckpt_path=tmp_path / "last.ckpt")
+    assert_equal(averages(resumed, fresh), averages(callback, model))
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"nonfinite": "zero"}, "nonfinite: expected propagate or skip, found 'zero'"),
+        ({"rounding": "up"}, "rounding: expected nearest or stochastic, found 'up'"),
+        ({"backend": "none"}, "backend: "),
+    ]
+    for option, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            EMACallback(**option)
+
+
 def test_save_weights_only_is_told(tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path, save_weights_only=True)
     with pytest.warns(UserWarning, match="saves the trained weights alone"):
@@ -660,3 +987,69 @@ def test_copied_and_pickled(tmp_path: Path) -> None:
             trainer_of(tmp_path, other).test(tested, data(2), verbose=False)
         assert_equal(same.seen["test"], averages(callback, model))
         assert_equal(another.seen["test"], weights(model_of(1)))
+
+
+def sequence(seed: int, folder: Path) -> None:
+    """A training with random options, killed at random moments and resumed, is one without kills.
+
+    Each validation is of the averages of a reference in float64.
+    """
+    choose = random.Random(seed)  # noqa: S311
+    accumulate, every = choose.choice([1, 2, 3]), choose.choice([1, 2])
+    options: dict[str, Any] = {
+        "max_epochs": 4,
+        "accumulate_grad_batches": accumulate,
+        "check_val_every_n_epoch": choose.choice([1, 2]),
+        "num_sanity_val_steps": choose.choice([0, 1]),
+        "precision": choose.choice(["32-true", "bf16-mixed"]),
+    }
+    saves: dict[str, Any] = {
+        "every_n_epochs": 1,
+        "save_on_train_epoch_end": choose.choice([True, False]),
+        "save_top_k": choose.choice([1, -1]),
+        "save_last": choose.choice([None, True, "link"]),
+    }
+    kinds: dict[str, Any] = {
+        "every": every,
+        "save": choose.choice(["raw", "averaged"]),
+        "dtype": choose.choice([None, torch.float64]),
+        "nonfinite": choose.choice(["propagate", "skip"]),
+    }
+    epochs = [6, 5][choose.randrange(2)]
+
+    class Module(choose.choice([Regression, Backboned])):  # type: ignore[misc]
+        def on_load_checkpoint(self, _: dict[str, Any]) -> None:
+            pass
+
+    class Checks(Recorder):
+        def on_validation_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
+            if not trainer.sanity_checking and not trainer.ckpt_path:
+                for name, value in weights(module).items():
+                    assert_close(value.double(), self.average[name], rtol=2e-6, atol=2e-6)
+
+    def train(at: Path, file: Path | None = None) -> tuple[EMACallback, Any]:
+        torch.manual_seed(0)
+        callback, module = EMACallback(DECAY, **kinds), Module()
+        others = [Checks(every=every), ModelCheckpoint(at, **saves)]
+        trainer = trainer_of(at, callback, *others, **options)
+        trainer.fit(module, data(epochs), data(2), ckpt_path=file)
+        return callback, module
+
+    whole, expected = train(folder / "whole")
+    (folder / "0").mkdir()
+    with kills.moments(folder / "0", folder / "moments-0") as moments:
+        train(folder / "0")
+    for life in range(1, choose.choice([2, 3])):
+        killed = choose.choice(moments)
+        files = [file for file in killed.glob("*.ckpt") if file.exists()]  # and no dead link
+        last = max(files, key=lambda file: torch.load(file)["global_step"], default=None)
+        with kills.moments(killed, folder / f"moments-{life}") as moments:
+            callback, module = train(killed, last)
+    assert_equal(weights(module), weights(expected))
+    if module.trainer.global_step:
+        assert_equal(averages(callback, module), averages(whole, expected))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_random_training_that_is_killed_and_resumed(tmp_path: Path, seed: int) -> None:
+    sequence(seed, tmp_path)

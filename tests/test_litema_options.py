@@ -248,6 +248,21 @@ class TestNonfinite:
         ema(model)
         assert_close(ema.named_averages(), expected)
 
+    def test_averages_that_are_not_finite_are_told_once(self) -> None:
+        """Where they are saved, and no more than a sum is computed of each."""
+        model = nn.Linear(2, 2).half()
+        ema = LitEma(model, decay=0.5, use_num_upates=False)
+        with torch.no_grad():
+            model.weight.fill_(torch.finfo(torch.float16).max)  # whose sum is above
+        ema(model)
+        ema.state_dict()
+        with torch.no_grad():
+            model.weight[0, 1] = math.inf
+        ema(model)
+        with pytest.warns(UserWarning, match=r"^weight: the average .* not finite.*'skip'"):
+            ema.state_dict()
+        ema.state_dict()
+
     def test_in_a_fused_step(self) -> None:
         model = nn.Linear(2, 2, bias=False)
         ema = LitEma(model, decay=0.5, use_num_upates=False, nonfinite="skip")

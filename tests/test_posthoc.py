@@ -75,6 +75,22 @@ class TestTruth:
         found = posthoc.reconstruct(posthoc.snapshots(runs[64]), sigma_rel, dtype=torch.float64)
         assert relative(found["w"], truth) < 1e-6
 
+    def test_of_any_random_walk_they_are_exact_to_5e6(self, tmp_path: Path) -> None:
+        """100 walks without a drift, to which the error would be small."""
+        generator = torch.Generator().manual_seed(5)
+        steps = torch.randn(STEPS, 100, 8, generator=generator, dtype=torch.float64)
+        lengths = [*TRACKED, 0.06, 0.075]
+        decays = [schedules.power_function(sigma_rel) for sigma_rel in lengths]
+        shadows = [{"w": steps[0].clone()} for _ in lengths]
+        for step, weights in enumerate(steps.cumsum(0)):
+            emajit.update_many_(shadows, {"w": weights}, step, decays=decays)
+            if (step + 1) % 64 == 0:
+                posthoc.save(tmp_path, shadows[:2], step + 1, sigma_rel=TRACKED)
+        found = posthoc.snapshots(tmp_path)
+        for sigma_rel, truth in zip(lengths[2:], shadows[2:], strict=True):
+            walks = posthoc.reconstruct(found, sigma_rel, dtype=torch.float64)["w"]
+            assert max(map(relative, walks, truth["w"])) < 5e-6
+
     def test_float16_costs_3e4(self, runs: dict[Any, Path]) -> None:
         for sigma_rel in (0.05, 0.06, 0.075, 0.09, 0.10):
             truth = average(walk(), sigma_rel)

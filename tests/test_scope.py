@@ -336,3 +336,38 @@ def test_errors_name_the_parameter(change: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message), emajit.ema_scope(model, shadow):
         pytest.fail("entered")
     spy.assert_untouched()
+
+
+class ListsItself(nn.Linear):
+    """A module whose `named_parameters` knows nothing of `remove_duplicate`."""
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True) -> Any:  # type: ignore[override]
+        yield from super().named_parameters(prefix, recurse)
+
+    def named_buffers(self, prefix: str = "", recurse: bool = True) -> Any:  # type: ignore[override]
+        yield from super().named_buffers(prefix, recurse)
+
+
+def test_a_module_that_lists_its_parameters_in_its_own_way() -> None:
+    model, x = ListsItself(2, 2), torch.ones(2)
+    shadow = {name: torch.full_like(p, 2.0) for name, p in model.named_parameters()}
+    with torch.no_grad():
+        with emajit.ema_scope(model, shadow):
+            assert model(x).tolist() == [6.0, 6.0]
+        assert emajit.averaged_module(model, shadow)(x).tolist() == [6.0, 6.0]
+        ema = emajit.LitEma(model, decay=0.0, use_num_upates=False)
+        model.weight.fill_(3.0)
+        ema(model)
+        model.weight.zero_()
+        with ema.ema_scope(model):
+            assert model.weight.tolist() == [[3.0, 3.0]] * 2
+
+
+def test_names_in_an_error_are_few() -> None:
+    model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(100)))
+    for shadow, told in (
+        ({}, r"missing \['0.weight', .*\] and 195 more$"),
+        ({f"x{i}": torch.ones(1) for i in range(100)}, r"found \['x0', .*\] and 95 more$"),
+    ):
+        with pytest.raises(ValueError, match=told), emajit.ema_scope(model, shadow):
+            pass

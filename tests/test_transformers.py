@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import logging
+import random
 import subprocess
 import sys
 import warnings
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from emajit import checkpoint, schedules
+from tests import kills
 
 pytest.importorskip("transformers", reason="the callback for transformers")
 pytest.importorskip("accelerate", reason="the Trainer of transformers needs it")
@@ -120,10 +124,10 @@ def averages(ema: EMACallback) -> State:
     return {name: value.clone() for name, value in ema._average.named_averages().items()}
 
 
-def reference(start: State, steps: list[State]) -> State:
+def reference(start: State, steps: list[State], decay: schedules.Schedule = DECAY) -> State:
     average = {name: value.double() for name, value in start.items()}
     for step, params in enumerate(steps):
-        beta = float(DECAY(step))
+        beta = float(decay(step))
         average = {
             name: beta * s + (1 - beta) * params[name].double() for name, s in average.items()
         }
@@ -303,6 +307,78 @@ def test_resumes_bit_for_bit(tmp_path: Path, told: str) -> None:
     assert_same(averages(ema), averages(whole))
 
 
+def complete(folder: Path) -> list[Path]:
+    """The checkpoints that a training can go on from, the last one first."""
+    found = []
+    for file in folder.glob("checkpoint-*/trainer_state.json"):
+        try:
+            found.append((json.loads(file.read_text())["global_step"], file.parent))
+        except json.JSONDecodeError:  # half written
+            continue
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def seeded_bare() -> Any:
+    torch.manual_seed(0)
+    return Bare()
+
+
+@pytest.mark.parametrize("model", [tiny, seeded_bare])
+def test_killed_at_any_moment_the_averages_fit_the_last_checkpoint(
+    tmp_path: Path, model: Any
+) -> None:
+    """The Trainer removes the older checkpoint before `on_save`, where another callback raises."""
+
+    class Kill(TrainerCallback):  # type: ignore[misc, unused-ignore]
+        def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            if state.global_step == 6:
+                raise KeyboardInterrupt
+
+    folder = tmp_path / "run"
+    options = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "max_steps": 8}
+    with kills.moments(folder, tmp_path / "moments") as moments:
+        trainer = trainer_of(folder, Kill(), EMACallback(DECAY), model=model(), **options)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    assert len(moments) > 25
+    seen: list[int] = []
+    for moment in moments:
+        last = complete(moment)
+        if not last:  # there was no checkpoint yet
+            assert not seen
+            continue
+        step = int(last[0].name.rpartition("-")[2])
+        assert checkpoint.read(last[0] / "averages.safetensors").step == step
+        seen.append(step)
+    assert seen == sorted(seen)
+    assert {*seen} == {2, 4, 6}
+
+    whole = EMACallback(DECAY)
+    trainer_of(tmp_path / "whole", whole, model=model(), **options).train()
+    for path in (complete(moments[-1])[0], complete(moments[seen.index(4) - len(seen)])[0]):
+        ema = EMACallback(DECAY)
+        resumed = trainer_of(path.parent, ema, model=model(), **options)
+        resumed.train(resume_from_checkpoint=str(path))
+        assert_same(averages(ema), averages(whole))
+
+
+class SavesOnItsOwn(Trainer):  # type: ignore[misc, unused-ignore]
+    def _save_checkpoint(self, *_: Any, **__: Any) -> None:
+        state: Any = self.state
+        self.save_model(str(Path(str(self.args.output_dir), f"checkpoint-{state.global_step}")))
+
+
+def test_a_trainer_that_writes_no_state(tmp_path: Path) -> None:
+    ema, options = EMACallback(DECAY), {"save_strategy": "steps", "save_steps": 3}
+    trainer = trainer_of(tmp_path, ema, kind=SavesOnItsOwn, **options)
+    trainer.train()
+    assert checkpoint.read(tmp_path / "checkpoint-3" / "averages.safetensors").step == 3
+    found = checkpoint.read(tmp_path / "checkpoint-6" / "averages.safetensors")
+    assert_same(dict(found.weights), averages(ema))
+    trainer.save_state()
+    assert not (tmp_path / "averages.safetensors").exists()
+
+
 def test_a_resumed_checkpoint_without_averages(tmp_path: Path) -> None:
     options = half(tmp_path)
     path = tmp_path / "checkpoint-4" / "averages.safetensors"
@@ -448,6 +524,21 @@ def test_an_evaluation_that_is_asked_for_later(tmp_path: Path) -> None:
     assert_same(recorder.evaluated[0], averages(ema))
 
 
+class TakesState(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    def on_prediction_step(self, *_: Any, **kwargs: Any) -> None:
+        self.taken = trained(kwargs["model"]) and kwargs["model"].state_dict()
+
+
+def test_a_state_that_is_taken_in_an_evaluation(tmp_path: Path) -> None:
+    """It is that of the trained weights, and what is evaluated after it is told."""
+    recorder, takes = Recorder(), TakesState()
+    options = {"eval_strategy": "steps", "eval_steps": 3, "max_steps": 3}
+    trainer = trainer_of(tmp_path, EMACallback(DECAY), recorder, takes, **options)
+    with pytest.warns(UserWarning, match=r"step 3 was of the trained .* call of state_dict\(\)"):
+        trainer.train()
+    assert_same({name: takes.taken[name] for name in recorder.steps[-1]}, recorder.steps[-1])
+
+
 class ForbidsLater(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_evaluate = False
@@ -473,6 +564,104 @@ def test_an_evaluation_that_is_forbidden_later(tmp_path: Path) -> None:
     )
     with pytest.raises(RuntimeError, match=r"checkpoint-2: expected trained weights, found the"):
         trainer.train()
+
+
+class Unfreezes(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """The embeddings at the step `at`, and adds an adapter; in float64, what should be averaged."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.updates = at, 0
+        self.average: State = {}
+
+    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
+        kwargs["model"].get_input_embeddings().requires_grad_(False)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        if state.global_step == self.at:
+            model.get_input_embeddings().requires_grad_(True)
+            model.transformer.h[0].adapter = adapter = nn.Linear(2, 2)
+            adapter.weight.grad = torch.ones(2, 2)
+            kwargs["optimizer"].param_groups[0]["params"] += [*adapter.parameters()]
+            self.new = [n for n, p in model.named_parameters() if n not in self.average]
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                self.average.setdefault(name, p.detach().double())
+
+    def on_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
+        beta, self.updates = float(DECAY(self.updates)), self.updates + 1
+        for name, p in kwargs["model"].named_parameters():
+            if name in self.average:
+                self.average[name] = beta * self.average[name] + (1 - beta) * p.detach().double()
+
+
+@pytest.mark.parametrize("is_best", [False, True])
+def test_what_is_unfrozen_and_added_in_training(tmp_path: Path, is_best: bool) -> None:
+    """Each average begins with the step that first trains it; saved, and resumed where frozen."""
+    losses = iter([1.0, 2.0, 3.0])
+    options: dict[str, Any] = settings("steps") | {
+        "load_best_model_at_end": is_best,
+        "metric_for_best_model": "given",
+        "greater_is_better": False,
+        "compute_metrics": lambda _: {"given": next(losses)},
+    }
+    ema, unfreezes, recorder = EMACallback(DECAY), Unfreezes(3), Recorder()
+    trainer = trainer_of(tmp_path, unfreezes, ema, recorder, **options)
+    if is_best:  # of the step 2, when the embeddings were frozen, and there was no adapter
+        trainer._load_best_model = lambda: trainer.model.load_state_dict(
+            {**trainer.model.state_dict(), **recorder.steps[1]}
+        )
+    trainer.train()
+    found = averages(ema)
+    if is_best:
+        assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+        raw = trained(trainer.model)
+        assert_same({n: found[n] for n in unfreezes.new}, {n: raw[n] for n in unfreezes.new})
+        kept = checkpoint.read(tmp_path / "checkpoint-2" / "averages.safetensors").weights
+        assert_same({n: found[n] for n in kept}, dict(kept))
+        return
+    assert_near(found, unfreezes.average)
+    assert "transformer.h.0.adapter.weight" in found
+    assert differ(found, trained(trainer.model))
+
+    model = copy.deepcopy(trainer.model)
+    model.get_input_embeddings().requires_grad_(False)
+    again, seen = EMACallback(DECAY), []
+
+    class Look(TrainerCallback):  # type: ignore[misc, unused-ignore]
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            seen.append(averages(again))
+
+    resumed = trainer_of(tmp_path, again, Look(), model=model, max_steps=7)
+    resumed._load_optimizer_and_scheduler = lambda *_: None  # it had other groups of parameters
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert_same(seen[0], found)
+
+
+class Diverges(Trainer):  # type: ignore[misc, unused-ignore]
+    """A loss that is NaN at the third step, which Adam never forgets."""
+
+    def compute_loss(self, *arguments: Any, **options: Any) -> Any:
+        loss: Any = super().compute_loss(*arguments, **options)
+        return loss * float("nan") if self.state.global_step == 2 else loss
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+def test_averages_that_are_not_finite(tmp_path: Path, nonfinite: Any) -> None:
+    ema, recorder = EMACallback(DECAY, nonfinite=nonfinite, exclude="*.bias"), Recorder()
+    options = {"save_strategy": "steps", "save_steps": 2, "max_grad_norm": 0.0}
+    trainer = trainer_of(tmp_path, ema, recorder, kind=Diverges, **options)
+    start = trained(trainer.model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    told = [each for each in caught if "the average holds values that are" in str(each.message)]
+    assert len(told) == (nonfinite == "propagate")
+    found = averages(ema)
+    assert not any(name.endswith("bias") for name in found)
+    if nonfinite == "skip":  # the decay counts the updates that were left out
+        expected = reference(start, recorder.steps[:2])
+        assert_near(found, {name: expected[name] for name in found})
 
 
 class Bare(nn.Module):
@@ -591,3 +780,66 @@ def test_without_transformers() -> None:
         "emajit.integrations.transformers needs transformers; "
         "pip install transformers accelerate safetensors\n"
     )
+
+
+def sequence(seed: int, folder: Path) -> None:
+    """A training with random options, killed at random moments and resumed, is one without kills.
+
+    At each evaluation its averages are those of a reference in float64.
+    """
+    choose = random.Random(seed)  # noqa: S311
+    options: dict[str, Any] = {
+        "model": None,
+        "max_steps": 8,
+        "eval_strategy": choose.choice(["no", "steps", "epoch"]),
+        "eval_steps": choose.choice([1, 2, 3]),
+        "save_strategy": "steps",
+        "save_steps": choose.choice([1, 2, 3]),
+        "save_total_limit": choose.choice([None, 1, 2]),
+        "gradient_accumulation_steps": choose.choice([1, 2]),
+    }
+    if choose.random() < 0.3:
+        options["eval_dataset"] = {"one": tokens(8, seed=2), "two": tokens(8, seed=3)}
+    every, fixed = choose.choice([1, 1, 2]), schedules.constant(0.9)
+    decay = choose.choice([DECAY, fixed, schedules.uniform()])
+    kinds: dict[str, Any] = {
+        "every": every,
+        "dtype": choose.choice([None, torch.float64]),
+        "nonfinite": choose.choice(["propagate", "skip"]),
+    }
+    build = choose.choice([tiny, seeded_bare])
+
+    def train(at: Path, **kwargs: Any) -> tuple[EMACallback, Recorder, Any]:
+        ema, recorder = EMACallback(decay, **kinds), Recorder()
+        trainer = trainer_of(at, ema, recorder, **options | {"model": build()})
+        trainer.train(**kwargs)
+        return ema, recorder, trainer
+
+    whole, recorder, expected = train(folder / "whole")
+    start = trained(build())
+    steps = recorder.steps[every - 1 :: every]
+    evaluated = [log["step"] for log in expected.state.log_history if "eval_runtime" in log]
+    evaluated += [
+        log["step"] for log in expected.state.log_history if "eval_one_runtime" in log
+    ] * 2
+    assert len(evaluated) == len(recorder.evaluated)
+    for step, found in zip(sorted(evaluated), recorder.evaluated, strict=True):
+        assert_near(found, reference(start, steps[: step // every], decay))
+    assert_near(averages(whole), reference(start, steps, decay))
+
+    with kills.moments(folder / "0", folder / "moments-0") as moments:
+        train(folder / "0")
+    for life in range(1, choose.choice([2, 3])):
+        # One at the last step would take another: the Trainer looks whether it is done after it.
+        moments = [at for at in moments if not (at / f"checkpoint-{options['max_steps']}").exists()]
+        killed = choose.choice(moments)
+        last = complete(killed)
+        with kills.moments(killed, folder / f"moments-{life}") as moments:
+            ema, _, trainer = train(killed, resume_from_checkpoint=str(last[0]) if last else None)
+    assert_same(trained(trainer.model), trained(expected.model))
+    assert_same(averages(ema), averages(whole))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_random_training_that_is_killed_and_resumed(tmp_path: Path, seed: int) -> None:
+    sequence(seed, tmp_path)

@@ -29,6 +29,12 @@ def float32(number: float) -> float:
     return float(struct.unpack("f", struct.pack("f", number))[0])
 
 
+def check_first(updates: Any) -> None:
+    """Raise ValueError unless `updates` is a number of updates."""
+    if not isinstance(updates, int) or not 0 <= updates < 2**31:
+        raise ValueError(f"init_num_updates: expected a number of updates, found {updates!r}")
+
+
 def check_every(every: Any) -> None:
     """Raise ValueError unless `every` is a number of steps."""
     if not isinstance(every, int) or every < 1:
@@ -79,6 +85,14 @@ class HostNumber:
         return HostNumber, ()
 
 
+def last_of(averages: dict[str, Tensor]) -> tuple[Tensor, int] | None:
+    """The last average and its version, by which one knows later whether it was written."""
+    if torch.compiler.is_compiling() or not averages:
+        return None
+    last = next(reversed(averages.values()))
+    return None if last.is_inference() else (last, last._version)
+
+
 def is_on_host(buffer: Tensor) -> bool:
     return buffer.is_cpu
 
@@ -92,15 +106,17 @@ class Controls(nn.Module):
     decay: Tensor
     num_updates: Tensor
 
-    def __init__(self, decay: float | Schedule, *, counts: bool) -> None:
+    def __init__(
+        self, decay: float | Schedule, *, first_update: int, must_count: bool, every: int
+    ) -> None:
         super().__init__()
         self.schedule: Schedule | None = decay if callable(decay) else None
         first = float(decay(0) if callable(decay) else decay)
         self._written_decay = first, float32(first)
-        self._first_update = 0 if counts else -1
+        self._first_update = first_update
         # Whether the number of updates is needed, also after a load of a state without it.
-        self._must_count = callable(decay)
-        self.every, self._calls = 1, 0
+        self._must_count = must_count or callable(decay)
+        self.every, self._calls = every, 0
         self._host_decay, self._host_updates = HostNumber(), HostNumber()
         self.register_buffer("decay", torch.tensor(first, dtype=torch.float32))
         self.register_buffer("num_updates", torch.tensor(self._first_update, dtype=torch.int32))
@@ -165,6 +181,13 @@ class Controls(nn.Module):
         elif updates >= 0:
             self.num_updates.add_(1)
             self._host_updates.wrote(self.num_updates, updates + 1)
+
+    def _count_if_written(self, last: tuple[Tensor, int] | None, updates: int | Tensor) -> None:
+        """Count an update that was interrupted after it had written the last average."""
+        if last is None or isinstance(updates, Tensor) or last[0]._version == last[1]:
+            return
+        if int(self.num_updates) == updates:
+            self._count(updates, None)
 
     def _is_due(self, device: torch.device) -> bool:
         """Count a call, and return whether it updates."""

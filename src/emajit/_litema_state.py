@@ -1,4 +1,4 @@
-"""The state of a `LitEma`: its buffers, their keys, and how they are loaded, saved and cast."""
+"""The state of a `LitEma`: how its buffers are shown, loaded, saved and cast."""
 
 from __future__ import annotations
 
@@ -9,43 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from emajit import _names, _paths, _shards, _warn, functional
-from emajit._controls import Controls, decimal
-from emajit.functional import Schedule
+from emajit import _module, _names, _paths, _shards, _torch, _warn
+from emajit._controls import decimal
+from emajit._tracking import Tracking
 
 _RANGES = {"decay": (0, 1), "num_updates": (-1, 2**31 - 1)}
 
 
-class LitEmaState(Controls):
-    """The buffers of a `LitEma`: controls, and each average under its key in `m_name2s_name`."""
-
-    def __init__(self, decay: float | Schedule, chosen: _names.Filter, *, counts: bool) -> None:
-        super().__init__(decay, counts=counts)
-        # Every attribute is set before the keys are chosen, so that no average takes its name.
-        self.m_name2s_name: dict[str, str] = {}
-        self._chosen = chosen
-        self._is_updated = False
-        # Keys of averages that were neither updated nor loaded. The averages in `_uninitialised`,
-        # a subset, start from the model at the next use.
-        self._untouched: set[str] = set()
-        self._uninitialised: set[str] = set()
-        # Keys of buffers that are copied.
-        self._copied: set[str] = set()
-        # Of the model seen last the names of its tensors, those without the prefixes of wrappers,
-        # the keys of their averages, and the names that the filter leaves out.
-        self._known: list[str] = []
-        self._bare: dict[str, str] = {}
-        self._keys: dict[str, str] = {}
-        self._left_out: set[str] = set()
-
-    def _hold(
-        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], dtype: torch.dtype | None
-    ) -> None:
-        """Register the first average of each parameter and buffer."""
-        self.m_name2s_name = _names.flat_keys([*params, *buffers], lambda key: hasattr(self, key))
-        for name, average in functional.init({**params, **buffers}, dtype=dtype).items():
-            self.register_buffer(self.m_name2s_name[name], average)
-        self._untouched.update(self.m_name2s_name.values())
+class LitEmaState(Tracking):
+    """Controls and averages as the buffers of a module, whose state is the original's."""
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
@@ -70,38 +42,6 @@ class LitEmaState(Controls):
         updates = f"updates={count}, " if count >= 0 else ""
         held = f"averages={len(averages)} in {', '.join(dtypes)}"
         return f"decay={self.schedule or decay}{warm_up}, {updates}{held}"
-
-    def named_averages(self) -> dict[str, Tensor]:
-        """The averages themselves, under the names that the parameters have in the bare model.
-
-        A shadow for `emajit.ema_scope`, for `torch.func.functional_call` and to save.
-
-        Raises RuntimeError after a load without some of them, which start from the model's weights
-        at the next use of the model.
-        """
-        if self._uninitialised:
-            raise RuntimeError(
-                f"named_averages: expected all averages, found {len(self._uninitialised)} that the "
-                f"state_dict did not have, {min(self._uninitialised)} for one; ema_scope(model) "
-                "and copy_to(model) start them from the model's weights"
-            )
-        return {name: self.get_buffer(key) for name, key in self._keys_by_name().items()}
-
-    def _keys_by_name(self) -> dict[str, str]:
-        bare = _names.canonical_of(self.m_name2s_name)
-        return {bare[name]: key for name, key in self.m_name2s_name.items()}
-
-    def _match(self, names: list[str]) -> None:
-        """Find the average of each tensor of a model, by name."""
-        partners = _names.match(self.m_name2s_name, names)
-        found = set(partners.values())
-        missing = [name for name in self.m_name2s_name if name not in found]
-        if missing:
-            raise ValueError(f"model: expected every averaged parameter, found it lacks {missing}")
-        self._bare = _names.canonical_of(names)
-        self._keys = {n: self.m_name2s_name[partners[n]] for n in names if n in partners}
-        self._left_out = {name for name, bare in self._bare.items() if not self._chosen.keeps(bare)}
-        self._known = names
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LitEmaState:
         """Keep the controls as they are but for their device, whatever becomes of the averages.
@@ -134,17 +74,24 @@ class LitEmaState(Controls):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        """Save the schedule's decay of the last update, and omit averages without values."""
+        """Save the schedule's decay of the last update, and omit averages without values.
+
+        On the CPU averages that are not finite are told of once.
+        """
         if self.schedule is not None and not self.num_updates.is_meta:
             self.decay.fill_(float(self.schedule(max(0, int(self.num_updates) - 1))))
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.nonfinite != "skip":
+            held = _shards.local([self.get_buffer(key) for key in self.m_name2s_name.values()])
+            named = dict(zip(self.m_name2s_name, held, strict=True))
+            _warn.warn_of_nonfinite(self, {n: a for n, a in named.items() if a.is_cpu})
         for key in self._uninitialised:
             del destination[prefix + key]
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load all of it, or raise and load nothing.
+        """Load all of it, or raise and load nothing, also where a signal interrupts it.
 
         With `strict=False` averages may be missing: a missing average that was never updated or
         loaded starts from the model at the next use; any other stays. `assign` copies the loaded
@@ -204,21 +151,45 @@ class LitEmaState(Controls):
                 "now, from 0"
             )
             state[prefix + "num_updates"] = torch.zeros_like(self.num_updates)
-        if local_metadata.get("assign_to_params_buffers"):
-            for key in [prefix + key for key in self._buffers if prefix + key in state]:
-                own = torch.empty_like(state[key], requires_grad=False).copy_(state[key].detach())
-                state[key] = own.to(controls[key].dtype) if key in controls else own
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        buffers: dict[str, Any] = {
+            key: buffer
+            for key, buffer in self._buffers.items()
+            if prefix + key in state and (assign or not buffer.is_meta)  # type: ignore[union-attr]
+        }
+        values: dict[str, Tensor] = {key: state[prefix + key].detach() for key in buffers}
+        # torch, which would load one after the other, loads the rest, and finds what is missing.
+        loaded = {prefix + key for key in buffers}
+        rest = {key: value for key, value in state.items() if key not in loaded}
         super()._load_from_state_dict(
-            state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self._untouched = {key for key in self._untouched if prefix + key not in state}
-        self._uninitialised = set(self._untouched)
-        if self._uninitialised:
+        missing_keys[:] = [key for key in missing_keys if key not in loaded]
+        if error_msgs:
+            return
+        untouched = {key for key in self._untouched if prefix + key not in state}
+        if assign:
+            new = {
+                key: _own(value, buffers[key] if key in _RANGES else value)
+                for key, value in values.items()
+            }
+            load: list[tuple[Any, ...]] = [(self._buffers.update, new)]
+        else:
+            shards = [_shards.local(of.values()) for of in (buffers, values)]
+            load = [(_torch.foreach_copy_, *shards)] if buffers else []
+        flags = {"_untouched": untouched, "_uninitialised": {*untouched}}
+        _module.at_once(*load, (vars(self).update, flags))
+        if untouched:
             _warn.warn(
-                f"{len(self._uninitialised)} of {len(self.m_name2s_name)} averages are not in the "
-                f"state_dict, {prefix}{min(self._uninitialised)} for one; at the next use they "
+                f"{len(untouched)} of {len(self.m_name2s_name)} averages are not in the "
+                f"state_dict, {prefix}{min(untouched)} for one; at the next use they "
                 "start from the model's weights",
             )
+
+
+def _own(value: Tensor, like: Tensor) -> Tensor:
+    """A copy of a loaded value in memory of its own, in the dtype of `like`."""
+    return torch.empty_like(value, dtype=like.dtype, requires_grad=False).copy_(value)
 
 
 def _misfit(key: str, value: object, buffer: Any) -> str:

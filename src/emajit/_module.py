@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import operator
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import starmap
 from typing import Any, Literal
 
 import torch
@@ -24,7 +27,7 @@ def averaged(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The trainable parameters and the buffers to be averaged.
 
-    Raises ValueError where no parameter is left, or a pattern of `chosen` matches no name.
+    Raises ValueError for a parameter that is not there.
     """
     _shards.reshard(model)
     params: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -36,21 +39,32 @@ def averaged(
                 f"{name}: expected a parameter with memory, found one that accelerate has "
                 "offloaded; build the LitEma before cpu_offload or enable_sequential_cpu_offload"
             )
-    buffers = held_buffers(model, policy)
-    if params:
-        every = [name for of in (model.named_parameters(), model.named_buffers()) for name, _ in of]
-        bare = _names.canonical_of(every)
-        chosen.check(bare.values())
-        params, buffers = (
-            {name: tensor for name, tensor in tensors.items() if chosen.keeps(bare[name])}
-            for tensors in (params, buffers)
-        )
-    if not params:
-        raise ValueError(
-            f"model: expected parameters that require grad, found none in {type(model).__name__}; "
-            "build LitEma after the layers of the model"
-        )
+    bare = _bare_names(model)
+    params, buffers = (
+        {name: tensor for name, tensor in tensors.items() if chosen.keeps(bare[name])}
+        for tensors in (params, held_buffers(model, policy))
+    )
     return params, buffers
+
+
+def _bare_names(model: nn.Module) -> dict[str, str]:
+    every = [name for of in (model.named_parameters(), model.named_buffers()) for name, _ in of]
+    return _names.canonical_of(every)
+
+
+def check_filter(model: nn.Module, chosen: _names.Filter) -> None:
+    """Raise ValueError where a pattern matches no name, or no trainable parameter is left.
+
+    A model without trainable parameters may still get some.
+    """
+    bare = _bare_names(model)
+    trainable = [bare[name] for name, p in model.named_parameters() if p.requires_grad]
+    chosen.check(bare.values() if trainable else ())
+    if trainable and not any(map(chosen.keeps, trainable)):
+        raise ValueError(
+            "include, exclude: expected parameters that require grad, found none left in "
+            f"{type(model).__name__}"
+        )
 
 
 def held_buffers(model: nn.Module, policy: Policy) -> dict[str, Tensor]:
@@ -122,6 +136,11 @@ def listed(
     return found
 
 
+def at_once(*calls: tuple[Any, ...]) -> None:
+    """Call functions of C, each with its arguments; no signal is handled between two of them."""
+    deque(starmap(operator.call, calls), maxlen=0)
+
+
 def copy_(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Copy values into parameters in one call, so that no interrupt comes between two tensors.
 
@@ -140,16 +159,41 @@ def copy_(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
             raise ValueError(f"parameter {i}: expected one on {expected}, found {found}")
     scope.prepare_to_write()
     alike = [v.to(p.device, p.dtype) for p, v in zip(params, values, strict=True)]
-    _torch.foreach_copy_([p.data for p in params], alike)
+    if alike:
+        _torch.foreach_copy_([p.data for p in params], alike)
 
 
-def check_shapes(averages: dict[str, Tensor], params: dict[str, Tensor]) -> None:
+def places(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, tuple[nn.Module, str]]:
+    """The module that has each of the tensors, and the name it has there."""
+    found: dict[int, tuple[nn.Module, str]] = {}
+    for module in model.modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            found.setdefault(id(tensor), (module, name))
+    return {name: found[id(tensor)] for name, tensor in tensors.items() if id(tensor) in found}
+
+
+def check_shapes(averages: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
     for name, average in averages.items():
         expected, found = tuple(average.shape), tuple(params[name].shape)
         if expected != found:
-            raise ValueError(f"{name}: expected shape {expected} as averaged, found {found}")
+            raise ValueError(
+                f"{name}: expected shape {expected} as averaged, found {found}; "
+                "after a change of shape, call track(model)"
+            )
         if misplaced := _shards.misplaced(params[name], average):
             raise ValueError(f"{name}: {misplaced}")
+
+
+def copy_common(average: Tensor, old: Tensor) -> None:
+    """Copy the block of `old`, from index 0 in each dimension, that a grown or cut average has.
+
+    Nothing where neither shape contains the other, and of shards.
+    """
+    common = tuple(map(min, average.shape, old.shape))
+    one_contains = average.dim() == old.dim() and common in (average.shape, old.shape)
+    if one_contains and not _shards.are_in((average, old)):
+        block = tuple(map(slice, common))
+        average[block].copy_(old[block])
 
 
 def check_stored(stored: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
+from inspect import signature
 from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -53,6 +54,17 @@ def canonical_of(names: Collection[str]) -> dict[str, str]:
     bare = {name: canonical(name) for name in names}
     same = _grouped(bare)
     return {name: it if len(same[it]) == 1 else name for name, it in bare.items()}
+
+
+def named(model: Any, kind: str, *, twice: bool = False) -> dict[str, Any]:
+    """The "parameters" or "buffers" of a module by name; with `twice` tied ones under each name.
+
+    An override of `named_parameters` need not know `remove_duplicate`, which torch has since 2.0.
+    """
+    ask = getattr(model, f"named_{kind}")
+    if twice and "remove_duplicate" in signature(ask).parameters:
+        return dict(ask(remove_duplicate=False))
+    return dict(ask())
 
 
 def _grouped(pairs: Mapping[str, str]) -> dict[str, list[str]]:
@@ -117,12 +129,12 @@ class Filter(NamedTuple):
         return included and not (self.exclude is not None and _matches(self.exclude, name))
 
     def check(self, names: Collection[str]) -> None:
-        """Raise TypeError for another type, ValueError for a pattern that matches no name."""
+        """Raise TypeError for another type, ValueError for a pattern of none of the `names`."""
         for option, patterns in self._asdict().items():
             if patterns is None or callable(patterns):
                 continue
             for pattern in _listed(option, patterns):
-                if not any(fnmatchcase(name, pattern) for name in names):
+                if names and not any(fnmatchcase(name, pattern) for name in names):
                     raise ValueError(f"{option}: expected names, found none that match {pattern!r}")
 
 

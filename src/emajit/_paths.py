@@ -137,5 +137,13 @@ def structure_differs(shadow: PyTree, params: PyTree, error: ValueError) -> Valu
 
 def some(names: list[str]) -> str:
     """The first five of `names`, and how many more there are."""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
+    return ", ".join(names[:5]) + _more(names)
+
+
+def few(names: list[str]) -> str:
+    """The same as a list, as Python writes it."""
+    return f"{names[:5]}{_more(names)}"
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - 5} more" if len(names) > 5 else ""

@@ -281,6 +281,18 @@ def mark_stepped(optimizer: Any) -> None:
     optimizer._opt_called = True
 
 
+def has_been_unscaled(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the GradScaler whose `step` calls has unscaled the gradients of `optimizer` by name.
+
+    It tells the optimizer that it steps nothing about others. Without the names: False.
+    """
+    frame, code = sys._getframe(1).f_back, torch.amp.GradScaler.step.__code__
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    states = getattr(frame.f_locals["self"] if frame else None, "_per_optimizer_states", {})
+    return getattr(states.get(id(optimizer), {}).get("stage"), "name", "") == "UNSCALED"
+
+
 def is_of_a_scheduler(step: Any) -> bool:
     """Whether a scheduler has wrapped this `step`, only to know that it was called."""
     return hasattr(step, "_wrapped_by_lr_sched")

@@ -145,10 +145,10 @@ def update_(
     {'w': tensor([0.2500])}
     """
     alphas = [_alpha(decay, step)]
-    plan = _plan.find([shadow], params, alphas, rounding, nonfinite, backend)
-    scope.check_outside(plan.params)
+    found = _plan.find([shadow], params, alphas, rounding, nonfinite, backend)
+    scope.check_outside(found.params)
     with torch.set_grad_enabled(False):  # half a microsecond less than `no_grad`
-        plan.run(alphas, step)
+        found.run(alphas, step)
     return shadow
 
 
@@ -206,10 +206,10 @@ def update_many_(
     [{'w': tensor([0.5000])}, {'w': tensor([0.2500])}]
     """
     alphas = alphas_of(shadows, decays, step)
-    plan = _plan.find(shadows, params, alphas, rounding, nonfinite, backend)
-    scope.check_outside(plan.params)
+    found = _plan.find(shadows, params, alphas, rounding, nonfinite, backend)
+    scope.check_outside(found.params)
     with torch.no_grad():
-        plan.run(alphas, step)
+        found.run(alphas, step)
     return shadows
 
 
@@ -223,10 +223,10 @@ def _pure(
     backend: str,
 ) -> list[Any]:
     """The new trees."""
-    plan = _plan.find(shadows, params, alphas, rounding, nonfinite, backend, in_place=False)
-    scope.check_outside(plan.params)
+    found = _plan.find(shadows, params, alphas, rounding, nonfinite, backend, in_place=False)
+    scope.check_outside(found.params)
     with torch.no_grad():
-        return plan.rebuild(shadows, plan.run(alphas, step))
+        return found.rebuild(shadows, found.run(alphas, step))
 
 
 def alphas_of(

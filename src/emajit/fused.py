@@ -33,7 +33,7 @@ from emajit.litema import LitEma
 _GRAPHS = 8
 
 
-class FusedOptimizer:
+class FusedOptimizer(torch.optim.Optimizer):
     r"""Steps `optimizer` and updates an average of the weights, in one compiled graph.
 
     `step` does what `optimizer.step()` and then `ema(model)` or `emajit.update_` do, within
@@ -46,12 +46,15 @@ class FusedOptimizer:
     second one compiles, seconds to minutes. The graph depends on the other options of the
     parameter groups, and on which gradients are None. Falls back to two separate steps for complex
     parameters, 0-d ones in float64, DTensors, an optimizer with step hooks, and, with a warning,
-    for options that differ at nearly every step (`OneCycleLR` with its momentum) and for what
-    `torch.compile` refuses (sparse gradients).
+    for options that differ at nearly every step and for what `torch.compile` refuses (sparse
+    gradients). So does `OneCycleLR` with its momentum: unlike a learning rate, a momentum is a
+    number to torch's optimizers, on which they branch; pass `cycle_momentum=False` for the graph.
 
-    `torch.amp.GradScaler` takes it as an optimizer: `scaler.step(fused)`, `scaler.unscale_(fused)`.
-    The graph unscales the gradients. Where a gradient is infinite or NaN, nothing changes. The host
-    is not synchronised.
+    `torch.amp.GradScaler` takes it as an optimizer: `scaler.step(fused)`, `scaler.unscale_(fused)`
+    or `scaler.unscale_(optimizer)`. The graph unscales the gradients that are not unscaled yet.
+    Where a gradient is infinite or NaN, nothing changes. The host is not synchronised.
+    `accelerator.prepare` takes it too, in place of the optimizer: then it steps and averages after
+    the last batch of an accumulated gradient, not after the others.
 
     Args:
         optimizer: one of `torch.optim`'s own, not `LBFGS`, which needs a closure.
@@ -95,6 +98,8 @@ class FusedOptimizer:
         # Another's step may keep numbers in its state or options, which a graph would freeze.
         if not f"{type(optimizer).__module__}.".startswith("torch.optim."):
             found = type(optimizer).__qualname__
+            if isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+                found += "; build the FusedOptimizer first, and wrap or prepare it in its place"
             raise TypeError(f"optimizer: expected one of torch.optim's own, found {found}")
         closure = inspect.signature(type(optimizer).step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
@@ -123,13 +128,41 @@ class FusedOptimizer:
         self._rates: list[Tensor] = []
         self._state: Any = None
 
+    # `Optimizer.__init__` is not called: all there is to an optimizer is that of `optimizer`.
+
+    def __getattr__(self, name: str) -> Any:
+        """What else the optimizer has."""
+        if name == "optimizer":  # not there yet
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """The parameter groups of the optimizer."""
         return self.optimizer.param_groups
 
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The state of the optimizer."""
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The default options of the optimizer."""
+        return self.optimizer.defaults
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of the optimizer."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what the optimizer has saved."""
+        self.optimizer.load_state_dict(state_dict)
+
     @torch.no_grad()
-    def step(self, step: Step | None = None) -> None:
+    def step(  # type: ignore[override]
+        self, step: Step | None = None
+    ) -> None:
         """Step the optimizer, then update the average with the new weights.
 
         Args:
@@ -148,13 +181,25 @@ class FusedOptimizer:
 
     def _step(self, update: Update, updates: int | Tensor) -> None:
         scope.prepare_to_write()
-        scale, skipped = vars(self).get("grad_scale"), self._skipped()
+        scale, skipped = self._scale(), self._skipped()
         key = self._key(update, scale, skipped)
         graph = self._graph(key, update, scale is not None)
         if not graph or not self._run(graph, key, update, scale, skipped):
             self._one_after_the_other(update, scale, skipped)
         if isinstance(self._ema, LitEma):
             self._ema._finish_update(self._params, updates, unless=skipped)
+
+    def _scale(self) -> Tensor | None:
+        """The divisor of the gradients; None without GradScaler, or where it has divided them."""
+        scale = vars(self).get("grad_scale")
+        if "found_inf" in vars(self) and _torch.has_been_unscaled(self.optimizer):
+            if scale is None:
+                raise RuntimeError(
+                    "gradients: expected them unscaled once, found it done for the FusedOptimizer "
+                    "and for its optimizer; only one of them is to be unscaled, or prepared"
+                )
+            return None
+        return scale
 
     def _skipped(self) -> Tensor | None:
         """A flag on the device, whether the step is to be left out; None without GradScaler."""
@@ -223,10 +268,11 @@ class FusedOptimizer:
             or _compile.aliased_inputs((*leaves, *self._weights(), *scaled))
             or any(not offload.is_hook(hook) for hook in _torch.step_hooks(optimizer))
             or not _optimizer.steps_on_its_own(optimizer)
-            or (self._backend == "auto" and not _compile.can_compile(_device(update).type))
         ):
             return None
-        graph = self._graphs.get(key, False)
+        graph, device = self._graphs.get(key, False), _device(update)
+        if graph is None and self._backend == "auto" and not _compile.can_compile(device.type):
+            return None
         if graph is None:  # to be made
             # Dynamo takes an optimizer on a GPU for capturable. It would move `step` as it traces,
             # too late for what a skipped step puts back, and leave NAdam's `mu_product`.
@@ -236,7 +282,7 @@ class FusedOptimizer:
             # torch.compile loses a write to a 0-d float64 tensor (2.11 to 2.13).
             lost = any(t.ndim == 0 and t.dtype == torch.float64 for t in self._written())
             graph = not lost and _optimizer.compiled_step(
-                optimizer, update.skip, self._backend, _device(update)
+                optimizer, update.skip, self._backend, device
             )
             self._graphs[key] = graph
         return graph
@@ -298,7 +344,12 @@ class FusedOptimizer:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the graphs, which belong to the optimizer that they were made for."""
-        return vars(self) | {"_graphs": {}, "_state": None}
+        # `step` is there where a learning-rate scheduler has wrapped it.
+        held = {name: value for name, value in vars(self).items() if name != "step"}
+        return held | {"_graphs": {}, "_state": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
 
     def _key(self, update: Update, scale: Tensor | None, skipped: Tensor | None) -> Hashable:
         """What a graph depends on."""

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from emajit import _choose, _controls, _module, _names, _paths, _shards, _warn, functional, scope
+from emajit import _choose, _controls, _module, _names, _paths, _warn, functional, scope
 from emajit._litema_state import LitEmaState
 from emajit.functional import Decay, Nonfinite, Rounding, Schedule
 
@@ -27,8 +26,8 @@ class LitEma(LitEmaState):
     has it, the dots become slashes. Averages go on for a parameter that is frozen later.
 
     Args:
-        model: the module whose trainable parameters are averaged. It is not kept, except by a
-            weak reference if it is sharded. With several processes, build the LitEma where all have
+        model: the module whose trainable parameters are averaged; call `track` where it gets others
+            later, or its first ones. It is not kept, except by weak references. With several processes, build the LitEma where all have
             the same weights: after `DistributedDataParallel`, or with one seed.
         decay: the share of the average that an update keeps, in [0, 1]; or a schedule of the number
             of updates (see `emajit.schedules`). With a schedule the buffer `decay` holds the decay
@@ -36,6 +35,7 @@ class LitEma(LitEmaState):
         use_num_upates: warm up with `min(decay, (1 + n) / (10 + n))` at update n = 1, 2, ...; no
             effect beside a schedule.
         use_num_updates: the same argument, in the spelling of many copies of the class.
+        init_num_updates: the number of updates to go on from, where they are counted.
         dtype: of the averages; default that of each parameter.
         buffers: "ignore" leaves the model's buffers, such as the statistics of BatchNorm, as they
             are in training. Of the buffers that a `state_dict` has, "copy" holds the values at the
@@ -46,11 +46,13 @@ class LitEma(LitEmaState):
         every: update at every so many calls, counted from the construction. A state does not tell
             how many calls there were since the last update; with the decay `schedules.every(...)`
             each call counts as an update, so that a loaded state goes on exactly.
-        rounding, nonfinite, backend: as in `emajit.update`.
+        rounding, nonfinite, backend: as in `emajit.update`. A state that is saved on the CPU tells
+            once, by a warning, of averages that are not finite.
 
     Raises:
-        ValueError: `decay` is not in [0, 1], no parameter is left to average, a name matches none,
-            an unknown option, or `rounding="stochastic"` where updates are not counted.
+        ValueError: `decay` is not in [0, 1], the filter leaves no trainable parameter or has a name
+            that matches none, an unknown option, or `rounding="stochastic"` where updates are not
+            counted.
         TypeError: `model` is no module, or `decay` neither a number nor a schedule.
 
     >>> model = nn.Linear(2, 2)
@@ -69,6 +71,7 @@ class LitEma(LitEmaState):
         use_num_upates: bool = True,
         *,
         use_num_updates: bool | None = None,
+        init_num_updates: int = 0,
         dtype: torch.dtype | None = None,
         buffers: _module.Policy = "ignore",
         include: _names.Patterns | None = None,
@@ -87,6 +90,7 @@ class LitEma(LitEmaState):
         _choose.check_options(rounding, nonfinite)
         _choose.check_backend(backend)
         _controls.check_every(every)
+        _controls.check_first(init_num_updates)
         warms_up = use_num_upates if use_num_updates is None else use_num_updates
         counts = warms_up or callable(decay)
         if rounding == "stochastic" and not counts:
@@ -94,21 +98,23 @@ class LitEma(LitEmaState):
                 "rounding: 'stochastic' needs the number of updates, which is not counted without "
                 "warm-up; for a constant decay, give decay=emajit.schedules.constant(...)"
             )
+        _module.check_policy(buffers)
         chosen = _names.Filter(include, exclude)
-        params, kept = _module.averaged(model, buffers, chosen)
-        super().__init__(rate, chosen, counts=counts)
-        self._must_count = self._must_count or rounding == "stochastic"
-        self.every = every
+        _module.check_filter(model, chosen)
+        super().__init__(
+            rate,
+            chosen,
+            buffers,
+            dtype,
+            first_update=init_num_updates if counts else -1,
+            must_count=rounding == "stochastic",
+            every=every,
+        )
         self.rounding, self.nonfinite, self.backend = rounding, nonfinite, backend
-        self.collected_params: list[Tensor] = []
-        self._takes_buffers, self._is_sharded = bool(kept), _shards.are_in(params.values())
         # Models that `copy_to` has written since `store`, and what their buffers held.
         self._overwritten: list[tuple[nn.Module, dict[str, Tensor]]] = []
-        self._seen = weakref.ref(model) if self._is_sharded else None
-        self._hold(params, kept, dtype)
-        self._match([*self._tensors_of(model)])  # before a trace, which cannot match patterns
-        if buffers == "copy":
-            self._copied.update(self.m_name2s_name[name] for name in kept)
+        self._swapped: AbstractContextManager[None] | None = None  # entered by `swap`
+        self.track(model)
         if rounding == "nearest":
             for held in {average.dtype for average in self.buffers()}:
                 _warn.warn_of_stall(held, 1.0 - self._written_decay[0])
@@ -116,13 +122,15 @@ class LitEma(LitEmaState):
     def forward(self, model: nn.Module) -> None:
         """Update the averages with the parameters of `model`, without a host synchronisation.
 
+        An update that a signal interrupts is counted if the last average was written.
+
         Raises, before anything is written: ValueError where the model lacks an averaged parameter,
         has a trainable one that is neither averaged nor left out, or a shape differs; TypeError if
         it is no module; RuntimeError inside of a scope, and in a compiled or captured step with
         `every`, where calls cannot be counted.
         """
         if self.every > 1:
-            average = self.get_buffer(next(iter(self.m_name2s_name.values())))
+            average = self.get_buffer(next(iter(self.m_name2s_name.values()), "decay"))
             if not self._is_due(average.device):
                 return
         averages, params, updates, decay = self._prepare_update(model)
@@ -133,12 +141,19 @@ class LitEma(LitEmaState):
             "nonfinite": self.nonfinite,
             "backend": self.backend,
         }
+        last = _controls.last_of(averages)
         try:
-            functional.update_(averages, params, step, **options)
-        except _paths.DeviceError:
-            params = {name: _moved(p, averages[name].device) for name, p in params.items()}
-            functional.update_(averages, params, step, **options)
-        self._finish_update(model, updates)
+            try:
+                functional.update_(averages, params, step, **options)
+            except _paths.DeviceError:
+                params = {name: _moved(p, averages[name].device) for name, p in params.items()}
+                functional.update_(averages, params, step, **options)
+            self._finish_update(model, updates)
+        except BaseException as error:
+            self._count_if_written(last, updates)
+            if isinstance(error, ValueError):
+                _module.check_shapes(averages, params)  # which tells of `track`
+            raise
 
     def _prepare_update(
         self, model: nn.Module
@@ -148,6 +163,8 @@ class LitEma(LitEmaState):
         The number of updates is -1 without warm-up, and a tensor where it must not be read.
         """
         averages, params = self._pairs(model)
+        if not averages:
+            self._check_emptied()
         if self._copied:
             copies = self._copies()
             _module.check_shapes(copies, params)
@@ -160,7 +177,8 @@ class LitEma(LitEmaState):
             averages, params = (
                 dict(zip(bare, tensors.values(), strict=True)) for tensors in (averages, params)
             )
-        updates = self._updates(next(iter(averages.values())).device)
+        first = next(iter(averages.values())) if averages else self.decay
+        updates = self._updates(first.device)
         return averages, params, updates, self._decay_at(updates)
 
     def _copies(self) -> dict[str, Tensor]:
@@ -171,7 +189,8 @@ class LitEma(LitEmaState):
     def _finish_update(
         self, model: nn.Module, updates: int | Tensor, unless: Tensor | None = None
     ) -> None:
-        """Copy buffers and count an update; a flag on the device may say that it was left out."""
+        """Count an update and copy buffers; a flag on the device may say that it was left out."""
+        self._count(updates, unless)  # first: what is not copied now is so by the next update
         if self._copied:
             copies, buffers = self._copies(), dict(model.named_buffers())
             values = [buffers[name] for name in copies]
@@ -179,7 +198,6 @@ class LitEma(LitEmaState):
                 pairs = zip(copies.values(), values, strict=True)
                 values = [torch.where(unless, old, new) for old, new in pairs]
             _module.copy_([*copies.values()], values)
-        self._count(updates, unless)
         self._untouched.clear()
         if not self._is_updated:  # to set an attribute of a module takes a microsecond
             self._is_updated = True
@@ -221,11 +239,27 @@ class LitEma(LitEmaState):
         parameters = _module.listed("restore", parameters, self._seen)
         scope.check_outside(parameters)
         if not self.collected_params:
+            if not parameters:  # nothing of nothing
+                return
             raise RuntimeError("restore: expected store() before, found nothing stored")
         _module.check_stored(self.collected_params, parameters)
         buffers, values = _module.overwritten_beside(self._overwritten, parameters)
         _module.copy_(parameters + buffers, self.collected_params + values)
         self.collected_params, self._overwritten = [], []
+
+    def swap(self, model: nn.Module) -> None:
+        """Enter `ema_scope(model)`, or leave the one that the last call has entered.
+
+        For callers of copies of the class that exchange weights and averages by two calls. Here
+        the averages stay where they are, so that a state saved in between is that of the averages.
+        """
+        if self._swapped is None:
+            entered = self.ema_scope(model)
+            entered.__enter__()
+            self._swapped = entered
+        else:
+            swapped, self._swapped = self._swapped, None
+            swapped.__exit__(None, None, None)
 
     @contextmanager
     def ema_scope(self, model: nn.Module, context: str | None = None) -> Iterator[None]:
@@ -250,45 +284,6 @@ class LitEma(LitEmaState):
             finally:
                 if context is not None:
                     _log.info("%s: Restored training weights", context)
-
-    def _pairs(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The averages and the parameters of `model` that they are of, under its names."""
-        params = self._tensors_of(model)
-        if list(params) != self._known:
-            self._match(list(params))
-        buffers: dict[str, Any] = self._buffers
-        averages = {name: buffers[key] for name, key in self._keys.items()}
-        if len(averages) < len(params):
-            for name in [name for name in params if name not in averages]:
-                if params.pop(name).requires_grad and name not in self._left_out:
-                    raise ValueError(
-                        f"{name}: expected no trainable parameter beside the averaged ones, found "
-                        "this one requires grad; build a new LitEma to average it"
-                    )
-        if self._uninitialised:  # what a loaded state did not have starts from the weights
-            _module.check_shapes(averages, params)
-            for name, key in self._keys.items():
-                if key in self._uninitialised:
-                    averages[name].copy_(params[name].detach())
-            self._uninitialised.clear()
-        return averages, params
-
-    def _tensors_of(self, model: nn.Module) -> dict[str, Tensor]:
-        """The parameters of a model outside of a scope, and its buffers if some are averaged."""
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a module, found {type(model).__qualname__}")
-        if self._is_sharded:
-            _shards.reshard(model)
-            self._seen = weakref.ref(model)
-        tensors = _module.named_parameters(model)
-        if self._takes_buffers:
-            tensors |= dict(model.named_buffers())
-        scope.check_outside(tensors.values())
-        return tensors
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without weak references, which cannot be pickled."""
-        return {**vars(self), "_seen": None}
 
 
 def _moved(param: Tensor, device: torch.device) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emajit import _names, _shards, _torch
+from emajit import _names, _paths, _shards, _torch
 
 # The entered scopes, in order, each with the ids of its parameters and buffers, which the scope
 # keeps alive. Each operation on a dict is atomic, whatever thread or signal comes.
@@ -226,12 +226,13 @@ def _averages(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> list[tup
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, found {type(model).__qualname__}")
     _check_named(shadow)
-    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    tensors |= dict(model.named_buffers(remove_duplicate=False))
+    params = _names.named(model, "parameters", twice=True)
+    tensors: dict[str, Tensor] = {**params, **_names.named(model, "buffers", twice=True)}
     partners = _names.match(tensors, shadow)
     unknown = [name for name in shadow if name not in partners]
     if unknown:
-        raise ValueError(f"shadow: expected names of parameters of the model, found {unknown}")
+        found = _paths.few(unknown)
+        raise ValueError(f"shadow: expected names of parameters of the model, found {found}")
     averages: dict[Tensor, tuple[str, Tensor]] = {}
     for name, partner in partners.items():
         tensor, average = tensors[partner], shadow[name]
@@ -248,12 +249,11 @@ def _averages(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> list[tup
                 f"shadow[{name!r}]: expected the average of {first!r}, to which the model ties it, "
                 "found another"
             )
-    missing = [
-        name for name, p in model.named_parameters() if p.requires_grad and p not in averages
-    ]
+    missing = [name for name, p in params.items() if p.requires_grad and p not in averages]
     if missing:
         raise ValueError(
-            f"shadow: expected an average of each trainable parameter, missing {missing}"
+            "shadow: expected an average of each trainable parameter, missing "
+            f"{_paths.few(missing)}"
         )
     return [(tensor, average) for tensor, (_, average) in averages.items()]
 

@@ -25,7 +25,8 @@ class Averaged(NamedTuple):
     weights: the averaged parameters, and the trained values of what is not averaged (buffers,
         frozen parameters), under the names of the model's own `state_dict`.
     layout: the layout of the checkpoint.
-    step: how many updates the averages have taken, where that is known.
+    step: how many updates the averages have taken, where that is known; of ema-pytorch how many
+        calls, of which by default one in ten is an update.
     decay: the decay of an update, where that is known.
     raw_only: the names in `weights` that are not averages.
     raw: the trained weights under the same names, where the checkpoint holds them too.
@@ -187,7 +188,8 @@ def completed(
 ) -> Averaged:
     """The averages, completed by the trained values of what is not averaged.
 
-    An average of a tied parameter is there under every name that the parameter has in `raw`.
+    An average of a tied parameter is there under every name that the parameter has in `raw`, also
+    in a file that has its numbers twice (`files.tie_equal`).
     """
     by_identity = {
         _alias.identity(raw[name]): average for name, average in averages.items() if name in raw

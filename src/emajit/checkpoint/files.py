@@ -9,7 +9,6 @@ import math
 import os
 import secrets
 import stat
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
+
+from emajit.checkpoint import archives
 
 try:
     from safetensors import SafetensorError, safe_open
@@ -331,7 +332,9 @@ def load_torch(path: Path) -> Any:
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
         with torch.serialization.safe_globals([(_opaque(name), name) for name in names]):
-            mapped = zipped and _is_stored(path)
+            mapped = zipped and archives.is_stored(path)
+            if zipped:
+                archives.check_lengths(path)
             return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:  # noqa: BLE001, whatever a broken file makes of a parser
         reason = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split())
@@ -341,10 +344,26 @@ def load_torch(path: Path) -> Any:
         ) from None
 
 
-def _is_stored(path: Path) -> bool:
-    """Whether the bytes of each record are those of the file: not of one that was zipped anew."""
-    with zipfile.ZipFile(path) as archive:
-        return all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
+def tie_equal(held: dict[str, Tensor]) -> None:
+    """Make one of the matrices that have the same numbers: a file of safetensors knows no ties.
+
+    Matrices of one number, as an initialisation may be, stay apart.
+    """
+    firsts: dict[Any, str] = {}
+    for name, value in held.items():
+        if value.dim() < 2 or not value.numel():
+            continue
+        items = _items(value)
+        begin = items[:16].flatten().tolist()  # reads a page of the file
+        first = firsts.setdefault((value.shape, value.dtype, *begin), name)
+        is_twin = first != name and torch.equal(_items(held[first]), items)
+        if is_twin and bool((items != items[0]).any()):
+            held[name] = held[first]
+
+
+def _items(tensor: Tensor) -> Tensor:
+    """The bytes of each number, a row for each."""
+    return tensor.flatten().view(torch.uint8).view(-1, tensor.element_size())
 
 
 def form(file: Any, name: str) -> Form:

@@ -48,7 +48,10 @@ def content(path: Path) -> Any:
             raise ValueError(f"{path}: expected the record of its step at {KEY!r}, found another")
         if KEY not in header:
             held = {name: _apart(files.tensor(path, file, name)) for name in file.keys()}  # noqa: SIM118
-            _tie(path, held, header.get(TIED, "{}"))
+            if TIED in header:
+                _tie(path, held, header[TIED])
+            else:
+                files.tie_equal(held)
             return held
         saved = Saved(path, file)
         shadow = {name: _apart(saved.read(name)) for name in saved.names()}

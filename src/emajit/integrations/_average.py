@@ -3,32 +3,97 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from emajit import _controls, _module, _shards, _tree, functional, schedules
+from emajit import (
+    _choose,
+    _controls,
+    _module,
+    _names,
+    _paths,
+    _shards,
+    _tree,
+    _warn,
+    functional,
+    schedules,
+)
+from emajit.functional import Nonfinite, Rounding
 from emajit.litema import LitEma
 
 
 def checked(
-    decay: Any, dtype: torch.dtype | None, buffers: _module.Policy, every: int
+    decay: Any,
+    every: int,
+    *,
+    dtype: torch.dtype | None,
+    buffers: _module.Policy,
+    rounding: Rounding,
+    nonfinite: Nonfinite,
+    backend: str,
+    **others: Any,
 ) -> dict[str, Any]:
     """The options of a `LitEma`; ValueError and TypeError name the one that is unusable."""
     functional.check_decay(decay)
     _tree.check_dtype(dtype)
     _module.check_policy(buffers)
     _controls.check_every(every)
-    # A number is the decay of every update, and is counted all the same.
-    schedule = decay if callable(decay) else schedules.constant(decay)
-    return {"decay": schedule, "dtype": dtype, "buffers": buffers}
+    _choose.check_options(rounding, nonfinite)
+    _choose.check_backend(backend)
+    return {
+        # A number is the decay of every update, and is counted all the same.
+        "decay": decay if callable(decay) else schedules.constant(decay),
+        "dtype": dtype,
+        "buffers": buffers,
+        "rounding": rounding,
+        "nonfinite": nonfinite,
+        "backend": backend,
+        **others,
+    }
+
+
+def started(
+    model: nn.Module, options: Mapping[str, Any], names: Collection[str] = ()
+) -> tuple[LitEma, set[str]]:
+    """A LitEma of the trainable parameters, and of those that `names` says; and the trainable ones.
+
+    A frozen parameter is averaged on if it was trained before, as are those that are unfrozen in a
+    training and frozen again where this is resumed.
+    """
+    params = _module.named_parameters(model)
+    trainable = {name for name, p in params.items() if p.requires_grad}
+    frozen = [
+        params[name] for name in _names.match(params, names).values() if name not in trainable
+    ]
+    try:
+        for p in frozen:
+            p.requires_grad_(True)
+        return LitEma(model, **options), trainable
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+
+
+def follow(ema: LitEma, model: nn.Module, known: set[str]) -> set[str]:
+    """Take in parameters that require grad by now; the names of all that have, of which `known`."""
+    trainable = {name for name, p in _module.named_parameters(model).items() if p.requires_grad}
+    if not trainable <= known:
+        ema.track(model)
+    return trainable | known
 
 
 def state_of(ema: LitEma) -> dict[str, Any]:
-    """What `restore` goes on from, in whole tensors; to be called by all processes."""
+    """What `restore` goes on from, in whole tensors; to be called by all processes.
+
+    Warns once of averages that are not finite.
+    """
     averages = ema.named_averages()
+    if ema.nonfinite != "skip":
+        here = _shards.local(averages.values())
+        _warn.warn_of_nonfinite(ema, dict(zip(averages, here, strict=True)))
     return {
         "shadow": {name: _shards.whole(average) for name, average in averages.items()},
         "step": int(ema.num_updates),
@@ -42,8 +107,8 @@ def restore(ema: LitEma, state: Mapping[str, Any]) -> None:
     missing, unknown = sorted(keys.keys() - shadow.keys()), sorted(shadow.keys() - keys.keys())
     if missing or unknown:
         raise ValueError(
-            f"averages: expected those of the model and of the option buffers, found {missing} "
-            f"missing and {unknown} unknown"
+            "averages: expected those of the model and of the option buffers, found "
+            f"{_paths.few(missing)} missing and {_paths.few(unknown)} unknown"
         )
     flat = {
         keys[name]: _shards.split_as(ema.get_buffer(keys[name]), value)

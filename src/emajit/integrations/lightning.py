@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from emajit import _module, _names, _shards, _warn, schedules, scope
-from emajit.functional import Decay, Schedule
-from emajit.integrations import _average
+from emajit._torch import pytree
+from emajit.functional import Decay, Nonfinite, Rounding, Schedule
+from emajit.integrations import _average, _copies
 from emajit.litema import LitEma
 
 try:
@@ -20,8 +23,6 @@ try:
 except ModuleNotFoundError as error:
     message = "emajit.integrations.lightning needs lightning; pip install lightning"
     raise ModuleNotFoundError(message, name=error.name) from None
-
-_KEY = "emajit"
 
 
 class EMACallback(Callback):
@@ -32,7 +33,9 @@ class EMACallback(Callback):
     trained weights, and the averages only in validation, test and prediction; `averaged` gives them
     outside of the Trainer. Another module, or the same one after it was given other weights, is
     evaluated as it is, and to fit it starts averages anew. A step that a `GradScaler` leaves out is
-    one of Lightning's `global_step`, and is averaged as the others.
+    one of Lightning's `global_step`, and is averaged as the others. A parameter that is unfrozen in
+    training, as by `BackboneFinetuning`, or added, is averaged from its weights at the next batch
+    on (see `LitEma.track`); one that is frozen keeps its average.
 
     A checkpoint has both. `checkpoint["state_dict"]` are the weights that `save` says, which are
     what `load_from_checkpoint` loads; resuming goes on bit for bit with either. The averages in
@@ -41,17 +44,23 @@ class EMACallback(Callback):
     callback for `ModelCheckpoint(save_weights_only=True)`, whose files have the trained weights.
     A callback of your own that saves after batches belongs behind this one.
 
+    Where the module has an `on_load_checkpoint`, as for a checkpoint from before a change of its
+    layers, it is called for each kind of weights, each time with a copy of the checkpoint that has
+    this kind as `checkpoint["state_dict"]`: averages, trained weights that are not what Lightning
+    loads, and last what Lightning loads. A checkpoint of Lightning's own `WeightAveraging` is
+    resumed with its trained weights and its averages, and with the number of its updates.
+
     Args:
         decay: as in `emajit.update`, but no list.
-        dtype, buffers: as in `LitEma`.
+        dtype, buffers, include, exclude, rounding, nonfinite, backend: as in `LitEma`. Of
+            averages that are not finite a warning tells once, when they are saved.
         every: average after each optimizer step of so many, at most once a batch; `decay` counts
             the averaged ones.
         save: which weights a checkpoint's `state_dict` has.
 
     Raises ValueError and TypeError for an unusable option, ValueError for a second `EMACallback` of
     the Trainer and for its strategy "fsdp" ("model_parallel", which shards by `fully_shard`, is
-    fine), and what `LitEma` raises for the module: at the start of training, and where a
-    parameter starts to require grad later.
+    fine), and what `LitEma` raises for the module at the start of training.
     """
 
     def __init__(
@@ -60,25 +69,44 @@ class EMACallback(Callback):
         *,
         dtype: torch.dtype | None = None,
         buffers: _module.Policy = "ignore",
+        include: _names.Patterns | None = None,
+        exclude: _names.Patterns | None = None,
         every: int = 1,
+        rounding: Rounding = "nearest",
+        nonfinite: Nonfinite = "propagate",
+        backend: str = "auto",
         save: Literal["raw", "averaged"] = "raw",
     ) -> None:
         if save not in ("raw", "averaged"):
             raise ValueError(f"save: expected raw or averaged, found {save!r}")
-        self._options = _average.checked(decay, dtype, buffers, every)
+        self._options = _average.checked(
+            decay,
+            every,
+            dtype=dtype,
+            buffers=buffers,
+            include=include,
+            exclude=exclude,
+            rounding=rounding,
+            nonfinite=nonfinite,
+            backend=backend,
+        )
         self._every, self._save = every, save
         self._average: LitEma | None = None
+        self._known: set[str] = set()  # the parameters that have required grad
         # What the averages are of: the module, and a fingerprint of its weights after the training.
         self._trained: tuple[weakref.ref[nn.Module] | None, set[str]] | None = None
         self._training: weakref.ref[Trainer] | None = None
         self._loaded: dict[str, Any] | None = None
         self._loaded_for: weakref.ref[nn.Module] | None = None
+        # The hook that each copy of the weights is shown to, and the copies that it has returned.
+        self._hook: Callable[[dict[str, Any]], None] | None = None
+        self._migrated: dict[str, Any] | None = None
         self._averaged_at = 0
         self._inside: AbstractContextManager[None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         trained = (None, self._trained[1]) if self._trained else None  # a copy is another module
-        gone = dict.fromkeys(("_training", "_loaded_for", "_inside"))
+        gone = dict.fromkeys(("_training", "_loaded_for", "_inside", "_hook"))
         return {**vars(self), **gone, "_trained": trained}
 
     @contextmanager
@@ -97,7 +125,8 @@ class EMACallback(Callback):
         """The averages, which start from the module, or from what was loaded."""
         with torch.inference_mode(False):
             if self._average is None or self._loaded is not None:
-                self._average = LitEma(module, **self._options)
+                names = self._loaded["shadow"] if self._loaded else ()
+                self._average, self._known = _average.started(module, self._options, names)
                 if self._training is None:  # its end tells
                     self._trained = _identity(module)
             if self._loaded is not None:
@@ -126,6 +155,7 @@ class EMACallback(Callback):
             raise ValueError(
                 "strategy: expected ModelParallelStrategy to shard, found FSDPStrategy"
             )
+        self._show_copies_to(pl_module)
         if stage != "fit":
             return
         if any(_is_a("ModelCheckpoint", c) and c.save_weights_only for c in callbacks):
@@ -146,10 +176,17 @@ class EMACallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from the module's weights, or go on."""
+        self._show_no_more(pl_module)
         self._training = weakref.ref(trainer)
         self._of(pl_module)
         if not 0 <= trainer.global_step - self._averaged_at < self._every:  # of another run
             self._averaged_at = trainer.global_step
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+    ) -> None:
+        """Take in the parameters that were unfrozen, or added, since the last batch."""
+        self._known = _average.follow(self._of(pl_module), pl_module, self._known)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
@@ -161,6 +198,7 @@ class EMACallback(Callback):
 
     def _enter(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._leave()
+        self._show_no_more(pl_module)
         if self._is_for(trainer, pl_module):
             self._inside = self.averaged(pl_module)
             self._inside.__enter__()
@@ -176,6 +214,7 @@ class EMACallback(Callback):
 
     def _end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         self._leave()
+        self._show_no_more(pl_module)
         if self._training is not None and self._training() is trainer:  # and not one within it
             self._training, self._trained = None, _identity(pl_module)
 
@@ -197,7 +236,7 @@ class EMACallback(Callback):
             checkpoint["state_dict"] = {name: value.clone() for name, value in trained.items()}
             self._enter(trainer, pl_module)
         state, raw = _average.state_of(self._of(pl_module)), checkpoint["state_dict"]
-        ours = checkpoint[_KEY] = {**state, "averaged_at": self._averaged_at}
+        ours = checkpoint[_copies.KEY] = {**state, "averaged_at": self._averaged_at}
         if self._save == "averaged":
             averages = _with_ties(pl_module, _names.match(raw, state["shadow"]))
             ours["raw"] = {name: _shards.whole(raw[name]) for name in averages}
@@ -210,7 +249,11 @@ class EMACallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Take the averages from the checkpoint, and for the module the trained weights."""
-        self._loaded, self._loaded_for = checkpoint.get(_KEY), weakref.ref(pl_module)
+        self._show_no_more(pl_module)
+        self._loaded = self._migrated or checkpoint.get(_copies.KEY)
+        if self._loaded is None and (averaged := _copies.averaged_in(checkpoint)):
+            self._loaded = _copies.whole(averaged, checkpoint)
+        self._migrated, self._loaded_for = None, weakref.ref(pl_module)
         if self._loaded is None:
             self._average = None
             if trainer.ckpt_path:  # and not one that Lightning has made for itself
@@ -222,6 +265,43 @@ class EMACallback(Callback):
             for name, value in self._loaded["raw"].items():
                 state[name] = _shards.split_as(state.get(name), value)
             pl_module.load_state_dict(state, strict=pl_module.strict_loading)
+        if self._loaded is not None:
+            _copies.warn_of_changes(
+                pl_module, self._loaded.get("raw", checkpoint.get("state_dict", {}))
+            )
+        if self._loaded is not None and self._loaded.get("is_whole"):
+            shadow = _copies.averages_in(self._loaded["shadow"], pl_module, self._options)
+            self._loaded = {**self._loaded, "shadow": shadow}
+
+    def _show_copies_to(self, module: LightningModule) -> None:
+        """Let the module's own `on_load_checkpoint` see each copy of the weights.
+
+        Lightning calls it before any callback, with one of them.
+        """
+        hook = module.on_load_checkpoint
+        if getattr(hook, "__qualname__", "") != "CheckpointHooks.on_load_checkpoint":
+            self._hook = partial(self._migrate, hook)
+            vars(module)["on_load_checkpoint"] = self._hook
+
+    def _show_no_more(self, module: LightningModule) -> None:
+        hook, self._hook = self._hook, None
+        if hook is not None and vars(module).get("on_load_checkpoint") is hook:
+            del vars(module)["on_load_checkpoint"]
+
+    def _migrate(self, hook: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any]) -> None:
+        """Call a module's hook for each copy of the weights, last for the one that is loaded."""
+        averaged = _copies.averaged_in(checkpoint)
+        self._migrated = None
+        if averaged is not None:
+            copies = _copies.whole(averaged, checkpoint)
+            for key in copies.keys() & {"shadow", "raw"}:
+                rest = {n: v for n, v in checkpoint["state_dict"].items() if n not in copies[key]}
+                seen = pytree.tree_map(lambda leaf: leaf, checkpoint)
+                seen["state_dict"] = copy.deepcopy({**copies[key], **rest})
+                hook(seen)
+                copies[key] = seen["state_dict"]
+            self._migrated = copies
+        hook(checkpoint)
 
 
 def _identity(module: nn.Module) -> tuple[weakref.ref[nn.Module], set[str]]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from emajit import _module, _shards, _warn, checkpoint, schedules
+from emajit import _module, _names, _shards, _warn, checkpoint, schedules
 from emajit.checkpoint import saved
-from emajit.functional import Decay, Schedule
+from emajit.functional import Decay, Nonfinite, Rounding, Schedule
 from emajit.integrations import _average
 from emajit.litema import LitEma
 
@@ -44,6 +45,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     starts the averages from the model's weights, or goes on bit for bit from the checkpoint that
     it resumes. The caller's own evaluations and predictions use the trained weights, except
     within `averaged`. Put this callback behind others that change weights or ask for evaluations.
+    A parameter that another callback unfreezes or adds, such as an adapter, is averaged from the
+    next step on (see `LitEma.track`); one that is frozen keeps its average.
 
     A checkpoint has the trained weights where they always are, and beside them
 
@@ -52,6 +55,10 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     - `averaged/`, the averages in the model's dtype, with configuration and `processing_class`, for
       `from_pretrained`. Only a `PreTrainedModel` has it: in the folder of an adapter the Trainer
       would take it for one more adapter.
+
+    Both are complete before the Trainer writes `trainer_state.json`, with which it ends a
+    checkpoint, and before it removes older ones: a job that is killed at any moment leaves averages
+    beside the trained weights of the last complete checkpoint.
 
     A callback is not told which folder is resumed. It looks into the folder given by
     `TrainingArguments(resume_from_checkpoint=...)` and into `checkpoint-<step>` in `output_dir`,
@@ -67,7 +74,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     Args:
         decay: as in `emajit.update`, but no list.
-        dtype, buffers: as in `LitEma`.
+        dtype, buffers, include, exclude, rounding, nonfinite, backend: as in `LitEma`. Of
+            averages that are not finite a warning tells once, when they are saved.
         every: average after each optimizer step whose number is a multiple of this; `decay` counts
             the averaged ones.
 
@@ -77,7 +85,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     training, for parameters in shards (FSDP, DeepSpeed ZeRO 3), for a resumed checkpoint that is
     not found or whose averages do not fit, for a second `EMACallback` of the Trainer, and for
     `enable_jit_checkpoint`, whose checkpoints no callback hears of; and what `LitEma` raises for
-    the model, there and where a parameter starts to require grad later.
+    the model.
     """
 
     def __init__(
@@ -86,15 +94,33 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         *,
         dtype: torch.dtype | None = None,
         buffers: _module.Policy = "ignore",
+        include: _names.Patterns | None = None,
+        exclude: _names.Patterns | None = None,
         every: int = 1,
+        rounding: Rounding = "nearest",
+        nonfinite: Nonfinite = "propagate",
+        backend: str = "auto",
     ) -> None:
-        self._options = _average.checked(decay, dtype, buffers, every)
+        self._options = _average.checked(
+            decay,
+            every,
+            dtype=dtype,
+            buffers=buffers,
+            include=include,
+            exclude=exclude,
+            rounding=rounding,
+            nonfinite=nonfinite,
+            backend=backend,
+        )
         self._every = every
         self._average: LitEma | None = None
+        self._known: set[str] = set()  # the parameters that have required grad
+        self._saved: Path | None = None
         self._is_training = False
         self._is_inside = False
         # The averages in the model for an evaluation of the Trainer, and what guards them there.
         self._evaluation, self._guards = ExitStack(), ExitStack()
+        self._was_interrupted = False
 
     @contextmanager
     def averaged(self, model: nn.Module) -> Iterator[None]:
@@ -122,12 +148,17 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         return self._average
 
     def _enter(self, model: nn.Module) -> None:
+        self._was_interrupted = False
         self._evaluation.enter_context(self.averaged(model))
         # No hook comes between the last of several evaluations, or one that raises, and saving or
         # loading.
         bare = getattr(model, "_orig_mod", model)
         for register in (bare.register_state_dict_pre_hook, bare.register_load_state_dict_pre_hook):
-            self._guards.callback(register(lambda *_: self._evaluation.close()).remove)
+            self._guards.callback(register(lambda *_: self._interrupt()).remove)
+
+    def _interrupt(self) -> None:
+        self._was_interrupted |= self._is_inside
+        self._evaluation.close()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -147,7 +178,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         for name, p in model.named_parameters():
             if _shards.is_one(p) or hasattr(p, "ds_id") or "_fsdp_wrapped_module" in name:
                 raise ValueError(f"{name}: expected a whole parameter, found one in shards")
-        self._average = LitEma(model, **self._options)
+        self._average, self._known = _average.started(model, self._options)
         if state.global_step:
             told = args.resume_from_checkpoint
             folders = [*([Path(str(told))] if told else []), _folder(args, state)]
@@ -156,6 +187,9 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 _warn.warn(f"{found[0]} has no averages of EMACallback; its weights stand for them")
             else:
                 self._load(model, folders)
+        # The Trainer calls `on_save` only after it has removed an older checkpoint.
+        vars(state)["save_to_json"] = partial(self._save_before, args, state, kwargs)
+        self._saved = None
         self._is_training = True
         if args.eval_on_start:
             self._enter(model)
@@ -182,10 +216,14 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     ) -> None:
         """Give the model its trained weights back, unless there may be another data set."""
         if self._is_training and not self._is_inside:
+            why = (
+                "from a call of state_dict() or load_state_dict() within it on"
+                if self._was_interrupted
+                else "since EMACallback was not told of it before; it belongs behind the callback "
+                "that asked for the evaluation"
+            )
             _warn.warn(
-                f"the evaluation at step {state.global_step} was of the trained weights, since "
-                "EMACallback was not told of it before; it belongs behind the callback that asked "
-                "for the evaluation"
+                f"the evaluation at step {state.global_step} was of the trained weights, {why}"
             )
         if "eval_runtime" in kwargs["metrics"]:  # eval_<name>_runtime where there are several
             self.restore()
@@ -193,26 +231,40 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Put the averages into the checkpoint."""
-        folder = _folder(args, state)
+        """Put the averages into the checkpoint of a Trainer that saves in a way of its own."""
+        if args.should_save and self._saved != _folder(args, state):
+            self._save(_folder(args, state), state, kwargs)
+        self.restore()
+
+    def _save_before(
+        self, args: TrainingArguments, state: TrainerState, objects: dict[str, Any], json_path: str
+    ) -> None:
+        """Put the averages into a checkpoint, then the state of the Trainer."""
+        folder = Path(json_path).parent
+        if folder.name == _folder(args, state).name:  # else of `Trainer.save_state`
+            self._save(folder, state, objects)
+        type(state).save_to_json(state, json_path)
+
+    def _save(self, folder: Path, state: TrainerState, objects: dict[str, Any]) -> None:
         unguarded = self._is_inside
         self.restore()
-        if not args.should_save or state.is_hyper_param_search:
+        if state.is_hyper_param_search:
             return
         if unguarded:
             raise RuntimeError(
                 f"{folder}: expected trained weights, found the averages saved in their place, by "
                 "something that does not call state_dict()"
             )
-        average, model = self._present(), kwargs["model"]
-        of = {_OF: _fingerprint(average, model)}
-        checkpoint.save(folder / _FILE, **_average.state_of(average), metadata=of)
+        average, model = self._present(), objects["model"]
         bare = getattr(model, "_orig_mod", model)
         if isinstance(bare, PreTrainedModel):
             with average.ema_scope(model):
                 bare.save_pretrained(folder / "averaged")
-            if kwargs["processing_class"] is not None:
-                kwargs["processing_class"].save_pretrained(folder / "averaged")
+            if objects["processing_class"] is not None:
+                objects["processing_class"].save_pretrained(folder / "averaged")
+        of = {_OF: _fingerprint([*average.named_averages()], model)}
+        checkpoint.save(folder / _FILE, **_average.state_of(average), metadata=of)
+        self._saved = folder
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -224,21 +276,36 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if args.load_best_model_at_end and best is not None and not state.is_hyper_param_search:
             if args.distributed_state is not None:
                 args.distributed_state.wait_for_everyone()  # one process may still be writing
-            self._load(kwargs["model"], [Path(best)])
+            # A parameter may have been unfrozen since.
+            self._load(kwargs["model"], [Path(best)], all_of_them=False)
 
     def _restore(self, *_: Any, **__: Any) -> None:
         self.restore()
 
-    on_epoch_begin = on_step_begin = _restore
+    on_epoch_begin = _restore
     on_epoch_end = _before_evaluation
 
-    def _load(self, model: nn.Module, folders: list[Path]) -> None:
-        """Go on from the averages that were saved beside the weights that the model has."""
-        average = self._present()
-        for file in (folder / _FILE for folder in folders):
-            if file.is_file() and _saved_fingerprint(file) == _fingerprint(average, model):
-                shadow, step = checkpoint.load(file, like=average.named_averages())
-                _average.restore(average, {"shadow": shadow, "step": step})
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take in the parameters that were unfrozen, or added, since the last step."""
+        self.restore()
+        self._known = _average.follow(self._present(), kwargs["model"], self._known)
+
+    def _load(self, model: nn.Module, folders: list[Path], *, all_of_them: bool = True) -> None:
+        """Go on from the averages that were saved beside the weights that the model has.
+
+        Unless they must be `all_of_them`, others start from these weights.
+        """
+        for file in filter(Path.is_file, (folder / _FILE for folder in folders)):
+            names, of = _saved(file)
+            average, known = _average.started(model, self._options, names)
+            every = average.named_averages()
+            like = every if all_of_them else {n: every[n] for n in names if n in every}
+            if of == _fingerprint([*like], model):
+                shadow, step = checkpoint.load(file, like=like)
+                _average.restore(average, {"shadow": every | shadow, "step": step})
+                self._average, self._known = average, known
                 return
         raise ValueError(
             f"expected {_FILE} that was saved beside the weights that the model has, found it in "
@@ -251,12 +318,14 @@ def _folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir or "", f"checkpoint-{state.global_step}")
 
 
-def _fingerprint(average: LitEma, model: nn.Module) -> str:
+def _fingerprint(names: list[str], model: nn.Module) -> str:
     """Of the trained weights of what is averaged: it tells one training from another."""
-    params = dict(model.named_parameters())
-    return _average.fingerprint(params[name] for name in average.m_name2s_name if name in params)
+    params = _module.named_parameters(model)
+    averaged = {*_names.match(params, names).values()}
+    return _average.fingerprint(p for name, p in params.items() if name in averaged)
 
 
-def _saved_fingerprint(path: Path) -> str | None:
+def _saved(path: Path) -> tuple[list[str], str | None]:
+    """The names of the averages in a file, and the fingerprint of the trained weights."""
     with saved.opened(path) as file:
-        return file.record.metadata.get(_OF)
+        return file.names(), file.record.metadata.get(_OF)

@@ -2,7 +2,8 @@
 
 The trained weights may be below `online_model.`. `PostHocEMA` has several averages below
 `ema_models.`. "ema-pytorch" writes the state of an `EMA`, which starts from the model again as long
-as `step` is not beyond its `update_after_step`.
+as `step` is not beyond its `update_after_step`. `step` counts the calls, also those that average
+nothing: by default nine of ten (`update_every`, which no file tells).
 """
 
 from __future__ import annotations

@@ -94,27 +94,37 @@ def unflattened(flat: State, names: Mapping[str, str]) -> dict[str, str]:
     """Map each key of a LitEma to a full name.
 
     `names` maps the names within the averaged module to the full ones. Where two names differ only
-    in their dots, emajit's LitEma has slashes in its keys.
+    in their dots, emajit's LitEma has slashes in its keys. Where two differ only in wrappers, the
+    names themselves count if they are all there.
     """
     by_spelling: dict[str, list[str]] = {}
     for name, full in names.items():
         for spelling in _spellings(name):
             by_spelling.setdefault(spelling, []).append(full)
+    plain = {full: name.replace(".", "") for name, full in names.items()}
     slashed = {key: key.rstrip("/").replace("/", ".") for key in flat if "/" in key}
     apart = {names[name] for name in slashed.values() if name in names}
-    found = {}
+    found: dict[str, str] = {}
+    keys: dict[str, str] = {}
     for key in flat:
         if key in slashed:
             fitting = [names[slashed[key]]] if slashed[key] in names else []
         else:
             fitting = by_spelling.get(key) or by_spelling.get(_names.bare(key), [])
             fitting = [full for full in fitting if full not in apart]
+            if len(fitting) > 1 and all(plain[full] in flat for full in fitting):
+                fitting = [full for full in fitting if plain[full] == key]
         if len(fitting) != 1:
             message = (
                 f"LitEma: {key!r}: expected one parameter of that name, found {fitting or 'none'}"
             )
             raise _AmbiguityError(message) if fitting else ValueError(message)
         found[key] = fitting[0]
+        first = keys.setdefault(fitting[0], key)
+        if first != key and not torch.equal(flat[first], flat[key]):
+            raise ValueError(
+                f"LitEma: {key!r}: expected one average of {fitting[0]!r}, found another, {first!r}"
+            )
     return found
 
 

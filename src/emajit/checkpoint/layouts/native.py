@@ -1,12 +1,15 @@
 """`{"shadow": shadow, "step": step}`, as `torch.save` writes it, and what `checkpoint.save` writes.
 
-`checkpoint.read` brings a file or folder of `save` and `save_sharded` into this form.
+`checkpoint.read` brings a file or folder of `save` and `save_sharded` into this form. The shadow may
+be a list of several, as `update_many_` takes them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor
 
 from emajit import _paths
 from emajit.checkpoint.averaged import Layout, Reading, check_unique, step_of
@@ -15,10 +18,31 @@ from emajit.checkpoint.averaged import Layout, Reading, check_unique, step_of
 def _read(tree: Mapping[str, Any]) -> list[Reading]:
     if not {"shadow", "step"} <= tree.keys():
         return []
-    named = _paths.named_leaves("shadow", tree["shadow"])
+    shadow, step = tree["shadow"], step_of(tree["step"])
+    if _is_list_of_shadows(shadow):
+        several = {f"shadow.{i}": each for i, each in enumerate(shadow)}
+    else:
+        several = {"shadow": shadow}
+    return [Reading("emajit", _named(each), step, path=path) for path, each in several.items()]
+
+
+def _named(shadow: Any) -> dict[str, Tensor]:
+    named = _paths.named_leaves("shadow", shadow)
     check_unique("emajit", [name for _, name, _ in named])
-    averages = {name: leaf for _, name, leaf in named}
-    return [Reading("emajit", averages, step_of(tree["step"]), path="shadow")]
+    return {name: leaf for _, name, leaf in named}
+
+
+def _is_list_of_shadows(shadow: Any) -> bool:
+    """Whether these are mappings of the same names and shapes, and not one tree of layers."""
+    if not isinstance(shadow, list | tuple) or len(shadow) < 2:
+        return False
+    forms = [
+        [(key, v.shape) for key, v in each.items() if isinstance(v, Tensor)]
+        if isinstance(each, Mapping)
+        else []
+        for each in shadow
+    ]
+    return bool(forms[0]) and all(form == forms[0] for form in forms)
 
 
 LAYOUT = Layout(_read)

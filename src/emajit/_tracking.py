@@ -1,0 +1,250 @@
+"""Which average of a `LitEma` is of which tensor of a model, also after the model has changed."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emajit import _module, _names, _paths, _shards, functional, scope
+from emajit._controls import Controls
+from emajit.functional import Schedule
+
+
+class Tracking(Controls):
+    """Each average is a buffer under its key in `m_name2s_name`."""
+
+    def __init__(
+        self,
+        decay: float | Schedule,
+        chosen: _names.Filter,
+        policy: _module.Policy,
+        dtype: torch.dtype | None,
+        **controls: Any,
+    ) -> None:
+        super().__init__(decay, **controls)
+        # Every attribute is set before the keys are chosen, so that no average takes its name.
+        self.m_name2s_name: dict[str, str] = {}
+        self._chosen, self._policy, self._dtype = chosen, policy, dtype
+        # The places of parameters and buffers in the model that was tracked, each with the name of
+        # its average. A weak reference to a tensor would keep torch from swapping it.
+        self._tracked: list[tuple[weakref.ref[nn.Module], str, str | None]] = []
+        self._is_updated = False
+        # What `store` keeps.
+        self.collected_params: list[Tensor] = []
+        # Whether the model seen last has shards, and then that model.
+        self._is_sharded = False
+        self._seen: weakref.ref[nn.Module] | None = None
+        # Keys of averages that were neither updated nor loaded. The averages in `_uninitialised`,
+        # a subset, start from the model at the next use.
+        self._untouched: set[str] = set()
+        self._uninitialised: set[str] = set()
+        # Keys of buffers that are copied.
+        self._copied: set[str] = set()
+        # What was matched last: `m_name2s_name`, of which callers know that it can be replaced.
+        self._matched = self.m_name2s_name
+        # Of the model seen last the names of its tensors, those without the prefixes of wrappers,
+        # the keys of their averages, and the names that the filter leaves out.
+        self._known: list[str] = []
+        self._bare: dict[str, str] = {}
+        self._keys: dict[str, str] = {}
+        self._left_out: set[str] = set()
+
+    def track(self, model: nn.Module) -> None:
+        """Average the trainable parameters that `model` has now: to be called after it has changed.
+
+        New and unfrozen parameters, and buffers by the option, start from their values. All others
+        keep their averages, also where their module has moved and they have another name; a
+        parameter of that name in another module counts as the same. One that has grown or was cut,
+        as embeddings by `resize_token_embeddings`, keeps the average of the block that begins at
+        index 0 in each dimension. To start a parameter anew, track the model without it in between.
+        Averages without a parameter are dropped, of tied parameters all but the first. The number
+        of updates goes on: no parameter has a warm-up of its own.
+
+        The state is that of a `LitEma` which is built on the changed model, and loads into one.
+
+        Raises RuntimeError inside of a scope and between `store` and `restore`, and ValueError for
+        parameters that are not there or that were sharded meanwhile; nothing is changed then.
+        """
+        if self.collected_params:
+            raise RuntimeError(
+                "track: expected no stored parameters, found some; call restore() first"
+            )
+        if isinstance(model, nn.Module):
+            _shards.reshard(model)
+            self._is_sharded = _shards.are_in(model.parameters())
+        tensors = self._tensors_of(model)
+        places = _module.places(model, tensors)
+        partners = self._partners(tensors, places)
+        taken, copied = self._taken(model, tensors, partners)
+        held, old_keys = self._buffers, {*self.m_name2s_name.values()}
+        old: dict[str, Any] = {
+            name: held[key]
+            for name, partner in partners.items()
+            if (key := self.m_name2s_name[partner]) not in self._uninitialised
+        }
+        averages = _continued(old, taken, self._dtype)
+        names = self._names_of(taken, partners)
+        flat = _names.flat_keys(
+            names.values(), lambda key: hasattr(self, key) and key not in old_keys
+        )
+        keys = {name: flat[names[name]] for name in taken}
+        untouched = {n for n, p in partners.items() if self.m_name2s_name[p] in self._untouched}
+        untouched |= {name for name in taken if averages[name] is not old.get(name)}
+        others = {key: buffer for key, buffer in held.items() if key not in old_keys}
+        vars(self).update(  # no interrupt comes between them
+            m_name2s_name=flat,
+            _buffers=others | {keys[name]: average for name, average in averages.items()},
+            _untouched={keys[name] for name in untouched},
+            _uninitialised=set(),
+            _copied={keys[name] for name in copied},
+            _tracked=[
+                (weakref.ref(at), own, names.get(name)) for name, (at, own) in places.items()
+            ],
+            _is_updated=False,
+            _known=[],
+        )
+        self._match(model, [*tensors])  # before a trace, which cannot match patterns
+
+    def _taken(
+        self, model: nn.Module, tensors: Mapping[str, Tensor], partners: Mapping[str, str]
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """The tensors that are averaged, but for averages in the model, and the names of copies."""
+        params, buffers = _module.averaged(model, self._policy, self._chosen)
+        inside = {
+            id(buffer)
+            for module in model.modules()
+            if isinstance(module, Tracking)
+            for buffer in module._buffers.values()
+        }
+        chosen = params.keys() | buffers.keys() | partners.keys()
+        taken = {n: t for n, t in tensors.items() if n in chosen and id(t) not in inside}
+        return taken, [n for n in buffers if n in taken and self._policy == "copy"]
+
+    def _partners(
+        self, tensors: Mapping[str, Tensor], places: Mapping[str, tuple[nn.Module, str]]
+    ) -> dict[str, str]:
+        """For each tensor that is averaged the name it had, by its module, else by its name."""
+        tracked = {(at(), own): name for at, own, name in self._tracked}
+        same = {name: tracked[place] for name, place in places.items() if place in tracked}
+        found = set(same.values())
+        left = [name for name in self.m_name2s_name if name not in found]
+        by_name = _names.match(left, [name for name in tensors if name not in same])
+        return by_name | {name: partner for name, partner in same.items() if partner is not None}
+
+    def _names_of(self, taken: Mapping[str, Tensor], partners: Mapping[str, str]) -> dict[str, str]:
+        """The names of averages: those they had, whatever wraps the model, else the model's."""
+        old = self.m_name2s_name
+        is_bare = bool(old) and all(_names.canonical(name) == name for name in old)
+        names = _names.canonical_of(taken) if is_bare else {name: name for name in taken}
+        for name, partner in partners.items():
+            if _names.canonical(partner) == _names.canonical(name):
+                names[name] = partner
+        return names if len({*names.values()}) == len(names) else {name: name for name in taken}
+
+    def named_averages(self) -> dict[str, Tensor]:
+        """The averages themselves, under the names that the parameters have in the bare model.
+
+        A shadow for `emajit.ema_scope`, for `torch.func.functional_call` and to save.
+
+        Raises RuntimeError after a load without some of them, which start from the model's weights
+        at the next use of the model.
+        """
+        if self._uninitialised:
+            raise RuntimeError(
+                f"named_averages: expected all averages, found {len(self._uninitialised)} that the "
+                f"state_dict did not have, {min(self._uninitialised)} for one; ema_scope(model) "
+                "and copy_to(model) start them from the model's weights"
+            )
+        return {name: self.get_buffer(key) for name, key in self._keys_by_name().items()}
+
+    def _keys_by_name(self) -> dict[str, str]:
+        bare = _names.canonical_of(self.m_name2s_name)
+        return {bare[name]: key for name, key in self.m_name2s_name.items()}
+
+    def _match(self, model: nn.Module, names: list[str]) -> None:
+        """Find the average of each tensor of a model, by name."""
+        partners = _names.match(self.m_name2s_name, names)
+        found = set(partners.values())
+        missing = [name for name in self.m_name2s_name if name not in found]
+        if missing:
+            tied = _names.match(missing, _names.named(model, "parameters", twice=True))
+            told = f"{_paths.few([*tied])} tied to another parameter since"
+            told = told if tied else f"it lacks {_paths.few(missing)}"
+            raise ValueError(
+                f"model: expected every averaged parameter, found {told}; call "
+                "track(model) to average what the model has now"
+            )
+        self._bare = _names.canonical_of(names)
+        self._keys = {n: self.m_name2s_name[partners[n]] for n in names if n in partners}
+        self._left_out = {name for name, bare in self._bare.items() if not self._chosen.keeps(bare)}
+        self._known, self._matched = names, self.m_name2s_name
+
+    def _pairs(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The averages and the parameters of `model` that they are of, under its names."""
+        params = self._tensors_of(model)
+        if list(params) != self._known or self._matched is not self.m_name2s_name:
+            self._match(model, list(params))
+        buffers: dict[str, Any] = self._buffers
+        averages = {name: buffers[key] for name, key in self._keys.items()}
+        if len(averages) < len(params):
+            others = {name: params.pop(name) for name in [*params] if name not in averages}
+            new = [n for n, p in others.items() if p.requires_grad and n not in self._left_out]
+            if new:
+                more = len(new) - 1
+                found = f"it and {more} more that require" if more else "this one requires"
+                raise ValueError(
+                    f"{new[0]}: expected no trainable parameter beside the averaged ones, found "
+                    f"{found} grad; call track(model) to average what the model has now"
+                )
+        if self._uninitialised:  # what a loaded state did not have starts from the weights
+            _module.check_shapes(averages, params)
+            for name, key in self._keys.items():
+                if key in self._uninitialised:
+                    averages[name].copy_(params[name].detach())
+            self._uninitialised.clear()
+        return averages, params
+
+    def _check_emptied(self) -> None:
+        """Raise ValueError where no average is, nor was before the names of all were removed."""
+        if self._buffers.keys() == {"decay", "num_updates"}:
+            raise ValueError(
+                "model: expected averaged parameters, found none, since it had no trainable ones "
+                "when LitEma was built; call track(model) when it has"
+            )
+
+    def _tensors_of(self, model: nn.Module) -> dict[str, Tensor]:
+        """The parameters of a model outside of a scope, and its buffers if some are averaged."""
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a module, found {type(model).__qualname__}")
+        if self._is_sharded:
+            _shards.reshard(model)
+            self._seen = weakref.ref(model)
+        tensors = _module.named_parameters(model)
+        if self._policy != "ignore":
+            tensors |= dict(model.named_buffers())
+        scope.check_outside(tensors.values())
+        return tensors
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without weak references and an entered scope, which cannot be pickled."""
+        return {**vars(self), "_seen": None, "_tracked": [], "_swapped": None}
+
+
+def _continued(
+    old: Mapping[str, Tensor], tensors: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """The average of each tensor: the old one, or a new one with what the old one has of it."""
+    kept = {name: average for name, average in old.items() if average.shape == tensors[name].shape}
+    _module.check_shapes(kept, tensors)
+    new = {name: tensor for name, tensor in tensors.items() if name not in kept}
+    beside = {(tensors[name].device, tensors[name].dtype): old[name] for name in old}
+    for name, start in functional.init(new, dtype=dtype).items():
+        like = beside.get((new[name].device, new[name].dtype), start)
+        new[name] = start.to(like.device, like.dtype)
+        if name in old:
+            _module.copy_common(new[name], old[name])
+    return {name: kept[name] if name in kept else new[name] for name in tensors}
