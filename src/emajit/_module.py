@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -122,8 +125,13 @@ def listed(
     return found
 
 
-def copy_(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Copy values into parameters in one call, so that no interrupt comes between two tensors.
+def at_once(*calls: Callable[[], object]) -> None:
+    """Make calls, between which no interrupt comes where they are written in C."""
+    deque(map(operator.call, calls), maxlen=0)
+
+
+def copying(params: Sequence[Tensor], values: Sequence[Tensor]) -> Callable[[], object]:
+    """A call in C that copies values into parameters: no interrupt comes between two tensors.
 
     Raises ValueError before anything is written.
     """
@@ -140,13 +148,13 @@ def copy_(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
             raise ValueError(f"parameter {i}: expected one on {expected}, found {found}")
     scope.prepare_to_write()
     alike = [v.to(p.device, p.dtype) for p, v in zip(params, values, strict=True)]
-    _torch.foreach_copy_([p.data for p in params], alike)
+    return partial(_torch.foreach_copy_, [p.data for p in params], alike)
 
 
 def check_shapes(averages: dict[str, Tensor], params: dict[str, Tensor]) -> None:
     for name, average in averages.items():
-        expected, found = tuple(average.shape), tuple(params[name].shape)
-        if expected != found:
+        if average.shape != params[name].shape:
+            expected, found = tuple(average.shape), tuple(params[name].shape)
             raise ValueError(f"{name}: expected shape {expected} as averaged, found {found}")
         if misplaced := _shards.misplaced(params[name], average):
             raise ValueError(f"{name}: {misplaced}")

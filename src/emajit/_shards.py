@@ -60,7 +60,7 @@ def placed(leaves: Iterable[Any]) -> list[Any]:
 
 def misplaced(found: Any, expected: Any) -> str:
     """How a tensor is placed otherwise than expected; nothing if it is not."""
-    if placed([found]) == placed([expected]):
+    if not are_in([found, expected]) or placed([found]) == placed([expected]):
         return ""
     return f"expected {described(expected)}, found {described(found)}"
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from emajit import _choose, _controls, _module, _names, _paths, _shards, _warn, functional, scope
+from emajit._context import contextmanager
 from emajit._litema_state import LitEmaState
 from emajit.functional import Decay, Nonfinite, Rounding, Schedule
 
@@ -178,7 +179,7 @@ class LitEma(LitEmaState):
             if unless is not None:
                 pairs = zip(copies.values(), values, strict=True)
                 values = [torch.where(unless, old, new) for old, new in pairs]
-            _module.copy_([*copies.values()], values)
+            _module.copying([*copies.values()], values)()
         self._count(updates, unless)
         self._untouched.clear()
         if not self._is_updated:  # to set an attribute of a module takes a microsecond
@@ -191,10 +192,12 @@ class LitEma(LitEmaState):
         """
         averages, params = self._pairs(model)
         _module.check_shapes(averages, params)
-        if self.collected_params and not any(seen is model for seen, _ in self._overwritten):
+        overwritten = self._overwritten
+        if self.collected_params and not any(seen is model for seen, _ in overwritten):
             buffers = {n: p.clone() for n, p in params.items() if not isinstance(p, nn.Parameter)}
-            self._overwritten.append((model, buffers))
-        _module.copy_([params[name] for name in averages], [*averages.values()])
+            overwritten = [*overwritten, (model, buffers)]
+        copy = _module.copying([params[name] for name in averages], [*averages.values()])
+        _module.at_once(partial(vars(self).update, _overwritten=overwritten), copy)
 
     def store(self, parameters: Iterable[Tensor]) -> None:
         """Keep a copy of `parameters` for `restore`.
@@ -208,13 +211,14 @@ class LitEma(LitEmaState):
             )
         parameters = _module.listed("store", parameters, self._seen)
         scope.check_outside(parameters)
-        self.collected_params = [p.detach().clone() for p in parameters]
-        self._overwritten = []
+        stored = [p.detach().clone() for p in parameters]
+        vars(self).update(collected_params=stored, _overwritten=[])
 
     def restore(self, parameters: Iterable[Tensor]) -> None:
         """Copy what `store` kept back into `parameters`, in order, and release it.
 
-        Buffers of their model that `copy_to` has overwritten since then get theirs back too.
+        Buffers of their model that `copy_to` has overwritten since then get theirs back too. After
+        an interrupt either all is back, or nothing is and can be restored again.
 
         Raises RuntimeError if nothing is stored, and ValueError if number or shapes differ.
         """
@@ -224,25 +228,25 @@ class LitEma(LitEmaState):
             raise RuntimeError("restore: expected store() before, found nothing stored")
         _module.check_stored(self.collected_params, parameters)
         buffers, values = _module.overwritten_beside(self._overwritten, parameters)
-        _module.copy_(parameters + buffers, self.collected_params + values)
-        self.collected_params, self._overwritten = [], []
+        copy = _module.copying(parameters + buffers, self.collected_params + values)
+        _module.at_once(copy, partial(vars(self).update, collected_params=[], _overwritten=[]))
 
     @contextmanager
-    def ema_scope(self, model: nn.Module, context: str | None = None) -> Iterator[None]:
+    def ema_scope(
+        self, model: nn.Module, context: str | None = None, *, copy: bool = False
+    ) -> Iterator[None]:
         """Inside, `model` computes with the averages; afterwards its training weights are back.
 
-        The training weights are never written, and the averages are copied only where their dtype
-        or device is another than the parameter's. Code that writes parameters or buffers inside
-        writes the averages: call `model.eval()` before, if buffers are averaged. With `context`
-        both switches are logged under that name.
+        As `emajit.ema_scope`, where it is told what is copied, and what a scope is not for. Code
+        that writes parameters or averaged buffers inside writes the averages: call `model.eval()`
+        before. With `context` both switches are logged under that name.
 
-        Raises RuntimeError if the model is inside of a scope already, and ValueError as `forward`.
+        Raises RuntimeError as `emajit.ema_scope`, and ValueError as `forward`.
         """
         averages, params = self._pairs(model)
         _module.check_shapes(averages, params)
-        with scope.exchanged(
-            model, [(params[name], average) for name, average in averages.items()]
-        ):
+        pairs = [(params[name], average) for name, average in averages.items()]
+        with scope.exchanged(model, pairs, copy=copy):
             if context is not None:
                 _log.info("%s: Switched to EMA weights", context)
             try:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from emajit import _module, _names, _shards, _warn, schedules, scope
+from emajit._context import contextmanager
 from emajit.functional import Decay, Schedule
 from emajit.integrations import _average
 from emajit.litema import LitEma
