@@ -109,8 +109,10 @@ def finish(calls: Iterator[object]) -> None:
 
 def check_parameters(model: nn.Module, before: set[Tensor], raised: BaseException | None) -> None:
     """Raise RuntimeError if a model has other parameters, unless something was raised inside."""
-    leaving = sys.exception()
-    if not isinstance(leaving, GeneratorExit) or leaving.__context__ is not raised:
+    error = sys.exception()
+    while isinstance(error, GeneratorExit):  # of a context that is left, as any is
+        error = error.__context__
+    if error is not raised:
         return
     found = parameters_of(modules_of(model))
     if found != before:
