@@ -40,7 +40,8 @@ class LitEma(LitEmaState):
         dtype: of the averages; default that of each parameter.
         buffers: "ignore" leaves the model's buffers, such as the statistics of BatchNorm, as they
             are in training. Of the buffers that a `state_dict` has, "copy" holds the values at the
-            last update, and "average" averages those that are floating-point.
+            last update, and "average" averages those that are floating-point, except u and v of
+            `spectral_norm`, and those with infinite values, which are copied.
         include, exclude: names of parameters and buffers (without the prefixes of wrappers) with
             wildcards such as "encoder.*", one or a list, or a predicate on the name. Included are
             all by default. In a scope what is left out keeps the training weights.
@@ -108,8 +109,7 @@ class LitEma(LitEmaState):
         self._seen = weakref.ref(model) if self._is_sharded else None
         self._hold(params, kept, dtype)
         self._match([*self._tensors_of(model)])  # before a trace, which cannot match patterns
-        if buffers == "copy":
-            self._copied.update(self.m_name2s_name[name] for name in kept)
+        self._copied.update(self.m_name2s_name[name] for name in _module.copied(kept, buffers))
         if rounding == "nearest":
             for held in {average.dtype for average in self.buffers()}:
                 _warn.warn_of_stall(held, 1.0 - self._written_decay[0])
