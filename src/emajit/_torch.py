@@ -145,9 +145,8 @@ def setting_versions(tensors: Sequence[Tensor], versions: Sequence[int]) -> list
 
 def parametrized() -> dict[Any, Any]:
     """The weights that `parametrize.cached` keeps; without the name they would be used on."""
-    module = sys.modules.get("torch.nn.utils.parametrize")
-    held: dict[Any, Any] = getattr(module, "_cache", {})
-    return held
+    held: dict[Any, Any] | None = _find("torch.nn.utils.parametrize._cache")
+    return {} if held is None else held
 
 
 FLOATS_WITHOUT_ARITHMETIC = {  # without a sign, and two to an element
