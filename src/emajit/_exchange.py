@@ -37,8 +37,10 @@ def calls(
         shards = [shard.detach() for shard in _shards.local(tensor for tensor, _ in copied)]
         values = _shards.local(average for _, average in copied)
         enter.append((_torch.foreach_copy_, shards, values))
-        kept = [shard.clone() for shard in shards]
-        undo[:0] = [(_shards.reshard, modules[0]), (_torch.foreach_copy_, shards, kept)]
+        # What wraps tensors is written in Python, where a signal may come between two of them.
+        written = [inner for shard in shards for inner in within(shard)]
+        kept = [inner.clone() for inner in written]
+        undo[:0] = [(_shards.reshard, modules[0]), (_torch.foreach_copy_, written, kept)]
     return enter, undo + _put_back(modules, averages)
 
 
@@ -55,6 +57,14 @@ def _is_shared(tensor: Tensor) -> bool:
     if storage.nbytes() > tensor.nbytes:
         return True
     return storage.device.type == "cpu" and storage.is_shared()  # elsewhere it is always
+
+
+def within(tensor: Any) -> list[Tensor]:
+    """The tensors in a tensor that wraps others, or the tensor itself."""
+    if not (_torch.wraps(tensor) and hasattr(tensor, "__tensor_flatten__")):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [inner for name in names for inner in within(getattr(tensor, name))]
 
 
 def _versions(tensors: Iterable[Tensor]) -> tuple[list[Call], list[Call]]:

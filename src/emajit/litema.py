@@ -218,7 +218,7 @@ class LitEma(LitEmaState):
         """Copy what `store` kept back into `parameters`, in order, and release it.
 
         Buffers of their model that `copy_to` has overwritten since then get theirs back too. After
-        an interrupt either all is back, or nothing is and can be restored again.
+        an interrupt all is back, or all is still stored and can be restored again.
 
         Raises RuntimeError if nothing is stored, and ValueError if number or shapes differ.
         """
