@@ -56,7 +56,7 @@ def _is_shared(tensor: Tensor) -> bool:
     storage = tensor.untyped_storage()
     if storage.nbytes() > tensor.nbytes:
         return True
-    return storage.device.type == "cpu" and storage.is_shared()  # elsewhere it is always
+    return tensor.is_cpu and storage.is_shared()  # on a GPU it is always
 
 
 def within(tensor: Any) -> list[Tensor]:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from emajit import _names, _shards
 
+_VALUES = (Tensor, type(None), Mapping)
+
 
 def pairs(model: nn.Module, shadow: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
     """Each parameter and buffer of the model that has an average, once, with that average."""
@@ -53,20 +55,18 @@ def _flat(shadow: object) -> dict[str, Tensor | None]:
         hint = "; a LitEma has a scope of its own" if isinstance(shadow, nn.Module) else ""
         raise TypeError(f"shadow: expected a mapping of names to averages, found {found}{hint}")
     flat: dict[str, Tensor | None] = {}
+    nested: dict[str, Tensor | None] = {}
     for name, average in shadow.items():
-        if isinstance(name, str) and isinstance(average, Mapping):
-            named = {f"{name}.{rest}": below for rest, below in _flat(average).items()}
-        elif isinstance(name, str) and isinstance(average, Tensor | None):
-            named = {name: average}
-        else:
+        if not (isinstance(name, str) and isinstance(average, _VALUES)):
             found = f"{name!r}: {type(average).__qualname__}"
             raise TypeError(f"shadow: expected names and averages or None, found {found}")
-        if twice := flat.keys() & named:
-            raise ValueError(
-                f"shadow: expected one average of each name, found two of {min(twice)!r}"
-            )
-        flat |= named
-    return flat
+        if average is None or isinstance(average, Tensor):
+            flat[name] = average
+        else:
+            nested |= {f"{name}.{rest}": below for rest, below in _flat(average).items()}
+    if twice := flat.keys() & nested:
+        raise ValueError(f"shadow: expected one average of each name, found two of {min(twice)!r}")
+    return flat | nested
 
 
 def _same_values(a: Tensor, b: Tensor) -> bool:
