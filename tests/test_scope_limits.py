@@ -91,6 +91,17 @@ class TestBuffersOfTraining:
             model(x)
         loss.backward()
 
+    @pytest.mark.parametrize("buffers", ["ignore", "average"])
+    def test_update_bn_between_copy_to_and_restore(self, buffers: Any) -> None:
+        model = small()
+        model.register_buffer("rows", torch.arange(3).expand(4, 3))
+        ema, spy = LitEma(model, buffers=buffers, exclude="rows"), Spy(model)
+        ema.store(model.parameters())
+        ema.copy_to(model)
+        update_bn([torch.randn(8, 2)], model)
+        ema.restore(model.parameters())
+        spy.assert_untouched()
+
     def test_averages_with_statistics_of_their_own(self) -> None:
         """The README's recipe gives what torch's AveragedModel and update_bn give."""
         torch.manual_seed(0)

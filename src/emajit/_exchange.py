@@ -92,16 +92,10 @@ def _put_back(modules: list[nn.Module], averages: list[tuple[Tensor, Tensor]]) -
         if module._buffers and isinstance(module._buffers, dict):  # it is none in TorchScript
             undo.append((module._buffers.update, dict(module._buffers)))
         for buffer in module._buffers.values():
-            if buffer is not None and id(buffer) not in exchanged and _can_be_written(buffer):
+            if buffer is not None and id(buffer) not in exchanged and _alias.can_be_written(buffer):
                 buffers[id(buffer)] = buffer.data
     values = [buffer.clone() for buffer in buffers.values()]
     return [*undo, (_torch.foreach_copy_, [*buffers.values()], values)] if buffers else undo
-
-
-def _can_be_written(tensor: Tensor) -> bool:
-    if tensor.layout is not torch.strided or tensor.is_contiguous():
-        return True
-    return not _alias.repeats_itself(tensor.shape, tensor.stride())
 
 
 def finish(calls: Iterator[object]) -> None:

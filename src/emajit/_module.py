@@ -163,7 +163,7 @@ def copying(params: Sequence[Tensor], values: Sequence[Tensor]) -> Callable[[], 
             raise ValueError(f"parameter {i}: {misplaced}")
     params, values = _shards.local(params), _shards.local(values)
     for i, (p, value) in enumerate(zip(params, values, strict=True)):
-        if p.layout is not torch.strided or _alias.repeats_itself(p.shape, p.stride()):
+        if not _alias.can_be_written(p):
             found = "one that repeats an element" if p.layout is torch.strided else str(p.layout)
             raise ValueError(f"parameter {i}: expected a dense tensor to write, found {found}")
         if p.is_meta != value.is_meta:
@@ -191,6 +191,11 @@ def check_stored(stored: Sequence[Tensor], parameters: Sequence[Tensor]) -> None
         if old.shape != p.shape:
             expected, found = tuple(old.shape), tuple(p.shape)
             raise ValueError(f"restore: expected shape {expected} for parameter {i}, found {found}")
+
+
+def copied_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the buffers of a model."""
+    return {n: b.clone() for n, b in model.named_buffers() if _alias.can_be_written(b)}
 
 
 def overwritten_beside(

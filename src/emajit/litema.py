@@ -194,8 +194,7 @@ class LitEma(LitEmaState):
         _module.check_shapes(averages, params)
         overwritten = self._overwritten
         if self.collected_params and not any(seen is model for seen, _ in overwritten):
-            buffers = {n: p.clone() for n, p in params.items() if not isinstance(p, nn.Parameter)}
-            overwritten = [*overwritten, (model, buffers)]
+            overwritten = [*overwritten, (model, _module.copied_buffers(model))]
         copy = _module.copying([params[name] for name in averages], [*averages.values()])
         _module.at_once(partial(vars(self).update, _overwritten=overwritten), copy)
 
@@ -217,8 +216,9 @@ class LitEma(LitEmaState):
     def restore(self, parameters: Iterable[Tensor]) -> None:
         """Copy what `store` kept back into `parameters`, in order, and release it.
 
-        Buffers of their model that `copy_to` has overwritten since then get theirs back too. After
-        an interrupt all is back, or all is still stored and can be restored again.
+        Buffers of a model into which `copy_to` has copied since then get their values of before it
+        back too, also where `update_bn` has written them. After an interrupt all is back, or all is
+        still stored and can be restored again.
 
         Raises RuntimeError if nothing is stored, and ValueError if number or shapes differ.
         """
