@@ -111,16 +111,13 @@ def ema_scope(model: nn.Module, shadow: Mapping[str, Any], *, copy: bool = False
 def exchanged(
     model: nn.Module, averages: list[tuple[Tensor, Tensor]], *, copy: bool = False
 ) -> Iterator[None]:
-    """A context in which these tensors of `model` are their averages; it keeps the other buffers.
+    """A context in which tensors of `model` are their averages; it gives other buffers back, too.
 
-    A signal comes before the exchange or after it, in both directions.
+    A signal is handled before an exchange or after it, never between two tensors.
     """
     _check_present(averages)
-    tensors, modules, scope = (
-        [tensor for tensor, _ in averages],
-        _exchange.modules_of(model),
-        object(),
-    )
+    scope, modules = object(), _exchange.modules_of(model)
+    tensors = [tensor for tensor, _ in averages]
     undo: list[_exchange.Call] = [
         (_inside.pop, scope, None),
         *_forgetting(),
@@ -136,7 +133,7 @@ def exchanged(
             deque(starmap(operator.call, enter), maxlen=0)
             yield
         finally:
-            deque(leave, maxlen=0)  # one call in C
+            deque(leave, maxlen=0)  # the first call here, and in C: see `_context`
     finally:
         _exchange.finish(leave)
 
