@@ -163,8 +163,9 @@ def test_store_and_restore() -> None:
         ema.collected_params = []
     ema.copy_to(net)
     for _ in faults(lambda: ema.restore(net.parameters())):
-        if ema.collected_params:  # not released before it is copied, so that one can try again
+        if ema.collected_params:  # nothing is back, so that one can try again
             assert same(old, ema.collected_params)
+            assert not same(old, list(net.parameters()))
         else:
             assert same(old, list(net.parameters()))
             ema.store(net.parameters())
@@ -259,19 +260,17 @@ def test_scope(which: str) -> None:
         function = which == "function"
         with emajit.ema_scope(net, shadow) if function else ema.ema_scope(net):
             entered.append(1)
-            sys.settrace(None)  # the way out is contextlib's
             assert objects[0].data_ptr() != addresses[0]
 
     count = 0
     for _ in faults(use):
         count += 1
-        assert not entered
         assert [t.data_ptr() for t in objects] == addresses
         assert [t._version for t in objects] == versions
         assert same(old, objects)
         assert not scope._inside
     assert count > 20
-    assert entered == [1]
+    assert len(entered) > 2  # on the way out, too
     assert [t.data_ptr() for t in objects] == addresses
 
 

@@ -206,6 +206,43 @@ class TestFilter:
             assert [*copied.named_averages()] == [*ema.named_averages()]
 
 
+class TestBuffersThatHaveNoMean:
+    @pytest.mark.parametrize("normed", ["hook", "parametrization"])
+    def test_a_spectral_norm_stays_1(self, normed: str) -> None:
+        torch.manual_seed(0)
+        of = nn.utils if normed == "hook" else nn.utils.parametrizations
+        layers: list[Any] = [of.spectral_norm(nn.Linear(8, 8)) for _ in range(2)]
+        model = nn.Sequential(*layers)
+        ema = LitEma(model, 0.99, use_num_upates=False, buffers="average")
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+        for _ in range(100):
+            optimizer.zero_grad()
+            (model(torch.randn(8, 8)) - torch.randn(8, 8)).square().mean().backward()
+            optimizer.step()
+            ema(model)
+        model.eval()
+        with torch.no_grad(), ema.ema_scope(model):
+            model(torch.randn(1, 8))
+            norms = [torch.linalg.matrix_norm(layer.weight, 2).item() for layer in layers]
+        assert norms == pytest.approx([1, 1], abs=0.01)
+
+    def test_infinite_values_are_copied(self) -> None:
+        """Of a mask, and of an observer that sees its first batch."""
+        model = nn.Linear(2, 2)
+        model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+        model.register_buffer("smallest", torch.tensor(torch.inf))
+        model.register_buffer("mean", torch.tensor(0.0))
+        ema = LitEma(model, 0.5, use_num_upates=False, buffers="average")
+        ema(model)
+        model.get_buffer("smallest").fill_(3.0)
+        model.get_buffer("mean").fill_(4.0)
+        ema(model)
+        averages = ema.named_averages()
+        assert averages["mask"].tolist() == [0.0, -torch.inf]
+        assert averages["smallest"].item() == 3.0
+        assert averages["mean"].item() == 2.0
+
+
 class TestEvery:
     def test_averages_at_every_third_call(self) -> None:
         model = small()

@@ -83,6 +83,13 @@ def repeats_itself(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     return False
 
 
+def can_be_written(tensor: Tensor) -> bool:
+    """Whether a tensor is dense and has memory of its own for each element."""
+    if tensor.layout is not torch.strided:
+        return False
+    return tensor.is_contiguous() or not repeats_itself(tensor.shape, tensor.stride())
+
+
 View = tuple[int, tuple[int, ...], tuple[int, ...], int]
 
 

@@ -65,7 +65,7 @@ def _place(leaf: Any) -> tuple[int, ...]:
 
 def misplaced(found: Any, expected: Any) -> str:
     """How a tensor is placed otherwise than expected; nothing if it is not."""
-    if placed([found]) == placed([expected]):
+    if not are_in([found, expected]) or placed([found]) == placed([expected]):
         return ""
     return f"expected {described(expected)}, found {described(found)}"
 

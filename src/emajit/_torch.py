@@ -129,17 +129,24 @@ def overlapping(tensors: list[Tensor]) -> Iterable[int]:
 _set_version = _find("torch._C._autograd._unsafe_set_version_counter")
 
 
-def set_versions(tensors: Sequence[Tensor], versions: Sequence[int]) -> None:
-    """Give tensors these versions, by which autograd knows what was written.
+def setting_versions(tensors: Sequence[Tensor], versions: Sequence[int]) -> list[tuple[Any, ...]]:
+    """The calls that give tensors these versions, by which autograd knows what was written.
 
     Without the name a graph that crosses the boundary of an `ema_scope` goes unnoticed.
     """
     if _set_version is None or not tensors:
-        return
+        return []
     try:
-        _set_version(tuple(tensors), tuple(versions))
+        _set_version((), ())
     except TypeError:  # torch 2.6 takes one
-        [*map(_set_version, tensors, versions)]
+        return [(_set_version, *row) for row in zip(tensors, versions, strict=True)]
+    return [(_set_version, tuple(tensors), tuple(versions))]
+
+
+def parametrized() -> dict[Any, Any]:
+    """The weights that `parametrize.cached` keeps; without the name they would be used on."""
+    held: dict[Any, Any] | None = _find("torch.nn.utils.parametrize._cache")
+    return {} if held is None else held
 
 
 FLOATS_WITHOUT_ARITHMETIC = {  # without a sign, and two to an element

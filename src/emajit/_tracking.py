@@ -122,7 +122,8 @@ class Tracking(Controls):
         }
         chosen = params.keys() | buffers.keys() | partners.keys()
         taken = {n: t for n, t in tensors.items() if n in chosen and id(t) not in inside}
-        return taken, [n for n in buffers if n in taken and self._policy == "copy"]
+        kept = {name: buffer for name, buffer in buffers.items() if name in taken}
+        return taken, _module.copied(kept, self._policy)
 
     def _partners(
         self, tensors: Mapping[str, Tensor], places: Mapping[str, tuple[nn.Module, str]]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from emajit import _choose, _controls, _module, _names, _paths, _warn, functional, scope
+from emajit._context import contextmanager
 from emajit._litema_state import LitEmaState
 from emajit.functional import Decay, Nonfinite, Rounding, Schedule
 
@@ -27,8 +29,9 @@ class LitEma(LitEmaState):
 
     Args:
         model: the module whose trainable parameters are averaged; call `track` where it gets others
-            later, or its first ones. It is not kept, except by weak references. With several processes, build the LitEma where all have
-            the same weights: after `DistributedDataParallel`, or with one seed.
+            later, or its first ones. It is not kept, except by weak references. With several
+            processes, build the LitEma where all have the same weights: after
+            `DistributedDataParallel`, or with one seed.
         decay: the share of the average that an update keeps, in [0, 1]; or a schedule of the number
             of updates (see `emajit.schedules`). With a schedule the buffer `decay` holds the decay
             of the last update when the state is saved, and a loaded one has no effect.
@@ -39,7 +42,8 @@ class LitEma(LitEmaState):
         dtype: of the averages; default that of each parameter.
         buffers: "ignore" leaves the model's buffers, such as the statistics of BatchNorm, as they
             are in training. Of the buffers that a `state_dict` has, "copy" holds the values at the
-            last update, and "average" averages those that are floating-point.
+            last update, and "average" averages those that are floating-point, except u and v of
+            `spectral_norm`, and those with infinite values, which are copied.
         include, exclude: names of parameters and buffers (without the prefixes of wrappers) with
             wildcards such as "encoder.*", one or a list, or a predicate on the name. Included are
             all by default. In a scope what is left out keeps the training weights.
@@ -197,7 +201,7 @@ class LitEma(LitEmaState):
             if unless is not None:
                 pairs = zip(copies.values(), values, strict=True)
                 values = [torch.where(unless, old, new) for old, new in pairs]
-            _module.copy_([*copies.values()], values)
+            _module.copying([*copies.values()], values)()
         self._untouched.clear()
         if not self._is_updated:  # to set an attribute of a module takes a microsecond
             self._is_updated = True
@@ -209,10 +213,11 @@ class LitEma(LitEmaState):
         """
         averages, params = self._pairs(model)
         _module.check_shapes(averages, params)
-        if self.collected_params and not any(seen is model for seen, _ in self._overwritten):
-            buffers = {n: p.clone() for n, p in params.items() if not isinstance(p, nn.Parameter)}
-            self._overwritten.append((model, buffers))
-        _module.copy_([params[name] for name in averages], [*averages.values()])
+        overwritten = self._overwritten
+        if self.collected_params and not any(seen is model for seen, _ in overwritten):
+            overwritten = [*overwritten, (model, _module.copied_buffers(model))]
+        copy = _module.copying([params[name] for name in averages], [*averages.values()])
+        _module.at_once(partial(vars(self).update, _overwritten=overwritten), copy)
 
     def store(self, parameters: Iterable[Tensor]) -> None:
         """Keep a copy of `parameters` for `restore`.
@@ -226,13 +231,15 @@ class LitEma(LitEmaState):
             )
         parameters = _module.listed("store", parameters, self._seen)
         scope.check_outside(parameters)
-        self.collected_params = [p.detach().clone() for p in parameters]
-        self._overwritten = []
+        stored = [p.detach().clone() for p in parameters]
+        vars(self).update(collected_params=stored, _overwritten=[])
 
     def restore(self, parameters: Iterable[Tensor]) -> None:
         """Copy what `store` kept back into `parameters`, in order, and release it.
 
-        Buffers of their model that `copy_to` has overwritten since then get theirs back too.
+        Buffers of a model into which `copy_to` has copied since then get their values of before it
+        back too, also where `update_bn` has written them. After an interrupt all is back, or all is
+        still stored and can be restored again.
 
         Raises RuntimeError if nothing is stored, and ValueError if number or shapes differ.
         """
@@ -244,8 +251,8 @@ class LitEma(LitEmaState):
             raise RuntimeError("restore: expected store() before, found nothing stored")
         _module.check_stored(self.collected_params, parameters)
         buffers, values = _module.overwritten_beside(self._overwritten, parameters)
-        _module.copy_(parameters + buffers, self.collected_params + values)
-        self.collected_params, self._overwritten = [], []
+        copy = _module.copying(parameters + buffers, self.collected_params + values)
+        _module.at_once(copy, partial(vars(self).update, collected_params=[], _overwritten=[]))
 
     def swap(self, model: nn.Module) -> None:
         """Enter `ema_scope(model)`, or leave the one that the last call has entered.
@@ -262,21 +269,21 @@ class LitEma(LitEmaState):
             swapped.__exit__(None, None, None)
 
     @contextmanager
-    def ema_scope(self, model: nn.Module, context: str | None = None) -> Iterator[None]:
+    def ema_scope(
+        self, model: nn.Module, context: str | None = None, *, copy: bool = False
+    ) -> Iterator[None]:
         """Inside, `model` computes with the averages; afterwards its training weights are back.
 
-        The training weights are never written, and the averages are copied only where their dtype
-        or device is another than the parameter's. Code that writes parameters or buffers inside
-        writes the averages: call `model.eval()` before, if buffers are averaged. With `context`
-        both switches are logged under that name.
+        As `emajit.ema_scope`, where it is told what is copied, and what a scope is not for. Code
+        that writes parameters or averaged buffers inside writes the averages: call `model.eval()`
+        before. With `context` both switches are logged under that name.
 
-        Raises RuntimeError if the model is inside of a scope already, and ValueError as `forward`.
+        Raises RuntimeError as `emajit.ema_scope`, and ValueError as `forward`.
         """
         averages, params = self._pairs(model)
         _module.check_shapes(averages, params)
-        with scope.exchanged(
-            model, [(params[name], average) for name, average in averages.items()]
-        ):
+        pairs = [(params[name], average) for name, average in averages.items()]
+        with scope.exchanged(model, pairs, copy=copy):
             if context is not None:
                 _log.info("%s: Switched to EMA weights", context)
             try:

@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
+import copy as copying
+import operator
+import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from itertools import starmap
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from emajit import _names, _paths, _shards, _torch
+from emajit import _exchange, _pairs, _shards, _torch
+from emajit._context import contextmanager
 
 # The entered scopes, in order, each with the ids of its parameters and buffers, which the scope
 # keeps alive. Each operation on a dict is atomic, whatever thread or signal comes.
 _inside: dict[object, set[int]] = {}
-_entered = itertools.count()
 
 # Called before emajit writes parameters: each makes the writer wait for a stream that reads them.
 before_writing: list[Callable[[], object]] = []
 
 
 def prepare_to_write() -> None:
-    """Wait for the streams that still read parameters, and clear the casts that autocast keeps.
+    """Wait for the streams that still read parameters, and clear what was computed of them.
 
     `torch.autocast` casts each parameter once, and computes with this copy to its end, whatever is
-    written into the parameter meanwhile, or to which memory it refers.
+    written into the parameter meanwhile, or to which memory it refers. `parametrize.cached` keeps
+    the weights that parametrizations compute.
     """
     for wait in before_writing:
         wait()
-    torch.clear_autocast_cache()
+    for forget, *args in _forgetting():
+        forget(*args)
+
+
+def _forgetting() -> list[_exchange.Call]:
+    """The calls that clear what was computed of parameters, and is used in their stead."""
+    return [(torch.clear_autocast_cache,), (_torch.parametrized().clear,)]
 
 
 def check_outside(tensors: Iterable[Tensor], *, before: object = None) -> None:
@@ -49,34 +58,43 @@ def check_outside(tensors: Iterable[Tensor], *, before: object = None) -> None:
 
 
 @contextmanager
-def ema_scope(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> Iterator[None]:
+def ema_scope(model: nn.Module, shadow: Mapping[str, Any], *, copy: bool = False) -> Iterator[None]:
     """A context in which `model` computes with the tensors of `shadow` themselves.
 
     Nothing is copied: each parameter refers to the memory of its average inside, and to its own
-    again afterwards, whatever was raised. The `nn.Parameter` objects stay the same, so optimizers,
-    hooks, tied weights and compiled models keep working. Only an average with another dtype than
-    its parameter is cast. Code that writes parameters inside writes the averages: call
-    `model.eval()` if averages of buffers are among them. Do not backpropagate across the boundary:
-    autograd raises, except for graphs from before the scope that are used after it.
+    again afterwards, whatever was raised, and whenever Ctrl-C came. The `nn.Parameter` objects stay
+    the same, so optimizers, hooks, tied weights and compiled models keep working. Only an average
+    with another dtype than its parameter is cast. Code that writes parameters inside writes the
+    averages: call `model.eval()` if averages of buffers are among them. The other buffers are those
+    of training: what is written into them inside, as by `update_bn`, is undone at the end.
 
-    Into DTensors, and into other tensors that wrap tensors (quantised weights), the averages are
-    copied, and the training weights kept meanwhile: FSDP gathers parameters from memory of its own.
-    No process waits for another.
+    Where it can be seen that others find a parameter at its memory, the average is copied into it,
+    and the training weight kept meanwhile: after `share_memory()`, in a flat buffer with others,
+    and in DTensors and other tensors that wrap tensors (quantised weights), since FSDP gathers
+    parameters from memory of its own. No process waits for another. `copy` is for those who cannot
+    be seen: captured CUDA graphs, and views of a whole parameter.
 
-    It is for evaluation. What outlives it, such as an export, a trace or a kept `state_dict()`,
-    refers to the training weights again afterwards: for those, use `averaged_module`.
+    It is for evaluation. Do not backpropagate across the boundary: autograd raises, except for
+    graphs from before the scope that are used after it, and, without an error, where activation
+    checkpointing computes a forward from inside again outside, with the training weights. An export
+    or a trace made inside refers to the training weights or to the averages afterwards, a kept
+    `state_dict()` to the averages, which go on changing, unless it is copied: for those, use
+    `averaged_module`. What saves a model inside (accelerate's `save_state`) saves the averages.
 
     Args:
         model: any module; one inside `torch.compile`, DDP or activation checkpointing is fine.
         shadow: averages by the names of `named_parameters()`, with or without the prefixes that
-            such wrappers add. Averages of buffers may be among them. A parameter that does not
-            require grad may be left out, and so may all but one of the names of a tied one.
+            such wrappers add; in a nested mapping the parts of a name. Averages of buffers may be
+            among them. A parameter that does not require grad may be left out, and so may all but
+            one of the names of a tied one.
+        copy: copy every average into the memory of its parameter, as described above.
 
     Raises:
         ValueError: a name is missing in `shadow` or unknown to `model`, a shape or device differs,
             or tied parameters have different averages. The model is then untouched.
         TypeError: `model` is not a module, or `shadow` is not a mapping.
-        RuntimeError: the model is inside such a scope already, in this thread or another.
+        RuntimeError: the model is inside such a scope already, in this thread or another; or, at
+            the end, it has other parameters than before, as `remove_parametrizations` gives it.
 
     >>> model, shadow = nn.Linear(1, 1, bias=False), {"weight": torch.tensor([[2.0]])}
     >>> with torch.no_grad(), ema_scope(model, shadow):
@@ -85,47 +103,42 @@ def ema_scope(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> Iterator
     """
     if isinstance(model, nn.Module):
         _shards.reshard(model)
-    with exchanged(model, _averages(model, shadow)):
+    with exchanged(model, _pairs.pairs(model, shadow), copy=copy):
         yield
 
 
 @contextmanager
-def exchanged(model: nn.Module, averages: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """A context in which these tensors of `model` refer to the memory of their averages."""
-    for tensor, average in averages:
-        _shards.check_present("model", tensor)
-        if tensor.is_meta and not average.is_meta:
-            raise ValueError(
-                f"model: expected parameters with memory, found one of shape {tuple(tensor.shape)} "
-                "on the meta device; give the model memory, or remove the hooks that take it away"
-            )
-    averages = [(t, average.detach().to(t.device, t.dtype)) for t, average in averages]
+def exchanged(
+    model: nn.Module, averages: list[tuple[Tensor, Tensor]], *, copy: bool = False
+) -> Iterator[None]:
+    """A context in which tensors of `model` are their averages; it gives other buffers back, too.
+
+    A signal is handled before an exchange or after it, never between two tensors.
+    """
+    _check_present(averages)
+    scope, modules = object(), _exchange.modules_of(model)
     tensors = [tensor for tensor, _ in averages]
-    copied = [pair for pair in averages if _torch.wraps(pair[0])]
-    swapped = {*map(id, tensors), *map(id, _shards.local(tensors))}
-    # Only callbacks undo: each of them runs, whatever one before it raises.
-    with ExitStack() as undo:
-        undo.callback(torch.clear_autocast_cache)
-        undo.callback(_inside.pop, undo, None)
-        _inside[undo] = swapped
-        check_outside(tensors, before=undo)
-        for module in model.modules():
-            for name, buffer in module._buffers.items():
-                if id(buffer) in swapped:  # a forward may put another object there
-                    undo.callback(module._buffers.__setitem__, name, buffer)
-        _move_to_another_version(tensors, undo)
-        torch.clear_autocast_cache()
-        for tensor, average in averages:
-            if not _torch.wraps(tensor):
-                undo.callback(setattr, tensor, "data", tensor.data)
-                tensor.data = average
-        if copied:
-            _copy(copied, undo)
-            undo.callback(_shards.reshard, model)
-        yield
+    undo: list[_exchange.Call] = [
+        (_inside.pop, scope, None),
+        *_forgetting(),
+        (_exchange.check_parameters, model, _exchange.parameters_of(modules), sys.exception()),
+    ]
+    leave = starmap(operator.call, undo)
+    try:
+        try:
+            _inside[scope] = {*map(id, tensors), *map(id, _shards.local(tensors))}
+            check_outside(tensors, before=scope)
+            prepare_to_write()
+            enter, undo[:0] = _exchange.calls(modules, averages, copy=copy)
+            deque(starmap(operator.call, enter), maxlen=0)
+            yield
+        finally:
+            deque(leave, maxlen=0)  # the first call here, and in C: see `_context`
+    finally:
+        _exchange.finish(leave)
 
 
-def averaged_module(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> nn.Module:
+def averaged_module(model: nn.Module, shadow: Mapping[str, Any]) -> nn.Module:
     """A module like `model` whose parameters are the tensors of `shadow`.
 
     No average is copied: the module follows every `emajit.update_` of the shadow and every call of
@@ -161,7 +174,7 @@ def averaged_module(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> nn
     """
     if isinstance(model, nn.Module):
         model = _unwrapped(model)
-    averages = _averages(model, shadow)
+    averages = _pairs.pairs(model, shadow)
     check_outside([*model.parameters(), *model.buffers()])
     if _shards.has_fsdp(model):
         raise ValueError(
@@ -186,7 +199,7 @@ def averaged_module(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> nn
         for value in vars(module).values():
             if isinstance(value, Tensor):
                 copies.setdefault(id(value), value.detach().clone())
-    return copy.deepcopy(model, copies)
+    return copying.deepcopy(model, copies)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -201,74 +214,11 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _copy(averages: list[tuple[Tensor, Tensor]], undo: ExitStack) -> None:
-    prepare_to_write()
-    shards = [shard.detach() for shard in _shards.local(tensor for tensor, _ in averages)]
-    undo.callback(_torch.foreach_copy_, shards, [shard.clone() for shard in shards])
-    _torch.foreach_copy_(shards, _shards.local(average for _, average in averages))
-
-
-def _move_to_another_version(tensors: Iterable[Tensor], undo: ExitStack) -> None:
-    """Give tensors a version inside that they never have outside, and theirs again afterwards.
-
-    Autograd compares versions, not memory: a graph from inside would otherwise be differentiated
-    with the weights from outside, without an error.
-    """
-    tracked = tuple(tensor for tensor in tensors if not tensor.is_inference())
-    versions = tuple(tensor._version for tensor in tracked)
-    undo.callback(_torch.set_versions, tracked, versions)
-    entered = 2**30 + next(_entered) % 2**14 * 2**16
-    _torch.set_versions(tracked, tuple(version + entered for version in versions))
-
-
-def _averages(model: nn.Module, shadow: Mapping[str, Tensor | None]) -> list[tuple[Tensor, Tensor]]:
-    """Each parameter and buffer of the model that has an average, once, with that average."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a module, found {type(model).__qualname__}")
-    _check_named(shadow)
-    params = _names.named(model, "parameters", twice=True)
-    tensors: dict[str, Tensor] = {**params, **_names.named(model, "buffers", twice=True)}
-    partners = _names.match(tensors, shadow)
-    unknown = [name for name in shadow if name not in partners]
-    if unknown:
-        found = _paths.few(unknown)
-        raise ValueError(f"shadow: expected names of parameters of the model, found {found}")
-    averages: dict[Tensor, tuple[str, Tensor]] = {}
-    for name, partner in partners.items():
-        tensor, average = tensors[partner], shadow[name]
-        if average is None:
-            continue
-        if average.shape != tensor.shape or average.device != tensor.device:
-            expected, found = (f"{tuple(t.shape)} on {t.device}" for t in (tensor, average))
-            raise ValueError(f"shadow[{name!r}]: expected shape {expected}, found {found}")
-        if misplaced := _shards.misplaced(average, tensor):
-            raise ValueError(f"shadow[{name!r}]: {misplaced}")
-        first, known = averages.setdefault(tensor, (name, average))
-        if known is not average and not _same_values(known, average):
+def _check_present(averages: list[tuple[Tensor, Tensor]]) -> None:
+    for tensor, average in averages:
+        _shards.check_present("model", tensor)
+        if tensor.is_meta and not average.is_meta:
             raise ValueError(
-                f"shadow[{name!r}]: expected the average of {first!r}, to which the model ties it, "
-                "found another"
+                f"model: expected parameters with memory, found one of shape {tuple(tensor.shape)} "
+                "on the meta device; give the model memory, or remove the hooks that take it away"
             )
-    missing = [name for name, p in params.items() if p.requires_grad and p not in averages]
-    if missing:
-        raise ValueError(
-            "shadow: expected an average of each trainable parameter, missing "
-            f"{_paths.few(missing)}"
-        )
-    return [(tensor, average) for tensor, (_, average) in averages.items()]
-
-
-def _check_named(shadow: object) -> None:
-    if not isinstance(shadow, Mapping):
-        found = type(shadow).__qualname__
-        hint = "; a LitEma has a scope of its own" if isinstance(shadow, nn.Module) else ""
-        raise TypeError(f"shadow: expected a mapping of names to averages, found {found}{hint}")
-    for name, average in shadow.items():
-        if not (isinstance(name, str) and isinstance(average, Tensor | None)):
-            found = f"{name!r}: {type(average).__qualname__}"
-            raise TypeError(f"shadow: expected names and averages or None, found {found}")
-
-
-def _same_values(a: Tensor, b: Tensor) -> bool:
-    a, b = _shards.local([a, b])
-    return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from emajit import _module, _names, _shards, _warn, schedules, scope
+from emajit._context import contextmanager
 from emajit._torch import pytree
 from emajit.functional import Decay, Nonfinite, Rounding, Schedule
 from emajit.integrations import _average, _copies

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from emajit import _module, _names, _shards, _warn, checkpoint, schedules
+from emajit._context import contextmanager
 from emajit.checkpoint import saved
 from emajit.functional import Decay, Nonfinite, Rounding, Schedule
 from emajit.integrations import _average

@@ -1,7 +1,7 @@
 """`{"shadow": shadow, "step": step}`, as `torch.save` writes it, and what `checkpoint.save` writes.
 
-`checkpoint.read` brings a file or folder of `save` and `save_sharded` into this form. The shadow may
-be a list of several, as `update_many_` takes them.
+`checkpoint.read` brings a file or folder of `save` and `save_sharded` into this form. The shadow
+may be a list of several, as `update_many_` takes them.
 """
 
 from __future__ import annotations

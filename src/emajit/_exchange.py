@@ -1,0 +1,143 @@
+"""The exchange of a module's tensors for their averages, as lists of calls, and its undoing."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emajit import _alias, _shards, _torch
+
+# A function, and its arguments.
+Call = tuple[Any, ...]
+
+_set_data: Any = Tensor.data.__set__  # type: ignore[attr-defined]
+_entered = itertools.count()
+
+
+def calls(
+    modules: list[nn.Module], averages: list[tuple[Tensor, Tensor]], *, copy: bool
+) -> tuple[list[Call], list[Call]]:
+    """The calls that put averages in the place of tensors, and the calls that undo them."""
+    tensors = [tensor for tensor, _ in averages]
+    moved: list[tuple[Tensor, Tensor]] = []
+    copied: list[tuple[Tensor, Tensor]] = []
+    for tensor, average in averages:
+        stays = copy or _is_shared(tensor)
+        (copied if stays else moved).append((tensor, average.detach()))
+    enter, undo = _versions(tensors)
+    enter += [(_set_data, t, average.to(t.device, t.dtype)) for t, average in moved]
+    undo += [(_set_data, t, t.data) for t, _ in moved]
+    if copied:
+        shards = [shard.detach() for shard in _shards.local(tensor for tensor, _ in copied)]
+        values = _shards.local(average for _, average in copied)
+        enter.append((_torch.foreach_copy_, shards, values))
+        # What wraps tensors is written in Python, where a signal may come between two of them.
+        written = [inner for shard in shards for inner in within(shard)]
+        kept = [inner.clone() for inner in written]
+        undo[:0] = [(_shards.reshard, modules[0]), (_torch.foreach_copy_, written, kept)]
+    return enter, undo + _put_back(modules, averages)
+
+
+def _is_shared(tensor: Tensor) -> bool:
+    """Whether others find a tensor at its memory: a process, a tensor that has part of it.
+
+    Memory inside a tensor that wraps others cannot be exchanged either.
+    """
+    if _torch.wraps(tensor):
+        return True
+    if tensor.layout is not torch.strided:
+        return False
+    storage = tensor.untyped_storage()
+    if storage.nbytes() > tensor.nbytes:
+        return True
+    return tensor.is_cpu and storage.is_shared()  # on a GPU it is always
+
+
+def within(tensor: Any) -> list[Tensor]:
+    """The tensors in a tensor that wraps others, or the tensor itself."""
+    if not (_torch.wraps(tensor) and hasattr(tensor, "__tensor_flatten__")):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [inner for name in names for inner in within(getattr(tensor, name))]
+
+
+def _versions(tensors: Iterable[Tensor]) -> tuple[list[Call], list[Call]]:
+    """Give tensors a version inside that they never have outside, and theirs again afterwards.
+
+    Autograd compares versions, not memory: a graph from inside would otherwise be differentiated
+    with the weights from outside, without an error.
+    """
+    tracked = tuple(tensor for tensor in tensors if not tensor.is_inference())
+    versions = tuple(tensor._version for tensor in tracked)
+    entered = 2**30 + next(_entered) % 2**14 * 2**16
+    inside = tuple(version + entered for version in versions)
+    return _torch.setting_versions(tracked, inside), _torch.setting_versions(tracked, versions)
+
+
+def _put_back(modules: list[nn.Module], averages: list[tuple[Tensor, Tensor]]) -> list[Call]:
+    """The calls that give modules the buffers that it has now, and those values.
+
+    A forward in training mode, or `update_bn`, puts others there, or writes into them.
+    """
+    exchanged = {id(tensor) for pair in averages for tensor in pair}
+    undo: list[Call] = []
+    buffers: dict[int, Tensor] = {}
+    for module in modules:
+        if module._buffers and isinstance(module._buffers, dict):  # it is none in TorchScript
+            undo.append((module._buffers.update, dict(module._buffers)))
+        for buffer in module._buffers.values():
+            if buffer is not None and id(buffer) not in exchanged and _alias.can_be_written(buffer):
+                buffers[id(buffer)] = buffer.data
+    values = [buffer.clone() for buffer in buffers.values()]
+    return [*undo, (_torch.foreach_copy_, [*buffers.values()], values)] if buffers else undo
+
+
+def finish(calls: Iterator[object]) -> None:
+    """Make the calls that are left where one of them has raised."""
+    failed: BaseException | None = None
+    while True:
+        try:
+            deque(calls, maxlen=0)
+            break
+        except BaseException as error:  # noqa: BLE001, the next are made all the same
+            failed = failed or error
+    if failed is not None:
+        raise failed
+
+
+def check_parameters(model: nn.Module, before: set[Tensor], raised: BaseException | None) -> None:
+    """Raise RuntimeError if a model has other parameters, unless something was raised inside."""
+    error = sys.exception()
+    while isinstance(error, GeneratorExit):  # of a context that is left, as any is
+        error = error.__context__
+    if error is not raised:
+        return
+    found = parameters_of(modules_of(model))
+    if found != before:
+        raise RuntimeError(
+            f"ema_scope: expected the model's parameters of before at its end, found "
+            f"{len(found - before)} new and {len(before - found)} missing; those of before have "
+            "their training weights back, new ones may hold averages. Change a module that "
+            "averaged_module gives instead"
+        )
+
+
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """`[*model.modules()]`, without a generator for each level."""
+    found, seen = [model], {model}
+    for module in found:
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append(child)
+    return found
+
+
+def parameters_of(modules: list[nn.Module]) -> set[Tensor]:
+    return {p for module in modules for p in module._parameters.values() if p is not None}
