@@ -210,37 +210,43 @@ class TestLowPrecision:
         assert moved > 0.1
         assert (shadow["w"] - truth).abs().max() < 1e-4 * moved
 
-    @pytest.mark.parametrize(("dtype", "enough"), [(torch.bfloat16, 0.99), (torch.float16, 0.999)])
-    def test_an_average_that_stalls_warns_once(self, dtype: torch.dtype, enough: float) -> None:
+    @pytest.mark.parametrize("decay", [0.91, 0.996, 0.9999])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_an_average_that_stalls_warns_once(self, dtype: torch.dtype, decay: float) -> None:
         _warn._told.clear()
         model = nn.Linear(2, 2).to(dtype)
         params = dict(model.named_parameters())
         shadow = emajit.init(params)
 
-        def step(shadow: Any = shadow, decay: Any = 0.9999, **options: Any) -> None:
-            emajit.update_(shadow, params, 0, decay=decay, **options)
+        def step(shadow: Any = shadow, decay: Any = decay, step: int = 0, **options: Any) -> None:
+            emajit.update_(shadow, params, step, decay=decay, **options)
 
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             step(emajit.init(params, dtype=torch.float32))
-            step(decay=enough)
+            step(decay=0.9)
             step(decay=1.0)  # nothing is to move
             both = [emajit.init(params, dtype=torch.float32), shadow]
-            emajit.update_many_(both, params, 0, decays=[0.9999, 0.5])
+            emajit.update_many_(both, params, 0, decays=[decay, 0.5])
             whole = {"n": torch.zeros(1).to(dtype)}, {"n": torch.ones(1).int()}
-            emajit.update(*whole, 0, decay=0.9999)  # copied
-            step(decay=schedules.warmup(0.9999))
+            emajit.update(*whole, 0, decay=decay)  # copied
+            step(decay=schedules.warmup(decay), step=50)  # 0.85 there
             step(rounding="stochastic")
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             both = [emajit.init(params, dtype=torch.float64), shadow]
-            emajit.update_many_(both, params, 0, decays=[0.5, 0.9999])
+            emajit.update_many_(both, params, 0, decays=[0.5, decay])
             for _ in range(3):
                 step()
             emajit.LitEma(model, use_num_upates=False)(model)
         (warning,) = told
-        assert f"an average in {dtype} stalls: where 1 - decay is below" in str(warning.message)
+        assert f"an average in {dtype} stalls: at a decay above 0.9" in str(warning.message)
+        assert "dtype=torch.float32" in str(warning.message)
+        assert "rounding='stochastic'" in str(warning.message)
         assert warning.filename == __file__
+        _warn._told.clear()
+        with pytest.warns(UserWarning, match="stalls"):  # a schedule that has grown
+            step(decay=schedules.warmup(decay), step=10**6)
 
 
 class TestSeveralAverages:

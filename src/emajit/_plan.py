@@ -257,7 +257,7 @@ def _low_precision(pairs: Pairs, several: int) -> list[tuple[torch.dtype, int]]:
         {
             (s.dtype, i // each)
             for i, (s, p) in rows
-            if s.dtype in _warn.RESOLUTION and p.is_floating_point()
+            if s.dtype in _warn.NARROW and p.is_floating_point()
         }
     )
 

@@ -80,9 +80,10 @@ def update(
         decay: $\beta$, the decay rate: the share of the old shadow that is kept, in [0, 1]. A
             float, a 0-d tensor, or a schedule, `step -> decay` (see `emajit.schedules`).
         rounding: how bfloat16 and float16 shadows round. To "nearest" they stall: near decay 1
-            almost every increment is under half an ulp and rounds away; one warning says so, unless
-            alpha is a tensor on a device or the call is traced. "stochastic" goes to either
-            neighbour at random, so that the mean is right; a single element has noise of some ulps.
+            almost every increment is under half an ulp and rounds away; one warning says so at the
+            first decay above 0.9, unless alpha is a tensor on a device or the call is traced.
+            "stochastic" goes to either neighbour at random, so that the mean is right, also where
+            a float32 shadow stalls; a single element has noise of some ulps.
             The noise is a hash of the step, the path of the leaf in `shadow` and the index of the
             element: the same call gives the same bits. Number the steps, and do not use one twice.
             Within `torch.func.vmap` (torch 2.13) the examples share their noise.
