@@ -141,8 +141,9 @@ def single_tensor_(u: Update) -> None:
 
 
 def transformed_(u: Update) -> None:
-    """`single_tensor_` inside of a `torch.func` transform: `lerp_` has no batching rule."""
-    for s, average in zip(u.shadows, single_tensor(u), strict=True):
+    """`single_tensor_` in a transform: `lerp_` has no batching rule; no derivative goes through."""
+    olds = u._replace(shadows=[s.detach() for s in u.shadows])
+    for s, average in zip(u.shadows, single_tensor(olds), strict=True):
         s.copy_(average)
 
 
@@ -156,10 +157,9 @@ def traced(u: Update) -> list[Tensor]:
         olds, bases, steps = _increments(group)
         averages = _torch.foreach_add(bases, steps)
         if any(a is not s for a, s in zip(olds, group.shadows, strict=True)):
-            # Copied in one operator, too.
             rounded = _rounded(group, averages, bases, steps)
             averages = [torch.empty_like(s) for s in group.shadows]
-            _torch.foreach_copy_(averages, rounded)
+            _torch.foreach_copy_(averages, rounded)  # in one operator, too
         for i, average in zip(leaves, averages, strict=True):
             news[i] = average
     for i, (s, p) in enumerate(zip(u.shadows, u.params, strict=True)):

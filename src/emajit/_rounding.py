@@ -36,20 +36,20 @@ def stochastic(
         base, step = torch.view_as_real(base), torch.view_as_real(step)
         region = region and Region(2 * region.first, (*(2 * s for s in region.strides), 1))
         return torch.view_as_complex(stochastic(base, step, torch.float16, key, region))
-    bits, info = _DROPPED[dtype], torch.finfo(dtype)
     x = (base + step).to(torch.float32)
+    side, drawn = _side_and_number(x, key, region, _DROPPED[dtype] - 1)
     nearest = _nearest(x, dtype)
-    rest = (base - nearest).add_(step).to(torch.float32)
-    noise = _noise(x, key, region)
+    ulp = _ulp(nearest * side, dtype)
     # A neighbour on either side is tried with probability 1/2, and is at most half an ulp away from
     # the middle: it is taken if it is on the side of the rest, with 2 |rest| / ulp.
-    side = _as_float(noise, _SIGN, 1.0)
-    ulp = _ulp(nearest * side, dtype)
-    is_taken = _uniform(noise, bits - 1) * ulp < rest.mul_(side)
-    neighbour = torch.add(nearest, ulp.mul_(side), alpha=2.0**bits)
+    rest = (base - nearest).add_(step).to(torch.float32).mul_(side)
+    is_taken = drawn * ulp < rest
+    del drawn, rest  # at most 80 bytes are held for a number
+    neighbour = torch.add(nearest, ulp.mul_(side), alpha=2.0 ** _DROPPED[dtype])
+    del side, ulp
     rounded = torch.where(is_taken, neighbour, nearest)
-    is_inside = (nearest + rounded).abs_() <= min(2 * info.max, torch.finfo(torch.float32).max)
-    return torch.where(is_inside, rounded, x).to(dtype)
+    limit = min(2 * torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    return torch.where(nearest.add_(rounded).abs_() <= limit, rounded, x).to(dtype)
 
 
 # In floating point: to look at the bits of a float, Inductor takes a vector apart on a CPU, and to
@@ -57,7 +57,6 @@ def stochastic(
 # time in eager mode. By the methods, since `functionalize` does not know `&=` and `^=`.
 
 _DROPPED = {torch.bfloat16: 16, torch.float16: 13}  # the last bits of a float32
-_SIGN = -(2**31)
 
 
 def _nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -78,6 +77,14 @@ def _ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float16:
         size = size.clamp(min=2**-37)
     return size.add_(x).sub_(x)
+
+
+def _side_and_number(
+    x: Tensor, key: Tensor, region: Region | None, exponent: int
+) -> tuple[Tensor, Tensor]:
+    """For each element of `x` a random side, 1 or -1, and a random number below 2^exponent."""
+    noise = _noise(x, key, region)
+    return _as_float(noise, -(2**31), 1.0), _uniform(noise, exponent)
 
 
 def _uniform(noise: Tensor, exponent: int) -> Tensor:

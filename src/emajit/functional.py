@@ -61,13 +61,15 @@ def update(
     rounding: Rounding = "nearest",
     nonfinite: Nonfinite = "propagate",
     backend: str = "auto",
+    differentiable: bool = False,
 ) -> Tree:
     r"""The shadow after one more step, in new tensors: $s + \alpha (p - s)$.
 
     Alpha is $1 - \beta(t)$, computed in float64. The result is finite where $p - s$ is. The leaves
     are averaged in float64 if one of the two is, else in float32, and rounded once, to the shadow's
     dtype. An integer or bool parameter is copied, None stays None, and leaves of the shadow that
-    are one tensor are averaged once and stay one. The result never requires grad.
+    are one tensor are averaged once and stay one. The result requires no grad and has no tangent
+    unless the update is `differentiable`.
 
     Args:
         shadow: the averages so far, from `init` or an earlier update.
@@ -95,6 +97,11 @@ def update(
             `torch.compile` backend) compiles all; "auto" takes for each leaf the faster, and
             compiles nothing for decays of 1/2 and below, where a warm-up begins. Inside your own
             `torch.compile` the call is traced and `backend` has no effect.
+        differentiable: as in `torch.optim`. False cuts gradients and tangents. With True both go
+            through by the formula, from the shadow and the params but not from the decay, also
+            under `torch.func.grad`, `jvp` and `vmap`; single-tensor, whatever the `backend`. Of an
+            element that "skip" leaves out, to the old average alone. For "stochastic" rounding and
+            for DTensors True is refused.
 
     Raises:
         ValueError: structure, shape or device differ, or the shadow's dtype cannot hold the
@@ -110,7 +117,8 @@ def update(
     {'w': tensor([0.2500])}
     """
     alphas = [_alpha(decay, step)]
-    new: Tree = _pure([shadow], params, alphas, step, rounding, nonfinite, backend)[0]
+    options = rounding, nonfinite, backend
+    new: Tree = _pure([shadow], params, alphas, step, options, differentiable)[0]
     return new
 
 
@@ -162,6 +170,7 @@ def update_many(
     rounding: Rounding = "nearest",
     nonfinite: Nonfinite = "propagate",
     backend: str = "auto",
+    differentiable: bool = False,
 ) -> list[Tree]:
     """`update` of several shadows of the same params, each with its own decay, in one pass.
 
@@ -174,6 +183,7 @@ def update_many(
             index of its shadow.
         nonfinite: as in `update`.
         backend: as in `update`.
+        differentiable: as in `update`.
 
     Raises:
         ValueError: as `update`; also where the numbers of shadows and decays differ, two shadows
@@ -185,7 +195,7 @@ def update_many(
     [{'w': tensor([0.5000])}, {'w': tensor([0.2500])}]
     """
     alphas = alphas_of(shadows, decays, step)
-    return _pure(shadows, params, alphas, step, rounding, nonfinite, backend)
+    return _pure(shadows, params, alphas, step, (rounding, nonfinite, backend), differentiable)
 
 
 def update_many_(
@@ -219,14 +229,15 @@ def _pure(
     params: Any,
     alphas: Sequence[Alpha],
     step: Step,
-    rounding: str,
-    nonfinite: str,
-    backend: str,
+    options: tuple[str, str, str],
+    differentiable: bool,
 ) -> list[Any]:
     """The new trees."""
-    plan = _plan.find(shadows, params, alphas, rounding, nonfinite, backend, in_place=False)
+    plan = _plan.find(
+        shadows, params, alphas, *options, in_place=False, differentiable=differentiable
+    )
     scope.check_outside(plan.params)
-    with torch.no_grad():
+    with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
         return plan.rebuild(shadows, plan.run(alphas, step))
 
 
