@@ -13,7 +13,7 @@ touches, beside its tests:
     a command                              cli/: a module, and an entry in main.py
     a decay for each parameter             functional.py (alphas), _plan.py (one for each leaf)
     what counts as one tensor, or overlaps _alias.py, _tree.py
-    a device without float64 (MPS)         functional, _compile, _controls, schedules
+    a device without float64 (MPS)         _devices.py; functional, _compile, _controls, schedules
     a rounding mode                        _rounding.py, _kernels.py, _choose.py, functional.py
 """
 

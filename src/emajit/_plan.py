@@ -127,7 +127,7 @@ def find(
     *,
     in_place: bool = True,
     same_device: bool = True,
-    differentiable: bool = False,
+    through: bool = False,
 ) -> Found:
     """The plan for an update of these shadows, each with its alpha, and the leaves in its order.
 
@@ -135,13 +135,13 @@ def find(
     types of the alphas, with stochastic rounding the names of the leaves, and the placements of
     DTensors. A hit also needs the shape, the strides, the dtype and the device of each leaf to be
     unchanged. A miss and an update that is not in place check everything. A trace checks everything
-    but the memory of the leaves and the backend.
+    but the memory of the leaves and the backend; so does an update that derivatives go `through`.
 
     Raises ValueError and TypeError as `emajit.update_` says, before anything is written.
     """
     given = rounding, nonfinite, backend
-    if torch.compiler.is_compiling() or differentiable or _torch.in_transform():
-        return _traced(shadows, params, given, in_place, differentiable)
+    if torch.compiler.is_compiling() or through or _torch.in_transform():
+        return _traced(shadows, params, given, in_place, through)
     flat = _tree.flatten(shadows, params)
     if flat is None or not in_place or not same_device:
         return _made(

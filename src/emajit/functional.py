@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from emajit import _plan, _torch, _tree, scope
+from emajit import _devices, _plan, _torch, _tree, scope
 from emajit._kernels import Alpha
 
 Step = int | Tensor
@@ -97,11 +97,9 @@ def update(
             `torch.compile` backend) compiles all; "auto" takes for each leaf the faster, and
             compiles nothing for decays of 1/2 and below, where a warm-up begins. Inside your own
             `torch.compile` the call is traced and `backend` has no effect.
-        differentiable: as in `torch.optim`. False cuts gradients and tangents. With True both go
-            through by the formula, from the shadow and the params but not from the decay, also
-            under `torch.func.grad`, `jvp` and `vmap`; single-tensor, whatever the `backend`. Of an
-            element that "skip" leaves out, to the old average alone. For "stochastic" rounding and
-            for DTensors True is refused.
+        differentiable: as in `torch.optim`. False cuts gradients and tangents; with True both go
+            through the formula, for the shadow and the params but not the decay, single-tensor
+            whatever the `backend`. For "stochastic" rounding and for DTensors True is refused.
 
     Raises:
         ValueError: structure, shape or device differ, or the shadow's dtype cannot hold the
@@ -233,9 +231,7 @@ def _pure(
     differentiable: bool,
 ) -> list[Any]:
     """The new trees."""
-    plan = _plan.find(
-        shadows, params, alphas, *options, in_place=False, differentiable=differentiable
-    )
+    plan = _plan.find(shadows, params, alphas, *options, in_place=False, through=differentiable)
     scope.check_outside(plan.params)
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
         return plan.rebuild(shadows, plan.run(alphas, step))
@@ -263,13 +259,15 @@ def _alpha(decay: Decay | Schedule, step: Step) -> float | Tensor:
     if type(decay) is float and 0.0 <= decay <= 1.0 and type(step) is int and step >= 0:
         return 1.0 - decay
     step = _checked_step(step)
+    if hasattr(decay, "alpha") and isinstance(step, Tensor) and _devices.is_narrow(step.device):
+        return decay.alpha(step)  # type: ignore[no-any-return]
     beta = decay(step) if callable(decay) else decay
     if isinstance(beta, Tensor):
         if beta.ndim != 0 or not beta.is_floating_point():
             found = f"shape {tuple(beta.shape)} and {beta.dtype}"
             raise ValueError(f"decay: expected a 0-d floating-point tensor, found {found}")
         if beta.device.type != "cpu" or torch.compiler.is_compiling() or _torch.in_transform():
-            return 1.0 - beta.detach().to(torch.float64)
+            return 1.0 - beta.detach().to(_devices.widest(beta.device))
         beta = float(beta.detach())  # in host memory, so nothing waits for it
     if not isinstance(beta, _NUMBERS):
         found = getattr(beta, "__qualname__", type(beta).__qualname__)

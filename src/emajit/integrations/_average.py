@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emajit import _controls, _module, _shards, _tree, functional, schedules
+from emajit import _controls, _devices, _module, _shards, _tree, functional, schedules
 from emajit.litema import LitEma
 
 
@@ -65,6 +65,8 @@ def fingerprint(weights: Iterable[Tensor], dtype: torch.dtype | None = None) -> 
     code = 0
     for weight in _shards.local([weight.detach() for weight in weights]):
         if weight.numel():
+            if dtype == torch.float64 != _devices.widest(weight.device):
+                weight = weight.cpu()  # noqa: PLW2901
             cast = weight.to(dtype) if dtype and weight.is_floating_point() else weight
             plain = cast.resolve_conj().resolve_neg().contiguous()
             rows = plain.view(len(cast) if cast.ndim > 1 else 1, -1)
