@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, vmap
 
 import emajit
 
 DECAYS = (0.9, 0.25)
+forward_ad: Any = torch.autograd.forward_ad
 
 
 def update(shadow: Tensor, param: Tensor, decay: float = 0.9, **options: Any) -> Tensor:
@@ -71,7 +71,7 @@ def test_autograd_through_several_updates() -> None:
     for step in range(3):
         params = {"w": param * (step + 1), "n": torch.tensor(step)}
         shadow = emajit.update(shadow, params, step, decay=0.5, differentiable=True)
-    shadow["w"].sum().backward()
+    shadow["w"].sum().backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(start.grad, torch.full((2,), 0.125))
     torch.testing.assert_close(param.grad, torch.full((2,), 0.125 + 2 * 0.25 + 3 * 0.5))
     assert shadow["n"] == 2
@@ -84,7 +84,7 @@ def test_of_other_dtypes_and_of_a_decay_tensor() -> None:
     half = torch.zeros(2, dtype=torch.bfloat16, requires_grad=True)
     double = torch.ones(2, dtype=torch.float64, requires_grad=True)
     decay = torch.tensor(0.5, requires_grad=True)
-    update(half, double, decay, differentiable=True).sum().backward()  # type: ignore[arg-type]
+    update(half, double, decay, differentiable=True).sum().backward()  # type: ignore[arg-type, no-untyped-call]
     assert half.grad is not None
     assert double.grad is not None
     assert half.grad.tolist() == [0.5, 0.5]
@@ -95,7 +95,7 @@ def test_of_other_dtypes_and_of_a_decay_tensor() -> None:
 def test_skipped_elements_have_no_gradient_of_the_parameter_and_no_nan() -> None:
     s = torch.zeros(3, requires_grad=True)
     p = torch.tensor([1.0, torch.nan, torch.inf], requires_grad=True)
-    update(s, p, nonfinite="skip", differentiable=True).sum().backward()
+    update(s, p, nonfinite="skip", differentiable=True).sum().backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(s.grad, torch.tensor([0.9, 1.0, 1.0]))
     torch.testing.assert_close(p.grad, torch.tensor([0.1, 0.0, 0.0]))
     tangent = jvp(
@@ -114,7 +114,7 @@ def test_in_a_compiled_step(through: bool) -> None:
     def step(p: Tensor) -> Tensor:
         return update(torch.zeros(3), p, differentiable=through) + 0 * p
 
-    step(p).sum().backward()
+    step(p).sum().backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(p.grad, torch.full((3,), 0.1 * through))
 
 
@@ -159,7 +159,7 @@ def test_in_place_under_jvp_the_shadow_keeps_no_tangent() -> None:
         return s
 
     ones = torch.ones(3)
-    value, tangent = jvp(function, (torch.zeros(3), ones), (ones, ones))
+    value, tangent, *_ = jvp(function, (torch.zeros(3), ones), (ones, ones))
     torch.testing.assert_close(value, torch.full((3,), 0.1))
     assert tangent.tolist() == [0, 0, 0]
 

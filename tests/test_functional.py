@@ -193,6 +193,34 @@ class TestNonfinite:
         found = emajit.update(s, p, 0, decay=0.9, nonfinite="skip", backend=backend)
         assert found.tolist() == [-math.inf, math.inf]
 
+    @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+    @pytest.mark.parametrize("decay", [0.9, 0.25, torch.tensor(0.25, dtype=torch.float64)], ids=str)
+    def test_skip_at_every_entry(self, rounding: Any, decay: Any) -> None:
+        """What is not finite keeps its average to the bit; the others get the same as without."""
+        shadow: dict[str, Tensor] = {
+            str(dtype): torch.full((4,), 1.5, dtype=dtype)
+            for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+        }
+        params = {n: torch.tensor([2.5, torch.nan, torch.inf, -torch.inf]) for n in shadow}
+        whole = {n: torch.full((4,), 2.5) for n in shadow}
+        step = 3
+        options: Any = {"rounding": rounding, "nonfinite": "skip"}
+        expected = emajit.update(shadow, whole, step, decay=decay, rounding=rounding)
+        many: Any = {"decays": [decay], **options}
+
+        for found in (
+            emajit.update(shadow, params, step, decay=decay, **options),
+            emajit.update_(emajit.init(shadow), params, step, decay=decay, **options),
+            emajit.update_many([shadow], params, step, **many)[0],
+            emajit.update_many_([emajit.init(shadow)], params, step, **many)[0],
+        ):
+            for name, average in found.items():
+                assert average[1:].tolist() == [1.5, 1.5, 1.5]
+                if rounding == "nearest":
+                    assert average[0] == expected[name][0]
+                else:
+                    assert abs(average[0] - expected[name][0]) < 0.01
+
 
 class TestLowPrecision:
     def test_a_float32_shadow_of_bfloat16_parameters_follows_the_truth(self, backend: str) -> None:

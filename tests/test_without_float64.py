@@ -33,7 +33,7 @@ SCHEDULES = [
 ]
 
 
-class NoFloat64(TorchDispatchMode):
+class NoFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuses float64 on the meta device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -47,7 +47,7 @@ class NoFloat64(TorchDispatchMode):
 @pytest.fixture
 def meta(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(_devices, "WITHOUT_FLOAT64", {"meta"})
-    with NoFloat64():
+    with NoFloat64():  # type: ignore[no-untyped-call]
         yield "meta"
 
 

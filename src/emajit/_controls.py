@@ -136,7 +136,7 @@ class Controls(nn.Module):
         decay = written if held == as_held else decimal(held)
         return decay if updates < 0 else float(_warmup(decay)(updates))
 
-    def _decay_on_device(self) -> Tensor | Schedule:
+    def _decay_on_device(self) -> Any:
         """In tensors that are never read back."""
         written, as_held = self._written_decay
         if _devices.is_narrow(self.decay.device):
