@@ -193,6 +193,34 @@ class TestNonfinite:
         found = emajit.update(s, p, 0, decay=0.9, nonfinite="skip", backend=backend)
         assert found.tolist() == [-math.inf, math.inf]
 
+    @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+    @pytest.mark.parametrize("decay", [0.9, 0.25, torch.tensor(0.25, dtype=torch.float64)], ids=str)
+    def test_skip_at_every_entry(self, rounding: Any, decay: Any) -> None:
+        """What is not finite keeps its average to the bit; the others get the same as without."""
+        shadow: dict[str, Tensor] = {
+            str(dtype): torch.full((4,), 1.5, dtype=dtype)
+            for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+        }
+        params = {n: torch.tensor([2.5, torch.nan, torch.inf, -torch.inf]) for n in shadow}
+        whole = {n: torch.full((4,), 2.5) for n in shadow}
+        step = 3
+        options: Any = {"rounding": rounding, "nonfinite": "skip"}
+        expected = emajit.update(shadow, whole, step, decay=decay, rounding=rounding)
+        many: Any = {"decays": [decay], **options}
+
+        for found in (
+            emajit.update(shadow, params, step, decay=decay, **options),
+            emajit.update_(emajit.init(shadow), params, step, decay=decay, **options),
+            emajit.update_many([shadow], params, step, **many)[0],
+            emajit.update_many_([emajit.init(shadow)], params, step, **many)[0],
+        ):
+            for name, average in found.items():
+                assert average[1:].tolist() == [1.5, 1.5, 1.5]
+                if rounding == "nearest":
+                    assert average[0] == expected[name][0]
+                else:
+                    assert abs(average[0] - expected[name][0]) < 0.01
+
 
 class TestLowPrecision:
     def test_a_float32_shadow_of_bfloat16_parameters_follows_the_truth(self, backend: str) -> None:
@@ -210,37 +238,43 @@ class TestLowPrecision:
         assert moved > 0.1
         assert (shadow["w"] - truth).abs().max() < 1e-4 * moved
 
-    @pytest.mark.parametrize(("dtype", "enough"), [(torch.bfloat16, 0.99), (torch.float16, 0.999)])
-    def test_an_average_that_stalls_warns_once(self, dtype: torch.dtype, enough: float) -> None:
+    @pytest.mark.parametrize("decay", [0.91, 0.996, 0.9999])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_an_average_that_stalls_warns_once(self, dtype: torch.dtype, decay: float) -> None:
         _warn._told.clear()
         model = nn.Linear(2, 2).to(dtype)
         params = dict(model.named_parameters())
         shadow = emajit.init(params)
 
-        def step(shadow: Any = shadow, decay: Any = 0.9999, **options: Any) -> None:
-            emajit.update_(shadow, params, 0, decay=decay, **options)
+        def step(shadow: Any = shadow, decay: Any = decay, step: int = 0, **options: Any) -> None:
+            emajit.update_(shadow, params, step, decay=decay, **options)
 
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             step(emajit.init(params, dtype=torch.float32))
-            step(decay=enough)
+            step(decay=0.9)
             step(decay=1.0)  # nothing is to move
             both = [emajit.init(params, dtype=torch.float32), shadow]
-            emajit.update_many_(both, params, 0, decays=[0.9999, 0.5])
+            emajit.update_many_(both, params, 0, decays=[decay, 0.5])
             whole = {"n": torch.zeros(1).to(dtype)}, {"n": torch.ones(1).int()}
-            emajit.update(*whole, 0, decay=0.9999)  # copied
-            step(decay=schedules.warmup(0.9999))
+            emajit.update(*whole, 0, decay=decay)  # copied
+            step(decay=schedules.warmup(decay), step=50)  # 0.85 there
             step(rounding="stochastic")
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             both = [emajit.init(params, dtype=torch.float64), shadow]
-            emajit.update_many_(both, params, 0, decays=[0.5, 0.9999])
+            emajit.update_many_(both, params, 0, decays=[0.5, decay])
             for _ in range(3):
                 step()
             emajit.LitEma(model, use_num_upates=False)(model)
         (warning,) = told
-        assert f"an average in {dtype} stalls: where 1 - decay is below" in str(warning.message)
+        assert f"an average in {dtype} stalls: at a decay above 0.9" in str(warning.message)
+        assert "dtype=torch.float32" in str(warning.message)
+        assert "rounding='stochastic'" in str(warning.message)
         assert warning.filename == __file__
+        _warn._told.clear()
+        with pytest.warns(UserWarning, match="stalls"):  # a schedule that has grown
+            step(decay=schedules.warmup(decay), step=10**6)
 
 
 class TestSeveralAverages:

@@ -14,7 +14,7 @@ touches, beside its tests:
     a decay for each parameter             functional.py (alphas), _plan.py (one for each leaf)
     what counts as one tensor, or overlaps _alias.py, _tree.py
     which average is of which parameter    _tracking.py, _names.py
-    a device without float64 (MPS)         functional, _compile, _controls, schedules
+    a device without float64 (MPS)         _devices.py; functional, _compile, _controls, schedules
     a rounding mode                        _rounding.py, _kernels.py, _choose.py, functional.py
     how a scope is entered and left        scope.py, _exchange.py (what), _context.py (signals)
 """

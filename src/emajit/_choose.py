@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emajit import _compile, _kernels, _torch
+from emajit import _compile, _kernels, _shards, _torch
 from emajit._kernels import Kernel, Update
+from emajit._torch import pytree
 
 # Measured on 2 cores of an AMD EPYC with 32 MiB of cache, torch 2.13, 2026-11-22 to 2026-11-29.
 #
@@ -159,6 +160,16 @@ def check_options(rounding: str, nonfinite: str) -> None:
     """Raise ValueError for an unknown option."""
     _check_option("rounding", rounding, ("nearest", "stochastic"))
     _check_option("nonfinite", nonfinite, ("propagate", "skip"))
+
+
+def check_differentiable(rounding: str, shadows: Any) -> None:
+    """Raise ValueError where derivatives cannot go through an update."""
+    if rounding != "nearest":
+        raise ValueError(
+            f"differentiable: expected rounding='nearest', found {rounding!r}, without a derivative"
+        )
+    if _shards.are_in(pytree.tree_leaves(shadows)):
+        raise ValueError("differentiable: expected whole tensors, found DTensors")
 
 
 def _check_option(name: str, found: str, expected: tuple[str, ...]) -> None:

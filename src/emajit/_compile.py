@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emajit import _alias, _kernels, _torch, _warn
+from emajit import _alias, _devices, _kernels, _torch, _warn
 from emajit._kernels import Alpha, Kernel, Update
 from emajit._rounding import Keys
 
@@ -142,7 +142,7 @@ def scalars(alphas: Sequence[Alpha], device: torch.device) -> list[Tensor]:
             tensors[id(alpha)] = (
                 alpha
                 if isinstance(alpha, Tensor)
-                else torch.full((), alpha, dtype=torch.float64, device=device)  # type: ignore[arg-type]
+                else torch.full((), alpha, dtype=_devices.widest(device), device=device)  # type: ignore[arg-type]
             )
     return [tensors[id(alpha)] for alpha in alphas]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emajit import _torch, schedules
+from emajit import _devices, _torch, schedules
 from emajit.functional import Decay, Schedule
 
 
@@ -100,6 +100,19 @@ def is_on_host(buffer: Tensor) -> bool:
 _warmup = lru_cache(schedules.warmup)
 
 
+class _Known:
+    """A schedule of which alpha is known, in float32."""
+
+    def __init__(self, alpha: Tensor) -> None:
+        self._alpha = alpha
+
+    def __call__(self, step: Any) -> Tensor:  # noqa: ARG002
+        return 1 - self._alpha
+
+    def alpha(self, step: Any) -> Tensor:  # noqa: ARG002
+        return self._alpha
+
+
 class Controls(nn.Module):
     """The buffers `decay` (float32, 0-d) and `num_updates` (int32, 0-d; -1 without warm-up)."""
 
@@ -139,9 +152,15 @@ class Controls(nn.Module):
         decay = written if held == as_held else decimal(held)
         return decay if updates < 0 else float(_warmup(decay)(updates))
 
-    def _decay_on_device(self) -> Tensor:
+    def _decay_on_device(self) -> Any:
         """In tensors that are never read back."""
         written, as_held = self._written_decay
+        if _devices.is_narrow(self.decay.device):
+            alpha = torch.round((1 - self.decay) * 1e7) / 1e7
+            alpha = torch.where(1 - alpha == self.decay, alpha, 1 - self.decay)
+            alpha = torch.where(self.decay == as_held, 1 - written, alpha)
+            warm = torch.maximum(alpha, 9 / (11 + self.num_updates))
+            return _Known(torch.where(self.num_updates < 0, alpha, warm))
         held = self.decay.to(torch.float64)
         short = torch.round(held, decimals=7)
         decay = torch.where(short.to(torch.float32) == self.decay, short, held)

@@ -58,12 +58,13 @@ class Update(NamedTuple):
         )
 
     def rows(self) -> Iterable[tuple[Tensor, Tensor, Alpha, Key | None]]:
-        """Shadow, parameter, alpha and hash key of each leaf."""
+        """Shadow, parameter, alpha and hash key of each leaf; None where it rounds to nearest."""
         n, keys = len(self.shadows), self.keys
         alphas = self.alphas if len(self.alphas) == n else [*self.alphas] * n
         each: list[Any] = [None] * n
         if keys is not None:
-            each = [*zip(keys.words.unbind(), keys.regions, strict=True)]
+            rows = zip(self.shadows, keys.words.unbind(), keys.regions, strict=True)
+            each = [(w, r) if s.dtype in _rounding.SUPPORTED else None for s, w, r in rows]
         return [*zip(self.shadows, self.params, alphas, each, strict=True)]
 
 
@@ -116,10 +117,12 @@ def blend(shadow: Tensor, param: Tensor, alpha: Alpha, skip: bool, key: Key | No
         return param.to(shadow.dtype, copy=True)
     dtype = precision(shadow, param)
     s, p = shadow.to(dtype), param.to(dtype)
+    if key is not None:
+        return _at_random(*_terms(s, p, alpha, skip), shadow.dtype, key)
     average = torch.lerp(s, p, _at(alpha, s.device, s.dtype))
     if skip:
         average = torch.where(torch.isfinite(p), average, s)
-    return _rounded(average, shadow, key)
+    return average.to(shadow.dtype)
 
 
 def single_tensor(u: Update) -> list[Tensor]:
@@ -138,8 +141,9 @@ def single_tensor_(u: Update) -> None:
 
 
 def transformed_(u: Update) -> None:
-    """`single_tensor_` inside of a `torch.func` transform: `lerp_` has no batching rule."""
-    for s, average in zip(u.shadows, single_tensor(u), strict=True):
+    """`single_tensor_` in a transform: `lerp_` has no batching rule; no derivative goes through."""
+    olds = u._replace(shadows=[s.detach() for s in u.shadows])
+    for s, average in zip(u.shadows, single_tensor(olds), strict=True):
         s.copy_(average)
 
 
@@ -153,11 +157,9 @@ def traced(u: Update) -> list[Tensor]:
         olds, bases, steps = _increments(group)
         averages = _torch.foreach_add(bases, steps)
         if any(a is not s for a, s in zip(olds, group.shadows, strict=True)):
-            # Copied in one operator, too.
-            rows = zip(averages, group.rows(), strict=True)
-            rounded = [_rounded(average, s, key) for average, (s, _, _, key) in rows]
+            rounded = _rounded(group, averages, bases, steps)
             averages = [torch.empty_like(s) for s in group.shadows]
-            _torch.foreach_copy_(averages, rounded)
+            _torch.foreach_copy_(averages, rounded)  # in one operator, too
         for i, average in zip(leaves, averages, strict=True):
             news[i] = average
     for i, (s, p) in enumerate(zip(u.shadows, u.params, strict=True)):
@@ -173,8 +175,7 @@ def traced_(u: Update) -> None:
         if all(a is b is s for a, b, s in zip(olds, bases, group.shadows, strict=True)):
             _torch.foreach_add_([*map(_view, olds)], [*map(_view, steps)])
             continue
-        rows = zip(_torch.foreach_add(bases, steps), group.rows(), strict=True)
-        rounded = [_rounded(average, s, key) for average, (s, _, _, key) in rows]
+        rounded = _rounded(group, _torch.foreach_add(bases, steps), bases, steps)
         _torch.foreach_copy_([*map(_view, group.shadows)], [*map(_view, rounded)])
     for s, p in zip(u.shadows, u.params, strict=True):
         if not _is_averaged(p):
@@ -259,12 +260,29 @@ def _is_averaged(param: Tensor) -> bool:
     return param.is_floating_point() or param.is_complex()
 
 
-def _rounded(average: Tensor, shadow: Tensor, key: Key | None) -> Tensor:
-    """The average in the shadow's dtype."""
-    if key is not None and shadow.dtype in _rounding.SUPPORTED:
-        words, region = key
-        return _rounding.stochastic(average, shadow.dtype, words.to(average.device), region)
-    return average.to(shadow.dtype)
+def _terms(s: Tensor, p: Tensor, alpha: Alpha, skip: bool) -> tuple[Tensor, Tensor]:
+    """The two terms of one average, as `_increments` has them."""
+    at_param, factor = _nearer_end(alpha, s.device, s.dtype.to_real())
+    difference = p - s
+    if skip:
+        difference = torch.where(torch.isfinite(p), difference, 0)
+    return _base(at_param, s, p, skip), difference * factor
+
+
+def _rounded(
+    u: Update, averages: list[Tensor], bases: list[Tensor], steps: list[Tensor]
+) -> list[Tensor]:
+    """The averages, sums of the two terms, in the dtypes of their shadows."""
+    rows = zip(averages, bases, steps, u.rows(), strict=True)
+    return [
+        average.to(s.dtype) if key is None else _at_random(base, step, s.dtype, key)
+        for average, base, step, (s, _, _, key) in rows
+    ]
+
+
+def _at_random(base: Tensor, step: Tensor, dtype: torch.dtype, key: Key) -> Tensor:
+    words, region = key
+    return _rounding.stochastic(base.to(step.dtype), step, dtype, words.to(step.device), region)
 
 
 def _at(alpha: Alpha, device: torch.device, dtype: torch.dtype) -> Any:

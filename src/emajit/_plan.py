@@ -127,6 +127,7 @@ def find(
     *,
     in_place: bool = True,
     same_device: bool = True,
+    through: bool = False,
 ) -> Found:
     """The plan for an update of these shadows, each with its alpha, and the leaves in its order.
 
@@ -134,15 +135,15 @@ def find(
     types of the alphas, with stochastic rounding the names of the leaves, and the placements of
     DTensors. A hit also needs the shape, the strides, the dtype and the device of each leaf to be
     unchanged. A miss and an update that is not in place check everything. A trace checks everything
-    but the memory of the leaves and the backend.
+    but the memory of the leaves and the backend; so does an update that derivatives go `through`.
 
     Raises ValueError and TypeError as `emajit.update_` says, before anything is written.
     """
-    if torch.compiler.is_compiling():
-        return _traced(shadows, params, rounding, nonfinite, in_place=in_place)
+    given = rounding, nonfinite, backend
+    if torch.compiler.is_compiling() or through or _torch.in_transform():
+        return _traced(shadows, params, given, in_place, through)
     flat = _tree.flatten(shadows, params)
     if flat is None or not in_place or not same_device:
-        given = rounding, nonfinite, backend
         return _made(
             shadows, params, flat, alphas, given, in_place=in_place, same_device=same_device
         )
@@ -150,18 +151,18 @@ def find(
     names = None
     if rounding == "stochastic":  # the noise is a hash of the names
         names = tuple([tuple(s) if type(s) is dict else None for s in shadows])
-    options: tuple[Any, ...] = rounding, nonfinite, backend, kinds, names
+    options: tuple[Any, ...] = *given, kinds, names
     addresses = _addresses(flat)
     found = _hit((addresses, options), flat)
     if found is None and _shards.are_in(chain(*flat)):
         placed = _shards.placed(flat.shadows)
         if placed != _shards.placed(flat.params) * len(shadows):
-            return _made(shadows, params, None, alphas, options[:3], in_place=True)
+            return _made(shadows, params, None, alphas, given, in_place=True)
         flat = Leaves(_shards.local(flat.shadows), _shards.local(flat.params))
         addresses, options = _addresses(flat), (*options, tuple(placed))
         found = _hit((addresses, options), flat)
     if found is None:
-        found = _made(shadows, params, flat, alphas, options[:3], in_place=True)
+        found = _made(shadows, params, flat, alphas, given, in_place=True)
         if addresses is not None and not _torch.in_dispatch_mode():
             if len(_plans) >= MOST_PLANS:
                 _plans.clear()
@@ -204,9 +205,7 @@ def _remembered(plan: Plan, flat: Leaves) -> Plan:
         (i, j) for i, leaf in enumerate(leaves) if (j := places.setdefault(id(leaf), i)) < i
     ]
     unique = [*places.values()]
-    firsts = None
-    if not isinstance(plan.slots, range):
-        firsts = _tree.firsts(plan.slots)
+    firsts = None if isinstance(plan.slots, range) else _tree.firsts(plan.slots)
     return plan._replace(
         unique=unique if duplicates else None,
         duplicates=duplicates,
@@ -229,8 +228,6 @@ def _made(
     rounding, nonfinite, backend = options
     _choose.check_options(rounding, nonfinite)
     _choose.check_backend(backend)
-    if _torch.in_transform():
-        return _traced(shadows, params, rounding, nonfinite, in_place=in_place)
     if _torch.in_dispatch_mode():
         backend = "eager"
     pairs = _tree.pair(shadows, params, flat, same_device=same_device)
@@ -253,31 +250,30 @@ def _low_precision(pairs: Pairs, several: int) -> list[tuple[torch.dtype, int]]:
     """The dtypes in which averages may stall, each with the index of its alpha."""
     each = max(1, len(pairs.shadows) // max(1, several))
     rows = enumerate(zip(pairs.shadows, pairs.params, strict=True))
-    return list(
-        {
-            (s.dtype, i // each)
-            for i, (s, p) in rows
-            if s.dtype in _warn.RESOLUTION and p.is_floating_point()
-        }
-    )
+    found = [(s.dtype, i // each) for i, (s, p) in rows if p.is_floating_point()]
+    return [*{(dtype, i) for dtype, i in found if dtype in _warn.NARROW}]
 
 
 def _traced(
-    shadows: Sequence[PyTree], params: PyTree, rounding: str, nonfinite: str, *, in_place: bool
+    shadows: Sequence[PyTree], params: PyTree, options: Options, in_place: bool, through: bool
 ) -> Found:
-    """A plan of one group, for the user's own trace or transform."""
+    """A plan of one group, for the user's own trace or transform; derivatives may go through."""
+    rounding, nonfinite, _ = options
     _choose.check_options(rounding, nonfinite)
     pairs = _tree.pair(shadows, params, None)
     if in_place and not _torch.in_transform():
         _tree.check_averages(shadows)
+    if through:
+        _choose.check_differentiable(rounding, shadows)
     keys = _keys(shadows, pairs) if rounding == "stochastic" else None
-    if _torch.in_transform():  # the multi-tensor operators have no batching rule
+    if through or _torch.in_transform():  # the multi-tensor operators have no batching rule
         kernel: Kernel = _kernels.transformed_ if in_place else _kernels.single_tensor
     else:
         kernel = _kernels.traced_ if in_place else _kernels.traced
     everything = range(len(pairs.shadows))
     plan = Plan([(everything, kernel)], pairs.slots, nonfinite == "skip", keys, [], len(shadows))
-    return Found(plan, pairs.shadows, pairs.params)
+    olds = pairs.shadows if in_place or through else [s.detach() for s in pairs.shadows]
+    return Found(plan, olds, pairs.params if through else [p.detach() for p in pairs.params])
 
 
 def _keys(shadows: Sequence[PyTree], pairs: Pairs) -> Keys:

@@ -1,14 +1,16 @@
 r"""Stochastic rounding to 16 bits: up or down at random, so that the mean is the number itself.
 
-A number between two neighbours $a < x < b$ becomes $b$ with probability $(x - a) / (b - a)$. The
-noise is a hash of the step, the leaf's path and the element's index, in row-major order: the same
-on every device, eager or compiled, in one piece or in shards. So are the results, but for a few
-elements in a million, whose average itself differs in its last bit of float32.
+A number between two neighbours $a < x < b$ becomes $b$ with probability $(x - a) / (b - a)$, right
+to $2^{-32}$. The number is a sum that is never taken in float32 alone: what that loses counts too.
+The noise is a hash of the step, the leaf's path and the element's index, in row-major order: the
+same on every device, eager or compiled, in one piece or in shards. So are the results, but for a
+few elements in a million, where a compiler joins a product and a sum into one operation.
 """
 
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,44 +23,84 @@ from emajit._shards import Region
 SUPPORTED = torch.bfloat16, torch.float16, torch.complex32
 
 
-def stochastic(x: Tensor, dtype: torch.dtype, key: Tensor, region: Region | None = None) -> Tensor:
-    """Round `x`, all of a leaf or a `region` of it, to `dtype`, one of `SUPPORTED`, at random.
+def stochastic(
+    base: Tensor, step: Tensor, dtype: torch.dtype, key: Tensor, region: Region | None = None
+) -> Tensor:
+    """Round `base + step`, of a leaf or a `region` of it, to `dtype` of `SUPPORTED`, at random.
 
-    What `dtype` holds exactly stays, and so do zeros, infinities and NaN. Beyond the largest finite
-    number there is no second neighbour, and rounding is to nearest.
+    What `dtype` holds exactly stays, and so do infinities and NaN. Rounding is to nearest beyond
+    the largest finite number, where there is no second neighbour, and in bfloat16 above 2^110 and
+    below 2^-126.
     """
     if dtype.is_complex:
+        base, step = torch.view_as_real(base), torch.view_as_real(step)
         region = region and Region(2 * region.first, (*(2 * s for s in region.strides), 1))
-        return torch.view_as_complex(stochastic(torch.view_as_real(x), torch.float16, key, region))
-    x = x.to(torch.float32)
-    noise = _noise(x, key, region)
-    rounded = _without(16, x, noise) if dtype == torch.bfloat16 else _to_float16(x, noise)
-    return torch.where(x.abs() <= torch.finfo(dtype).max, rounded, x).to(dtype)
+        return torch.view_as_complex(stochastic(base, step, torch.float16, key, region))
+    x = (base + step).to(torch.float32)
+    side, drawn = _side_and_number(x, key, region, _DROPPED[dtype] - 1)
+    nearest = _nearest(x, dtype)
+    ulp = _ulp(nearest * side, dtype)
+    # A neighbour on either side is tried with probability 1/2, and is at most half an ulp away from
+    # the middle: it is taken if it is on the side of the rest, with 2 |rest| / ulp.
+    rest = (base - nearest).add_(step).to(torch.float32).mul_(side)
+    is_taken = drawn * ulp < rest
+    del drawn, rest  # at most 80 bytes are held for a number
+    neighbour = torch.add(nearest, ulp.mul_(side), alpha=2.0 ** _DROPPED[dtype])
+    del side, ulp
+    rounded = torch.where(is_taken, neighbour, nearest)
+    limit = min(2 * torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    return torch.where(nearest.add_(rounded).abs_() <= limit, rounded, x).to(dtype)
 
 
-# What is in place here is on tensors of these functions' own: it halves the time in eager mode. By
-# the methods, since `functionalize` does not know `&=` and `^=`.
+# In floating point: to look at the bits of a float, Inductor takes a vector apart on a CPU, and to
+# convert integers, too. What is in place here is on tensors of these functions' own: it halves the
+# time in eager mode. By the methods, since `functionalize` does not know `&=` and `^=`.
+
+_DROPPED = {torch.bfloat16: 16, torch.float16: 13}  # the last bits of a float32
 
 
-def _to_float16(x: Tensor, noise: Tensor) -> Tensor:
-    """Below 2^-14 the numbers of float16 are as far apart as just above: lift what is below.
+def _nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The number of `dtype` next to `x`, in float32: Veltkamp's splitting; NaN if that overflows.
 
-    In float32 the lift keeps 13 bits of the distance, as many as are random.
+    Not by a product alone, which a compiler would join to one of the differences.
     """
-    size = x.abs()
-    lift = (size < 2**-14).to(torch.float32).mul_(2**-14)
-    size += lift
-    rounded = _without(13, size, noise)
-    rounded -= lift
-    return torch.copysign(rounded, x)
+    scaled = torch.add(x, x, alpha=2.0 ** _DROPPED[dtype])
+    nearest = scaled.sub_(scaled - x)
+    if dtype == torch.float16:  # whose subnormals are multiples of 2^-24
+        nearest = torch.where(x.abs() < 2**-14, (x + 0.75).sub_(0.75), nearest)
+    return nearest
 
 
-def _without(bits: int, x: Tensor, noise: Tensor) -> Tensor:
-    """Carry as many random bits into the last of a float32, and drop those: 16 for bfloat16."""
-    noise.bitwise_and_((1 << bits) - 1)
-    carried = x.view(torch.int32) + noise
-    carried.bitwise_and_(-(1 << bits))
-    return carried.view(torch.float32)
+def _ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance of `x` to the next number of `dtype` above it, without the dropped bits."""
+    size = x.abs().mul_(2**-24 * (1 + 2**-20))  # over half of an ulp of float32, and below one
+    if dtype == torch.float16:
+        size = size.clamp(min=2**-37)
+    return size.add_(x).sub_(x)
+
+
+def _side_and_number(
+    x: Tensor, key: Tensor, region: Region | None, exponent: int
+) -> tuple[Tensor, Tensor]:
+    """For each element of `x` a random side, 1 or -1, and a random number below 2^exponent."""
+    noise = _noise(x, key, region)
+    return _as_float(noise, -(2**31), 1.0), _uniform(noise, exponent)
+
+
+def _uniform(noise: Tensor, exponent: int) -> Tensor:
+    """The lower 31 bits as a number in (0, 2^exponent), near 0 by steps of 2^(exponent - 30).
+
+    Of two parts, 23 bits and 8, in the mantissas of two floats whose sum is rounded once.
+    """
+    first, second = 2.0**exponent, 2.0 ** (exponent - 8)
+    upper = _as_float(noise >> 8, 0x7FFFFF, first)
+    return upper.sub_(first + second).add_(_as_float(noise, 0xFE, second * (1 + 2**-23)))
+
+
+def _as_float(noise: Tensor, mask: int, number: float) -> Tensor:
+    """The bits of a float32, with some of the noise."""
+    bits = int.from_bytes(struct.pack("<f", number), "little")
+    return (noise & mask).bitwise_or_(bits).view(torch.float32)
 
 
 class Keys(NamedTuple):
@@ -114,8 +156,8 @@ def _digest(path: str) -> list[int]:
 
 
 def _noise(x: Tensor, key: Tensor, region: Region | None) -> Tensor:
-    """32 random bits for each element of `x`."""
-    return _hash(_index(x, region) ^ key[0], key[1])
+    """32 random bits for each element of `x`, the upper ones the better."""
+    return _multiplied(_index(x, region) ^ key[0], key[1])
 
 
 def _index(x: Tensor, region: Region | None) -> Tensor:
@@ -130,8 +172,14 @@ def _index(x: Tensor, region: Region | None) -> Tensor:
     return index
 
 
-def _hash(x: Tensor, key: Tensor | int = 0) -> Tensor:
-    """Multiply and fold `x` twice: `lowbias32` of skeeto's hash-prospector, a key in between.
+def _hash(x: Tensor) -> Tensor:
+    """`lowbias32` of skeeto's hash-prospector."""
+    x = _multiplied(x, 0)
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+
+
+def _multiplied(x: Tensor, key: Tensor | int) -> Tensor:
+    """Fold and multiply `x` twice, a key in between.
 
     In int32, whose shifts repeat the sign: without the masks the result is visibly not uniform.
     """
@@ -140,5 +188,4 @@ def _hash(x: Tensor, key: Tensor | int = 0) -> Tensor:
     x += key
     x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF))
     x *= -0x7B935975
-    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
     return x

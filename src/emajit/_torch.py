@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree  # torch has no public pytrees, and never renamed these
 
 __all__ = ["pytree"]  # and the functions below
@@ -67,7 +68,12 @@ _transform_level = _find("torch._C._functorch.maybe_current_level")
 
 
 def in_transform() -> bool:
-    """Whether a `torch.func` transform is active, whose tensors have no addresses."""
+    """Whether a `torch.func` transform is active, or derivatives are taken forward.
+
+    The tensors of a transform have no addresses, and `no_grad` lets tangents through.
+    """
+    if getattr(forward_ad, "_current_level", -1) >= 0:
+        return True
     if _transforms_are_active is not None:
         return bool(_transforms_are_active())
     if _transform_level is None or torch.compiler.is_compiling():

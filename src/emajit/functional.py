@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from emajit import _plan, _torch, _tree, scope
+from emajit import _devices, _plan, _torch, _tree, scope
 from emajit._kernels import Alpha
 
 Step = int | Tensor
@@ -61,13 +61,15 @@ def update(
     rounding: Rounding = "nearest",
     nonfinite: Nonfinite = "propagate",
     backend: str = "auto",
+    differentiable: bool = False,
 ) -> Tree:
     r"""The shadow after one more step, in new tensors: $s + \alpha (p - s)$.
 
     Alpha is $1 - \beta(t)$, computed in float64. The result is finite where $p - s$ is. The leaves
     are averaged in float64 if one of the two is, else in float32, and rounded once, to the shadow's
     dtype. An integer or bool parameter is copied, None stays None, and leaves of the shadow that
-    are one tensor are averaged once and stay one. The result never requires grad.
+    are one tensor are averaged once and stay one. The result requires no grad and has no tangent
+    unless the update is `differentiable`.
 
     Args:
         shadow: the averages so far, from `init` or an earlier update.
@@ -80,9 +82,10 @@ def update(
         decay: $\beta$, the decay rate: the share of the old shadow that is kept, in [0, 1]. A
             float, a 0-d tensor, or a schedule, `step -> decay` (see `emajit.schedules`).
         rounding: how bfloat16 and float16 shadows round. To "nearest" they stall: near decay 1
-            almost every increment is under half an ulp and rounds away; one warning says so, unless
-            alpha is a tensor on a device or the call is traced. "stochastic" goes to either
-            neighbour at random, so that the mean is right; a single element has noise of some ulps.
+            almost every increment is under half an ulp and rounds away; one warning says so at the
+            first decay above 0.9, unless alpha is a tensor on a device or the call is traced.
+            "stochastic" goes to either neighbour at random, so that the mean is right, also where
+            a float32 shadow stalls; a single element has noise of some ulps.
             The noise is a hash of the step, the path of the leaf in `shadow` and the index of the
             element: the same call gives the same bits. Number the steps, and do not use one twice.
             Within `torch.func.vmap` (torch 2.13) the examples share their noise.
@@ -94,6 +97,9 @@ def update(
             `torch.compile` backend) compiles all; "auto" takes for each leaf the faster, and
             compiles nothing for decays of 1/2 and below, where a warm-up begins. Inside your own
             `torch.compile` the call is traced and `backend` has no effect.
+        differentiable: as in `torch.optim`. False cuts gradients and tangents; with True both go
+            through the formula, for the shadow and the params but not the decay, single-tensor
+            whatever the `backend`. For "stochastic" rounding and for DTensors True is refused.
 
     Raises:
         ValueError: structure, shape or device differ, or the shadow's dtype cannot hold the
@@ -109,7 +115,8 @@ def update(
     {'w': tensor([0.2500])}
     """
     alphas = [_alpha(decay, step)]
-    new: Tree = _pure([shadow], params, alphas, step, rounding, nonfinite, backend)[0]
+    options = rounding, nonfinite, backend
+    new: Tree = _pure([shadow], params, alphas, step, options, differentiable)[0]
     return new
 
 
@@ -161,6 +168,7 @@ def update_many(
     rounding: Rounding = "nearest",
     nonfinite: Nonfinite = "propagate",
     backend: str = "auto",
+    differentiable: bool = False,
 ) -> list[Tree]:
     """`update` of several shadows of the same params, each with its own decay, in one pass.
 
@@ -173,6 +181,7 @@ def update_many(
             index of its shadow.
         nonfinite: as in `update`.
         backend: as in `update`.
+        differentiable: as in `update`.
 
     Raises:
         ValueError: as `update`; also where the numbers of shadows and decays differ, two shadows
@@ -184,7 +193,7 @@ def update_many(
     [{'w': tensor([0.5000])}, {'w': tensor([0.2500])}]
     """
     alphas = alphas_of(shadows, decays, step)
-    return _pure(shadows, params, alphas, step, rounding, nonfinite, backend)
+    return _pure(shadows, params, alphas, step, (rounding, nonfinite, backend), differentiable)
 
 
 def update_many_(
@@ -218,14 +227,13 @@ def _pure(
     params: Any,
     alphas: Sequence[Alpha],
     step: Step,
-    rounding: str,
-    nonfinite: str,
-    backend: str,
+    options: tuple[str, str, str],
+    differentiable: bool,
 ) -> list[Any]:
     """The new trees."""
-    found = _plan.find(shadows, params, alphas, rounding, nonfinite, backend, in_place=False)
+    found = _plan.find(shadows, params, alphas, *options, in_place=False, through=differentiable)
     scope.check_outside(found.params)
-    with torch.no_grad():
+    with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
         return found.rebuild(shadows, found.run(alphas, step))
 
 
@@ -251,13 +259,15 @@ def _alpha(decay: Decay | Schedule, step: Step) -> float | Tensor:
     if type(decay) is float and 0.0 <= decay <= 1.0 and type(step) is int and step >= 0:
         return 1.0 - decay
     step = _checked_step(step)
+    if hasattr(decay, "alpha") and isinstance(step, Tensor) and _devices.is_narrow(step.device):
+        return decay.alpha(step)  # type: ignore[no-any-return]
     beta = decay(step) if callable(decay) else decay
     if isinstance(beta, Tensor):
         if beta.ndim != 0 or not beta.is_floating_point():
             found = f"shape {tuple(beta.shape)} and {beta.dtype}"
             raise ValueError(f"decay: expected a 0-d floating-point tensor, found {found}")
         if beta.device.type != "cpu" or torch.compiler.is_compiling() or _torch.in_transform():
-            return 1.0 - beta.detach().to(torch.float64)
+            return 1.0 - beta.detach().to(_devices.widest(beta.device))
         beta = float(beta.detach())  # in host memory, so nothing waits for it
     if not isinstance(beta, _NUMBERS):
         found = getattr(beta, "__qualname__", type(beta).__qualname__)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeGuard, overload
 import torch
 from torch import Tensor, nn
 
-from emajit import _paths, _tree, _warn, checkpoint
+from emajit import _devices, _paths, _tree, _warn, checkpoint
 from emajit.checkpoint import files
 from emajit.checkpoint.saved import Saved, count, opened
 from emajit.schedules import gamma_to_sigma_rel, sigma_rel_to_gamma
@@ -169,9 +169,10 @@ def profile(t: Tensor, step: float, gamma: float) -> Tensor:
         step: $T$, the time of the average.
         gamma: its exponent.
 
-    Returns float64 of the shape of `t`; zero after $T$. Its integral is 1.
+    Returns float64 of the shape of `t` (float32 on a device without), zero after $T$. Its integral
+    is 1.
     """
-    x = t.to(torch.float64) / step
+    x = t.to(_devices.widest(t.device)) / step
     return torch.where((x >= 0) & (x <= 1), (gamma + 1) / step * x**gamma, 0.0)
 
 

@@ -6,6 +6,10 @@ call), to the decay $\beta$, the share of the old shadow that is kept. A Python 
 every step), without being read back, so that a schedule can be traced by `torch.compile` and
 captured in a CUDA graph.
 
+On a device without float64 (MPS) the decay of a tensor is float32, of which 1 minus the decay has
+lost its last digits; there an update asks `schedule.alpha(step)` for that difference, which every
+schedule of this module computes by a formula of its own.
+
 Every factory here raises ValueError for an argument outside its range. What it returns can be
 printed, compared and pickled as its call.
 
@@ -25,6 +29,8 @@ from typing import Any, ParamSpec, overload
 import torch
 from torch import Tensor
 
+from emajit import _devices
+
 Step = int | Tensor
 Decay = float | Tensor
 Schedule = Callable[[Step], Decay]
@@ -32,10 +38,10 @@ P = ParamSpec("P")
 
 
 class _Schedule:
-    """A schedule, and the call that made it."""
+    """A schedule, 1 minus its decay without cancellation, and the call that made it."""
 
-    def __init__(self, schedule: Schedule, name: str, args: Any, kwargs: Any) -> None:
-        self._schedule, self._made = schedule, (name, args, kwargs)
+    def __init__(self, schedule: Schedule, alpha: Schedule, *made: Any) -> None:
+        self._schedule, self.alpha, self._made = schedule, alpha, made
 
     def __call__(self, step: Step) -> Decay:
         return self._schedule(step)
@@ -69,9 +75,15 @@ def _make(name: str, args: Any, kwargs: Any) -> Schedule:
 def _factory(function: Callable[P, Schedule]) -> Callable[P, Schedule]:
     @functools.wraps(function)
     def made(*args: P.args, **kwargs: P.kwargs) -> Schedule:
-        return _Schedule(function(*args, **kwargs), function.__name__, args, kwargs)
+        schedule: Any = function(*args, **kwargs)
+        return _Schedule(schedule, schedule.alpha, function.__name__, args, kwargs)
 
     return made
+
+
+def _alpha(schedule: Schedule, step: Step) -> Decay:
+    alpha = getattr(schedule, "alpha", None)  # which a schedule of the user's need not have
+    return 1 - schedule(step) if alpha is None else alpha(step)
 
 
 @_factory
@@ -83,7 +95,7 @@ def constant(decay: float) -> Schedule:
     [0.999, 0.999, 0.999]
     """
     _check_share("decay", decay)
-    return lambda step: decay  # noqa: ARG005, by that name as every schedule
+    return _Schedule(lambda step: decay, lambda step: 1 - decay)  # noqa: ARG005
 
 
 @_factory
@@ -106,7 +118,7 @@ def warmup(decay: Decay) -> Schedule:
         n = _real(step) + 1
         return _minimum((1 + n) / (10 + n), decay)
 
-    return schedule
+    return _Schedule(schedule, lambda step: _maximum(9 / (11 + _real(step)), 1 - decay))
 
 
 @_factory
@@ -135,7 +147,10 @@ def inverse_gamma(
         decay = 1 - (1 + _real(step) / gamma) ** -power
         return _maximum(_minimum(decay, max_decay), min_decay)
 
-    return schedule
+    def alpha(step: Step) -> Decay:
+        return _minimum(_maximum((1 + _real(step) / gamma) ** -power, 1 - max_decay), 1 - min_decay)
+
+    return _Schedule(schedule, alpha)
 
 
 @_factory
@@ -169,7 +184,7 @@ def power_function(sigma_rel: float | None = None, gamma: float | None = None) -
         n = _real(step) + 1
         return (1 - 1 / n) ** exponent
 
-    return schedule
+    return _Schedule(schedule, lambda step: -_expm1(exponent * _log1p(-1 / (_real(step) + 1))))
 
 
 @overload
@@ -254,12 +269,15 @@ def half_life(images: float, batch_size: int, rampup_ratio: float | None = 0.05)
     if rampup_ratio is None:
         return constant(0.5 ** (batch_size / images))
 
-    def schedule(step: Step) -> Decay:
+    def halvings(step: Step) -> Decay:
         life = _minimum(rampup_ratio * batch_size * _real(step), images)
-        halvings = batch_size / _maximum(life, 1e-8)
-        return torch.exp2(-halvings) if isinstance(halvings, Tensor) else 2.0**-halvings
+        return batch_size / _maximum(life, 1e-8)
 
-    return schedule
+    def schedule(step: Step) -> Decay:
+        n = halvings(step)
+        return torch.exp2(-n) if isinstance(n, Tensor) else 2.0**-n
+
+    return _Schedule(schedule, lambda step: -_expm1(-math.log(2) * halvings(step)))
 
 
 @_factory
@@ -284,7 +302,7 @@ def debiased(decay: float) -> Schedule:
         t = _real(step)
         return decay * _expm1(t * log) / _expm1((t + 1) * log)
 
-    return schedule
+    return _Schedule(schedule, lambda step: (decay - 1) / _expm1((_real(step) + 1) * log))
 
 
 @_factory
@@ -300,7 +318,7 @@ def uniform() -> Schedule:
         t = _real(step)
         return t / (t + 1)
 
-    return schedule
+    return _Schedule(schedule, lambda step: 1 / (_real(step) + 1))
 
 
 @_factory
@@ -320,7 +338,11 @@ def cosine(start: float, end: float, steps: int) -> Schedule:
         t = _minimum(_real(step), float(steps))
         return end - (end - start) * (_cos(math.pi / steps * t) + 1) / 2
 
-    return schedule
+    def alpha(step: Step) -> Decay:
+        left = steps - _minimum(_real(step), float(steps))
+        return 1 - end + (end - start) * _sin(math.pi / 2 / steps * left) ** 2
+
+    return _Schedule(schedule, alpha)
 
 
 @_factory
@@ -338,7 +360,11 @@ def linear(start: float, end: float, steps: int) -> Schedule:
     def schedule(step: Step) -> Decay:
         return end - (end - start) * (1 - _minimum(_real(step), float(steps)) / steps)
 
-    return schedule
+    def alpha(step: Step) -> Decay:
+        left = steps - _minimum(_real(step), float(steps))
+        return 1 - end + (end - start) * left / steps
+
+    return _Schedule(schedule, alpha)
 
 
 @_factory
@@ -352,17 +378,21 @@ def delay(schedule: Schedule, start: int) -> Schedule:
     _check_schedule(schedule)
     start = _integer("start", start, 0)
 
-    def delayed(step: Step) -> Decay:
-        if isinstance(step, Tensor):
-            step = step.to(torch.int64)
-            decay = schedule((step - start).clamp(min=0))
-            if not isinstance(decay, Tensor):
-                # `as_tensor` would copy it from the host.
-                decay = torch.full((), decay, dtype=torch.float64, device=step.device)
-            return torch.where(step < start, 0.0, decay.to(torch.float64))
-        return 0.0 if step < start else schedule(step - start)
+    def from_start(of: Schedule, before: float, step: Step) -> Decay:
+        if not isinstance(step, Tensor):
+            return before if step < start else of(step - start)
+        step = step.to(torch.int64)
+        wide = _devices.widest(step.device)
+        later = of((step - start).clamp(min=0))
+        if not isinstance(later, Tensor):
+            # `as_tensor` would copy it from the host.
+            later = torch.full((), later, dtype=wide, device=step.device)
+        return torch.where(step < start, before, later.to(wide))
 
-    return delayed
+    def alpha(step: Step) -> Decay:
+        return from_start(functools.partial(_alpha, schedule), 1.0, step)
+
+    return _Schedule(lambda step: from_start(schedule, 0.0, step), alpha)
 
 
 @_factory
@@ -380,19 +410,23 @@ def every(schedule: Schedule, interval: int) -> Schedule:
     _check_schedule(schedule)
     interval = _integer("interval", interval, 1)
 
-    def product(step: Step) -> Decay:
+    def within(of: Callable[[Step], Decay], step: Step) -> list[Decay]:
         if isinstance(step, Tensor):
             step = step.to(torch.int64)  # step * interval may be more than a small type holds
-        decay: Decay = 1.0
-        for i in range(interval):
-            decay = decay * schedule(step * interval + i)
-        return decay
+        return [of(step * interval + i) for i in range(interval)]
 
-    return product
+    def product(step: Step) -> Decay:
+        return functools.reduce(operator.mul, within(schedule, step), 1.0)
+
+    def alpha(step: Step) -> Decay:
+        alphas = within(functools.partial(_alpha, schedule), step)
+        return -_expm1(functools.reduce(operator.add, [_log1p(-a) for a in alphas]))
+
+    return _Schedule(product, alpha)
 
 
 def _real(step: Step) -> Decay:
-    return step.to(torch.float64) if isinstance(step, Tensor) else float(step)
+    return step.to(_devices.widest(step.device)) if isinstance(step, Tensor) else float(step)
 
 
 def _minimum(a: Decay, b: Decay) -> Decay:
@@ -403,12 +437,22 @@ def _minimum(a: Decay, b: Decay) -> Decay:
     return min(a, b)
 
 
-def _maximum(a: Decay, b: float) -> Decay:
+def _maximum(a: Decay, b: Decay) -> Decay:
     return torch.clamp(a, min=b) if isinstance(a, Tensor) else max(a, b)
 
 
 def _expm1(x: Decay) -> Decay:
     return torch.expm1(x) if isinstance(x, Tensor) else math.expm1(x)
+
+
+def _log1p(x: Decay) -> Decay:
+    if isinstance(x, Tensor):
+        return torch.log1p(x)
+    return math.log1p(x) if x > -1 else -math.inf
+
+
+def _sin(x: Decay) -> Decay:
+    return torch.sin(x) if isinstance(x, Tensor) else math.sin(x)
 
 
 def _cos(x: Decay) -> Decay:

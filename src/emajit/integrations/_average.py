@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from emajit import (
     _choose,
     _controls,
+    _devices,
     _module,
     _names,
     _paths,
@@ -130,6 +131,8 @@ def fingerprint(weights: Iterable[Tensor], dtype: torch.dtype | None = None) -> 
     code = 0
     for weight in _shards.local([weight.detach() for weight in weights]):
         if weight.numel():
+            if dtype == torch.float64 != _devices.widest(weight.device):
+                weight = weight.cpu()  # noqa: PLW2901
             cast = weight.to(dtype) if dtype and weight.is_floating_point() else weight
             plain = cast.resolve_conj().resolve_neg().contiguous()
             rows = plain.view(len(cast) if cast.ndim > 1 else 1, -1)

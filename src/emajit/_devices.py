@@ -1,0 +1,17 @@
+"""Devices without float64: what is float64 elsewhere is float32 there."""
+
+from __future__ import annotations
+
+import torch
+
+WITHOUT_FLOAT64 = {"mps"}
+
+
+def is_narrow(device: torch.device) -> bool:
+    """Whether a device has no float64."""
+    return device.type in WITHOUT_FLOAT64
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The widest real dtype of a device."""
+    return torch.float32 if is_narrow(device) else torch.float64
