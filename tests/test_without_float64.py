@@ -82,7 +82,7 @@ def test_alpha_is_one_minus_the_decay(schedule: Any) -> None:
 @pytest.mark.parametrize("updates", [-1, 0, 50, 10**7])
 def test_the_decay_of_a_lit_ema_on_its_device(decay: float, updates: int) -> None:
     for written in (decay, 0.1):  # as constructed, or loaded
-        controls = _controls.Controls(written, counts=True)
+        controls = _controls.Controls(written, first_update=0, must_count=False, every=1)
         controls.decay.fill_(decay)
         controls.num_updates.fill_(updates)
         exact = decay if written == decay else _controls.decimal(_controls.float32(decay))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -174,12 +173,12 @@ class LitEmaState(Tracking):
                 key: _own(value, buffers[key] if key in _RANGES else value)
                 for key, value in values.items()
             }
-            load = [partial(self._buffers.update, new)]
+            load: list[tuple[Any, ...]] = [(self._buffers.update, new)]
         else:
             shards = [_shards.local(of.values()) for of in (buffers, values)]
-            load = [partial(_torch.foreach_copy_, *shards)] if buffers else []
+            load = [(_torch.foreach_copy_, *shards)] if buffers else []
         flags = {"_untouched": untouched, "_uninitialised": {*untouched}}
-        _module.at_once(*load, partial(vars(self).update, flags))
+        _module.at_once(*load, (vars(self).update, flags))
         if untouched:
             _warn.warn(
                 f"{len(untouched)} of {len(self.m_name2s_name)} averages are not in the "

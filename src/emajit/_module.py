@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from itertools import starmap
 from typing import Any, Literal
 
 import torch
@@ -159,13 +159,13 @@ def listed(
     return found
 
 
-def at_once(*calls: Callable[[], object]) -> None:
-    """Make calls, between which no interrupt comes where they are written in C."""
-    deque(map(operator.call, calls), maxlen=0)
+def at_once(*calls: tuple[Any, ...]) -> None:
+    """Call functions of C, each with its arguments; no signal is handled between two of them."""
+    deque(starmap(operator.call, calls), maxlen=0)
 
 
-def copying(params: Sequence[Tensor], values: Sequence[Tensor]) -> Callable[[], object]:
-    """A call in C that copies values into parameters: no interrupt comes between two tensors.
+def copying(params: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Any, ...]:
+    """A function of C that copies values into parameters, and its arguments, for `at_once`.
 
     Raises ValueError before anything is written.
     """
@@ -182,7 +182,9 @@ def copying(params: Sequence[Tensor], values: Sequence[Tensor]) -> Callable[[], 
             raise ValueError(f"parameter {i}: expected one on {expected}, found {found}")
     scope.prepare_to_write()
     alike = [v.to(p.device, p.dtype) for p, v in zip(params, values, strict=True)]
-    return partial(_torch.foreach_copy_, [p.data for p in params], alike) if alike else tuple
+    if not alike:  # which the operator refuses
+        return (tuple,)
+    return (_torch.foreach_copy_, [p.data for p in params], alike)
 
 
 def places(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, tuple[nn.Module, str]]:

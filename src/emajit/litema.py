@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 import torch
@@ -201,7 +200,7 @@ class LitEma(LitEmaState):
             if unless is not None:
                 pairs = zip(copies.values(), values, strict=True)
                 values = [torch.where(unless, old, new) for old, new in pairs]
-            _module.copying([*copies.values()], values)()
+            _module.at_once(_module.copying([*copies.values()], values))
         self._untouched.clear()
         if not self._is_updated:  # to set an attribute of a module takes a microsecond
             self._is_updated = True
@@ -217,7 +216,7 @@ class LitEma(LitEmaState):
         if self.collected_params and not any(seen is model for seen, _ in overwritten):
             overwritten = [*overwritten, (model, _module.copied_buffers(model))]
         copy = _module.copying([params[name] for name in averages], [*averages.values()])
-        _module.at_once(partial(vars(self).update, _overwritten=overwritten), copy)
+        _module.at_once((vars(self).update, {"_overwritten": overwritten}), copy)
 
     def store(self, parameters: Iterable[Tensor]) -> None:
         """Keep a copy of `parameters` for `restore`.
@@ -252,7 +251,8 @@ class LitEma(LitEmaState):
         _module.check_stored(self.collected_params, parameters)
         buffers, values = _module.overwritten_beside(self._overwritten, parameters)
         copy = _module.copying(parameters + buffers, self.collected_params + values)
-        _module.at_once(copy, partial(vars(self).update, collected_params=[], _overwritten=[]))
+        released: dict[str, Any] = {"collected_params": [], "_overwritten": []}
+        _module.at_once(copy, (vars(self).update, released))
 
     def swap(self, model: nn.Module) -> None:
         """Enter `ema_scope(model)`, or leave the one that the last call has entered.
