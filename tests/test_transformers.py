@@ -533,10 +533,29 @@ def test_a_state_that_is_taken_in_an_evaluation(tmp_path: Path) -> None:
     """It is that of the trained weights, and what is evaluated after it is told."""
     recorder, takes = Recorder(), TakesState()
     options = {"eval_strategy": "steps", "eval_steps": 3, "max_steps": 3}
+    options |= {"eval_dataset": tokens(24, seed=2)}
     trainer = trainer_of(tmp_path, EMACallback(DECAY), recorder, takes, **options)
     with pytest.warns(UserWarning, match=r"step 3 was of the trained .* call of state_dict\(\)"):
         trainer.train()
     assert_same({name: takes.taken[name] for name in recorder.steps[-1]}, recorder.steps[-1])
+
+
+class SavesAfter(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    trainer: Any
+    path: str
+
+    def on_evaluate(self, *_: Any, **__: Any) -> None:
+        self.trainer.save_model(self.path)
+
+
+def test_a_model_that_is_saved_after_an_evaluation(tmp_path: Path) -> None:
+    """By a callback in front: no part of the evaluation was of the trained weights."""
+    saves, recorder = SavesAfter(), Recorder()
+    options = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
+    trainer = trainer_of(tmp_path, saves, EMACallback(DECAY), recorder, **options)
+    saves.trainer, saves.path = trainer, str(tmp_path / "saved")
+    trainer.train()
+    assert_same(trained(GPT2LMHeadModel.from_pretrained(saves.path)), recorder.steps[-1])
 
 
 class ForbidsLater(TrainerCallback):  # type: ignore[misc, unused-ignore]

@@ -121,7 +121,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._is_inside = False
         # The averages in the model for an evaluation of the Trainer, and what guards them there.
         self._evaluation, self._guards = ExitStack(), ExitStack()
-        self._was_interrupted = False
+        self._was_interrupted = self._was_mixed = False
 
     @contextmanager
     def averaged(self, model: nn.Module) -> Iterator[None]:
@@ -149,7 +149,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         return self._average
 
     def _enter(self, model: nn.Module) -> None:
-        self._was_interrupted = False
+        self._was_interrupted = self._was_mixed = False
         self._evaluation.enter_context(self.averaged(model))
         # No hook comes between the last of several evaluations, or one that raises, and saving or
         # loading.
@@ -212,11 +212,16 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if control.should_evaluate:
             self._enter(kwargs["model"])
 
+    def on_prediction_step(self, *_: Any, **__: Any) -> None:
+        """Notice a batch that was evaluated after a call of `state_dict`."""
+        self._was_mixed |= self._was_interrupted
+
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Give the model its trained weights back, unless there may be another data set."""
-        if self._is_training and not self._is_inside:
+        was_whole = self._was_interrupted and not self._was_mixed  # and a state taken afterwards
+        if self._is_training and not self._is_inside and not was_whole:
             why = (
                 "from a call of state_dict() or load_state_dict() within it on"
                 if self._was_interrupted
