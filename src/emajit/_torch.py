@@ -176,9 +176,6 @@ def wraps(tensor: Tensor) -> bool:
     return ask is None or bool(ask(tensor))
 
 
-# DTensors.
-
-
 def shard(tensor: Any) -> Any:
     """The part of a DTensor that this process holds, the very tensor."""
     held = getattr(tensor, "_local_tensor", None)
@@ -204,9 +201,6 @@ def shard_offsets(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) ->
             offsets[placement.dim] += start
             sizes[placement.dim] = min(size, sizes[placement.dim] - start)
     return offsets
-
-
-# Compiling.
 
 
 def constant_in_traces(function: Any) -> Any:
@@ -271,9 +265,6 @@ def computes(operator: Any) -> bool:
     return not (operator.is_view or operator._schema.is_mutable)
 
 
-# Optimizers.
-
-
 def step_hooks(optimizer: torch.optim.Optimizer) -> list[Any]:
     """The hooks that `optimizer.step` calls; without the names, one that nobody knows."""
     from torch.optim import optimizer as module  # noqa: PLC0415
@@ -295,10 +286,7 @@ def mark_stepped(optimizer: Any) -> None:
 
 
 def has_been_unscaled(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the GradScaler whose `step` calls has unscaled the gradients of `optimizer` by name.
-
-    It tells the optimizer that it steps nothing about others. Without the names: False.
-    """
+    """Whether the GradScaler that calls has unscaled this optimizer; False without the names."""
     frame, code = sys._getframe(1).f_back, torch.amp.GradScaler.step.__code__
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
