@@ -446,3 +446,22 @@ def test_averages_in_the_model_are_not_averaged(buffers: Any) -> None:
         ema.track(model)
         ema(model)
         assert [*ema.m_name2s_name] == expected
+
+
+def test_modules_that_have_moved_are_told_of() -> None:
+    """By its name, the frozen layer in front would be averaged into the first one."""
+    model: Any = Net()
+    model.layers[2].requires_grad_(True)
+    ema = LitEma(model)
+    model.layers[2].requires_grad_(False)
+    ema(model)
+    before = ema.named_averages()
+    model.layers.insert(0, nn.Linear(3, 3).requires_grad_(False))
+    for use in (ema, ema.copy_to):
+        with pytest.raises(ValueError, match=r"found others at \['layers\.1\.weight', .* track"):
+            use(model)
+    ema.track(model)
+    ema(model)
+    after = ema.named_averages()
+    assert "layers.0.weight" not in after
+    assert all(after[f"layers.{i + 1}.weight"] is before[f"layers.{i}.weight"] for i in range(3))

@@ -107,7 +107,7 @@ class Tracking(Controls):
             _is_updated=False,
             _known=[],
         )
-        self._match(model, [*tensors])  # before a trace, which cannot match patterns
+        self._match(model, tensors)  # before a trace, which cannot match patterns
 
     def _taken(
         self, model: nn.Module, tensors: Mapping[str, Tensor], partners: Mapping[str, str]
@@ -128,12 +128,16 @@ class Tracking(Controls):
         self, tensors: Mapping[str, Tensor], places: Mapping[str, tuple[nn.Module, str]]
     ) -> dict[str, str]:
         """For each tensor that is averaged the name it had, by its module, else by its name."""
-        tracked = {(at(), own): name for at, own, name in self._tracked}
-        same = {name: tracked[place] for name, place in places.items() if place in tracked}
+        same = self._at(places)
         found = set(same.values())
         left = [name for name in self.m_name2s_name if name not in found]
         by_name = _names.match(left, [name for name in tensors if name not in same])
         return by_name | {name: partner for name, partner in same.items() if partner is not None}
+
+    def _at(self, places: Mapping[str, tuple[nn.Module, str]]) -> dict[str, str | None]:
+        """The names of the averages of what was in those places when the model was tracked."""
+        tracked = {(at(), own): name for at, own, name in self._tracked}
+        return {name: tracked[place] for name, place in places.items() if place in tracked}
 
     def _names_of(self, taken: Mapping[str, Tensor], partners: Mapping[str, str]) -> dict[str, str]:
         """The names of averages: those they had, whatever wraps the model, else the model's."""
@@ -165,8 +169,9 @@ class Tracking(Controls):
         bare = _names.canonical_of(self.m_name2s_name)
         return {bare[name]: key for name, key in self.m_name2s_name.items()}
 
-    def _match(self, model: nn.Module, names: list[str]) -> None:
+    def _match(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
         """Find the average of each tensor of a model, by name."""
+        names = [*tensors]
         partners = _names.match(self.m_name2s_name, names)
         found = set(partners.values())
         missing = [name for name in self.m_name2s_name if name not in found]
@@ -178,6 +183,14 @@ class Tracking(Controls):
                 f"model: expected every averaged parameter, found {told}; call "
                 "track(model) to average what the model has now"
             )
+        if not torch.compiler.is_compiling():
+            was = self._at(_module.places(model, tensors))
+            moved = [name for name in partners if was.get(name, partners[name]) != partners[name]]
+            if moved:
+                raise ValueError(
+                    "model: expected modules in their places, found others at "
+                    f"{_paths.few(moved)}; call track(model) to average what the model has now"
+                )
         self._bare = _names.canonical_of(names)
         self._keys = {n: self.m_name2s_name[partners[n]] for n in names if n in partners}
         self._left_out = {name for name, bare in self._bare.items() if not self._chosen.keeps(bare)}
@@ -187,7 +200,7 @@ class Tracking(Controls):
         """The averages and the parameters of `model` that they are of, under its names."""
         params = self._tensors_of(model)
         if list(params) != self._known or self._matched is not self.m_name2s_name:
-            self._match(model, list(params))
+            self._match(model, params)
         buffers: dict[str, Any] = self._buffers
         averages = {name: buffers[key] for name, key in self._keys.items()}
         if len(averages) < len(params):

@@ -27,8 +27,9 @@ class LitEma(LitEmaState):
 
     Args:
         model: the module whose trainable parameters are averaged; call `track` where it gets others
-            later, or its first ones. It is not kept, except by weak references. With several processes, build the LitEma where all have
-            the same weights: after `DistributedDataParallel`, or with one seed.
+            later, or its first ones. It is not kept, except by weak references. With several
+            processes, build the LitEma where all have the same weights: after
+            `DistributedDataParallel`, or with one seed.
         decay: the share of the average that an update keeps, in [0, 1]; or a schedule of the number
             of updates (see `emajit.schedules`). With a schedule the buffer `decay` holds the decay
             of the last update when the state is saved, and a loaded one has no effect.
