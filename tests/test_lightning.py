@@ -400,6 +400,25 @@ class TestOfLightningsOwnAveraging:
         trainer.save_checkpoint(tmp_path / "again.ckpt")
         assert checkpoint.read(tmp_path / "again.ckpt").step == 12 + 6
 
+    def test_before_its_first_update_there_are_no_averages(self, tmp_path: Path) -> None:
+        """Only the weights that the training began with."""
+
+        class Saver(Callback):
+            def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+                trainer.save_checkpoint(tmp_path / "last.ckpt")
+                self.trained = weights(module)
+
+        class Look(Callback):
+            def on_train_start(self, _: Trainer, module: LightningModule) -> None:
+                assert_equal(weights(module), saver.trained)
+                assert_equal(averages(resumed, module), saver.trained)
+
+        saver, resumed = Saver(), EMACallback(DECAY)
+        never = EMAWeightAveraging(update_starting_at_step=1000)
+        trainer_of(tmp_path, never, saver).fit(model_of(), data())
+        trainer = trainer_of(tmp_path, resumed, Look(), max_epochs=3)
+        trainer.fit(model_of(1), data(), ckpt_path=tmp_path / "last.ckpt")
+
     def test_averages_that_do_not_fit_are_refused(self, tmp_path: Path) -> None:
         class Saver(Callback):
             def on_train_end(self, trainer: Trainer, _: LightningModule) -> None:

@@ -30,7 +30,7 @@ def averaged_in(checkpoint: Mapping[str, Any]) -> Averaged | None:
 def warn_of_changes(module: nn.Module, loaded: Mapping[str, Any]) -> None:
     """Warn if the parameters are other numbers than were loaded, by a hook of torch's."""
     for name, p in module.named_parameters():
-        if name in loaded and _differs(p, loaded[name]):
+        if p.requires_grad and name in loaded and _differs(p, loaded[name]):
             _warn.warn(
                 f"{name}: the module has changed trained weights as it loaded them, and its "
                 "averages are as they were saved; on_load_checkpoint is shown both"
@@ -40,7 +40,7 @@ def warn_of_changes(module: nn.Module, loaded: Mapping[str, Any]) -> None:
 
 def _differs(param: Tensor, value: Tensor) -> bool:
     """Whether a parameter and a saved value of it differ, by more than a cast."""
-    if _shards.is_one(param) or _shards.is_one(value):
+    if _shards.is_one(param) or _shards.is_one(value) or not param.is_floating_point():
         return False
     return _average.fingerprint([param]) != _average.fingerprint([value], param.dtype)
 
@@ -65,8 +65,10 @@ def averages_in(
 def whole(averaged: Averaged, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """A checkpoint's copies of the weights, each with all that a `state_dict` has."""
     ours = checkpoint.get(KEY, {})
+    # Before its first update an `AveragedModel` has the weights that it was made with.
+    is_none = not ours and not averaged.step
     copies: dict[str, Any] = {
-        "shadow": averaged.weights,
+        "shadow": averaged.raw if is_none else averaged.weights,
         "step": averaged.step or 0,
         "averaged_at": ours.get("averaged_at", checkpoint["global_step"]),
         "is_whole": True,
