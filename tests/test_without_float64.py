@@ -33,6 +33,11 @@ SCHEDULES = [
 ]
 
 
+def named(schedule: Any) -> str:
+    """A name that is the same in each process that runs tests."""
+    return getattr(schedule, "__name__", str(schedule))
+
+
 class NoFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuses float64 on the meta device."""
 
@@ -57,7 +62,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("narrow")
-@pytest.mark.parametrize("schedule", SCHEDULES[:-1], ids=repr)
+@pytest.mark.parametrize("schedule", SCHEDULES[:-1], ids=named)
 def test_alpha_of_a_step_tensor_is_right_to_float32(schedule: Any) -> None:
     """Where 1 minus the decay in float32 is off by 3 % at 0.999999."""
     for step in (0, 1, 2, 7, 100, 12_345, 199_990, 1_000_000):
@@ -67,7 +72,7 @@ def test_alpha_of_a_step_tensor_is_right_to_float32(schedule: Any) -> None:
         assert float(found) == pytest.approx(expected, rel=2e-6, abs=1e-12)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES[:-1], ids=repr)
+@pytest.mark.parametrize("schedule", SCHEDULES[:-1], ids=named)
 def test_alpha_is_one_minus_the_decay(schedule: Any) -> None:
     for step in (0, 1, 2, 7, 100, 12_345, 199_990, 1_000_000):
         for at in (step, torch.tensor(step)):
@@ -93,7 +98,7 @@ def test_the_decay_of_a_lit_ema_on_its_device(decay: float, updates: int) -> Non
 
 
 @pytest.mark.usefixtures("narrow")
-@pytest.mark.parametrize("schedule", [*SCHEDULES, torch.tensor(0.9999)], ids=str)
+@pytest.mark.parametrize("schedule", [*SCHEDULES, torch.tensor(0.9999)], ids=named)
 def test_an_update_at_a_step_tensor(schedule: Any) -> None:
     s, p = torch.zeros(3), torch.ones(3)
     found = emajit.update(s, p, torch.tensor(20), decay=schedule)
@@ -101,7 +106,7 @@ def test_an_update_at_a_step_tensor(schedule: Any) -> None:
     torch.testing.assert_close(found, torch.full((3,), 1 - decay), rtol=2e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize("schedule", [*SCHEDULES, 0.9], ids=str)
+@pytest.mark.parametrize("schedule", [*SCHEDULES, 0.9], ids=named)
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_every_entry_of_the_core(meta: str, schedule: Any, rounding: Any) -> None:
     params = {"w": torch.ones(3, device=meta), "h": torch.ones(2, device=meta).bfloat16()}
