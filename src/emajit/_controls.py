@@ -130,7 +130,8 @@ class Controls(nn.Module):
         if self.schedule is not None:
             return self.schedule
         if isinstance(updates, Tensor):
-            return self._decay_on_device()
+            on_device: Decay | Schedule = self._decay_on_device()
+            return on_device
         held = self._host_decay.read(self._buffers["decay"])  # type: ignore[arg-type]
         written, as_held = self._written_decay
         decay = written if held == as_held else decimal(held)
