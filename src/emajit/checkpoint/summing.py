@@ -19,7 +19,7 @@ from emajit.checkpoint.averaged import Names
 
 Of = Literal["averages", "trained"]
 ZERO_CRC = "00000000"
-_PIECE = 2**15  # numbers
+_PIECE = 2**16  # numbers
 _pool = ThreadPoolExecutor(1, thread_name_prefix="emajit-checksums")
 
 
@@ -130,7 +130,8 @@ class Sum:
         total = torch.zeros(values[0].shape, dtype=_widest(dtype))
         for value, x in zip(values, self._c, strict=True):
             total.add_(value.to(torch.float32) if value.dtype.itemsize == 1 else value, alpha=x)
-        if not torch.isfinite(total).all():
+        # A sum is one pass, and finite unless an element is not; or it overflows.
+        if not (torch.isfinite(total.sum()) or torch.isfinite(total).all()):
             each = zip(self._held, values, strict=True)
             broken = [source.path for source, value in each if not torch.isfinite(value).all()]
             raise ValueError(f"{[*broken, self.first.path][0]}: {name!r}: expected finite numbers")
