@@ -135,13 +135,15 @@ def averages(tree: Any, held: Sequence[Part]) -> list[Found]:
 
     Raises ValueError for a layout that is broken.
     """
-    found = []
+    places: dict[str, Found] = {}
     for path, value, _ in containers(tree):
         for reading in _readings(value) if isinstance(value, Mapping) else ():
             place = ".".join([*path, *([reading.path] if reading.path else [])])
             length = reading.sigma_rel
             told = "" if length is None else f", sigma_rel {length:g}"
-            found.append(Found(reading, place, f"the layout is that of {reading.layout}{told}"))
+            why = f"the layout is that of {reading.layout}{told}"
+            places.setdefault(place, Found(reading, place, why))  # the outer layout knows more
+    found = [*places.values()]
     used = {id(v) for each in found for v in [*each.values(), *listed(each.reading.raw or {})]}
     for part in held:  # buffers that do not change may be shared
         if 2 * sum(id(value) in used for value in part.values()) <= len(part.tensors):
@@ -205,7 +207,7 @@ def _averaged_modules(state: Mapping[str, Any]) -> list[tuple[str, str]]:
 
     Together they must be the larger part of the state.
 
-    >>> _averaged_modules({"net.w": 0, "net_ema.w": 1, "target_table.w": 2, "source_table.w": 3})
+    >>> _averaged_modules({"net.w": 0, "net_ema.w": 1, "target_table.w": 2})
     [('net_ema', 'net')]
     """
     modules: dict[str, set[str]] = {}

@@ -20,10 +20,12 @@ def averaged_in(checkpoint: Mapping[str, Any]) -> Averaged | None:
     """Averages of this callback, or of Lightning's `WeightAveraging` and `EMAWeightAveraging`."""
     if "state_dict" not in checkpoint:  # but a folder of shards, which were loaded already
         return None
-    for layout in native_lightning, weight_averaging:
-        for reading in layout.LAYOUT.read(checkpoint):
-            averages, raw = dict(reading.averages), reading.raw
-            return completed(averages, raw, reading.layout, reading.step, reading.decay)
+    for found in native_lightning.read(checkpoint):
+        averages, raw = dict[str, Any](found.averages), found.raw or {}
+        return completed(averages, raw, found.layout, found.step)
+    for found in weight_averaging.read(checkpoint):  # whose averages are all that it has
+        averages, raw = dict[str, Any](found.averages), found.raw or {}
+        return Averaged(averages, found.layout, found.step, raw=raw)
     return None
 
 
