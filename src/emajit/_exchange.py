@@ -65,7 +65,7 @@ def calls(
 
 
 def _renormed(modules: Iterable[nn.Module]) -> set[int]:
-    """The ids of the weights that an embedding writes in each forward, to keep to its `max_norm`."""
+    """The ids of weights that an embedding writes in each forward, to keep to its `max_norm`."""
     return {
         id(module._parameters.get("weight"))
         for module in modules
