@@ -123,7 +123,7 @@ class Tracking(Controls):
         chosen = params.keys() | buffers.keys() | partners.keys()
         taken = {n: t for n, t in tensors.items() if n in chosen and id(t) not in inside}
         kept = {name: buffer for name, buffer in buffers.items() if name in taken}
-        return taken, _module.copied(kept, self._policy)
+        return taken, _module.copied(kept, self._policy, tensors.keys())
 
     def _partners(
         self, tensors: Mapping[str, Tensor], places: Mapping[str, tuple[nn.Module, str]]

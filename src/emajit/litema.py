@@ -42,7 +42,8 @@ class LitEma(LitEmaState):
         buffers: "ignore" leaves the model's buffers, such as the statistics of BatchNorm, as they
             are in training. Of the buffers that a `state_dict` has, "copy" holds the values at the
             last update, and "average" averages those that are floating-point, except u and v of
-            `spectral_norm`, and those with infinite values, which are copied.
+            `spectral_norm`, masks of pruned weights, scales of quantised tensors, and those with
+            infinite values, which are copied.
         include, exclude: names of parameters and buffers (without the prefixes of wrappers) with
             wildcards such as "encoder.*", one or a list, or a predicate on the name. Included are
             all by default. In a scope what is left out keeps the training weights.
