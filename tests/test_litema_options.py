@@ -246,9 +246,9 @@ class TestBuffersThatHaveNoMean:
     def test_the_mask_of_a_pruned_weight_stays_0_or_1(self) -> None:
         """A weight that was pruned in training is so in the averages, and not by a tenth."""
         model: Any = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-        prune.l1_unstructured(model[0], "weight", 0.25)
+        prune.l1_unstructured(model[0], "weight", 0.25)  # type: ignore[no-untyped-call]
         ema = LitEma(model, 0.9, use_num_upates=False, buffers="average")
-        prune.l1_unstructured(model[0], "weight", 0.5)
+        prune.l1_unstructured(model[0], "weight", 0.5)  # type: ignore[no-untyped-call]
         ema(model)
         assert torch.equal(ema.named_averages()["0.weight_mask"], model[0].weight_mask)
         with torch.no_grad(), ema.ema_scope(model):
@@ -258,7 +258,7 @@ class TestBuffersThatHaveNoMean:
     def test_the_scale_of_a_quantised_tensor_goes_with_its_zero_point(self) -> None:
         model = nn.Linear(2, 2)
         model.register_buffer("scale", torch.ones(2))  # of something else
-        model.observer = torch.ao.quantization.FakeQuantize()
+        model.observer = torch.ao.quantization.FakeQuantize()  # type: ignore[no-untyped-call]
         ema = LitEma(model, 0.9, use_num_upates=False, buffers="average")
         model.observer(torch.tensor([-1.0, 3.0]))
         model.get_buffer("scale").zero_()

@@ -115,8 +115,6 @@ class LitEma(LitEmaState):
             every=every,
         )
         self.rounding, self.nonfinite, self.backend = rounding, nonfinite, backend
-        # Models that `copy_to` has written since `store`, and what their buffers held.
-        self._overwritten: list[tuple[nn.Module, dict[str, Tensor]]] = []
         self._swapped: AbstractContextManager[None] | None = None  # entered by `swap`
         self.track(model)
         if rounding == "nearest":
@@ -130,8 +128,8 @@ class LitEma(LitEmaState):
 
         Raises, before anything is written: ValueError where the model lacks an averaged parameter,
         has a trainable one that is neither averaged nor left out, or a shape differs; TypeError if
-        it is no module; RuntimeError inside of a scope, and in a compiled or captured step with
-        `every`, where calls cannot be counted.
+        it is no module; RuntimeError inside of a scope, between `copy_to` after `store` and
+        `restore`, and in a compiled or captured step with `every`, where calls cannot be counted.
         """
         if self.every > 1:
             average = self.get_buffer(next(iter(self.m_name2s_name.values()), "decay"))
@@ -167,8 +165,8 @@ class LitEma(LitEmaState):
         The number of updates is -1 without warm-up, and a tensor where it must not be read.
         """
         averages, params = self._pairs(model)
-        if not averages:
-            self._check_emptied()
+        if self._overwritten or not averages:
+            self._check_trained(averages, params)
         if self._copied:
             copies = self._copies()
             _module.check_shapes(copies, params)
