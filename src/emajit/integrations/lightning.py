@@ -115,6 +115,8 @@ class EMACallback(Callback):
     def averaged(self, module: nn.Module) -> Iterator[None]:
         """A context in which `module` has the averaged weights, as `emajit.ema_scope`.
 
+        Before the first average, as with `every`, it has its trained weights.
+
         Raises RuntimeError where there are none: before a training, and in the process that has
         started others to train ("ddp_spawn").
         """

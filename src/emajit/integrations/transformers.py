@@ -129,8 +129,9 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def averaged(self, model: nn.Module) -> Iterator[None]:
         """A context in which `model` has the averaged weights, as `emajit.ema_scope`.
 
-        Around `trainer.evaluate()`, `trainer.predict()` or `trainer.save_model(...)`. Raises
-        RuntimeError before the first training.
+        Around `trainer.evaluate()`, `trainer.predict()` or `trainer.save_model(...)`. Before the
+        first average, as with `every`, it has its trained weights. Raises RuntimeError before the
+        first training.
         """
         self.restore()
         with _average.averaged(self._present(), model):
