@@ -394,3 +394,36 @@ class TestParametersThatAreWritten:
             model.weight.data = model.weight.data + 1
         spy.assert_untouched()
         assert model.weight.untyped_storage().is_shared()
+
+    @both
+    def test_weights_that_are_flattened_again_in_a_forward(self, enter: Scope) -> None:
+        """As cuDNN's recurrent layers are by `flatten_parameters()`: all into one new tensor."""
+
+        def flatten(model: nn.Module) -> None:
+            params = [*model.parameters()]
+            flat = torch.cat([p.detach().flatten() for p in params])
+            parts = flat.split([p.numel() for p in params])  # type: ignore[no-untyped-call]
+            with torch.no_grad():
+                for p, part in zip(params, parts, strict=True):
+                    p.set_(part.view_as(p))
+
+        model, x = nn.LSTM(2, 2), torch.ones(1, 2)
+        flatten(model)
+        before, spy = model(x)[0], Spy(model)
+        with torch.no_grad(), enter(model):
+            flatten(model)
+            assert not torch.equal(model(x)[0], before)
+        spy.assert_untouched()
+        assert torch.equal(model(x)[0], before)
+
+    @both
+    def test_a_cast_that_swaps_tensors_writes_nothing(self, enter: Scope) -> None:
+        model = nn.Linear(2, 2)
+        spy = Spy(model)
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        try:
+            with enter(model):
+                model.double()
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(False)
+        spy.assert_untouched()

@@ -159,7 +159,8 @@ def _check_read(
     """
     if left == list(entered) or _has_raised(raised):
         return
-    changed = {id(t) for t, a, b in zip(tracked, entered, left, strict=True) if a != b}
+    # Less it is of a tensor that was swapped for another.
+    changed = {id(t) for t, a, b in zip(tracked, entered, left, strict=True) if a < b}
     averages = {id(tensor) for tensor, _ in moved}
     written = [n for n, p in model.named_parameters() if id(p) in changed & averages]
     if written:
