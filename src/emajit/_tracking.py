@@ -201,7 +201,9 @@ class Tracking(Controls):
     def _pairs(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The averages and the parameters of `model` that they are of, under its names."""
         params = self._tensors_of(model)
-        if list(params) != self._known or self._matched is not self.m_name2s_name:
+        # Dynamo of torch 2.6 does not know that a dict is itself.
+        is_replaced = not torch.compiler.is_compiling() and self._matched is not self.m_name2s_name
+        if list(params) != self._known or is_replaced:
             self._match(model, params)
         buffers: dict[str, Any] = self._buffers
         averages = {name: buffers[key] for name, key in self._keys.items()}

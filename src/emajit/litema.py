@@ -132,7 +132,7 @@ class LitEma(LitEmaState):
         `restore`, and in a compiled or captured step with `every`, where calls cannot be counted.
         """
         if self.every > 1:
-            average = self.get_buffer(next(iter(self.m_name2s_name.values()), "decay"))
+            average = self.get_buffer([*self.m_name2s_name.values(), "decay"][0])
             if not self._is_due(average.device):
                 return
         averages, params, updates, decay = self._prepare_update(model)
