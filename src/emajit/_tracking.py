@@ -202,8 +202,8 @@ class Tracking(Controls):
         """The averages and the parameters of `model` that they are of, under its names."""
         params = self._tensors_of(model)
         # Dynamo of torch 2.6 does not know that a dict is itself.
-        is_replaced = not torch.compiler.is_compiling() and self._matched is not self.m_name2s_name
-        if list(params) != self._known or is_replaced:
+        is_other = self._matched is not self.m_name2s_name and not torch.compiler.is_compiling()
+        if list(params) != self._known or is_other:
             self._match(model, params)
         buffers: dict[str, Any] = self._buffers
         averages = {name: buffers[key] for name, key in self._keys.items()}

@@ -143,7 +143,7 @@ class LitEma(LitEmaState):
             "nonfinite": self.nonfinite,
             "backend": self.backend,
         }
-        last = _controls.last_of(averages)
+        last = _controls.last_of(averages, updates)
         try:
             try:
                 functional.update_(averages, params, step, **options)
