@@ -338,7 +338,7 @@ def lit_ema_stores_copies_and_restores(_: Path) -> None:
         assert torch.equal(model(x), raw)
 
 
-@check(2)
+@check(2, fsdp=True)
 def lit_ema_tracks_what_is_unfrozen_grown_and_sharded_later(_: Path) -> None:
     model: Any = model_of()
     model[0].requires_grad_(False)

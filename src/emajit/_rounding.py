@@ -99,8 +99,12 @@ def _uniform(noise: Tensor, exponent: int) -> Tensor:
 
 def _as_float(noise: Tensor, mask: int, number: float) -> Tensor:
     """The bits of a float32, with some of the noise."""
-    bits = int.from_bytes(struct.pack("<f", number), "little")
-    return (noise & mask).bitwise_or_(bits).view(torch.float32)
+    return (noise & mask).bitwise_or_(_bits(number)).view(torch.float32)
+
+
+@_torch.constant_in_traces
+def _bits(number: float) -> int:
+    return int.from_bytes(struct.pack("<f", number), "little")
 
 
 class Keys(NamedTuple):
