@@ -296,6 +296,10 @@ def is_safetensors(path: Path) -> bool:
         return file.read(9)[8:] == b"{"
 
 
+class Unordered(dict[str, Any]):
+    """The tensors of a file that does not keep the order of a model's parameters."""
+
+
 class Opaque:
     """In place of a pickled object that is no tensor and no plain container, and of its class.
 

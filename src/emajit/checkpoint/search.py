@@ -13,19 +13,22 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from emajit import _names
-from emajit.checkpoint.averaged import Reading, step_of
+from emajit import _controls, _names
+from emajit.checkpoint.averaged import MOST, Reading, step_of
 from emajit.checkpoint.layouts import LAYOUTS
 
-# Words in a path, between dots, underscores and changes of case.
-_AVERAGED = {"ave", "average", "averaged", "averages", "avg", "ema", "emas", "polyak"}
-_AVERAGED |= {"shadow", "shadows", "swa", "target", "teacher"}
-_TRAINED = {"backup", "collected", "online", "student"}  # weights in a state of averages
+# Words in a path, between dots, underscores, digits and changes of case.
+_AVERAGED = {"ave", "average", "averaged", "averages", "avg", "ema", "emas", "polyak", "swa"}
+_ROLES = {
+    **dict.fromkeys([*_AVERAGED, "shadow", "shadows", "target", "teacher"], "averaged"),
+    **dict.fromkeys(["online", "student"], "trained"),
+    **dict.fromkeys(["backup", "collected"], "aside"),  # trained weights in a state of averages
+}
 _NEITHER = {"opt", "optim", "optimizer", "optimizers", "optims", "scaler", "sched", "scheduler"}
+_NEITHER |= {"exp", "grad", "gradient", "gradients", "grads", "sq"}  # as in Adam's `exp_avg`
 # The word in place of that of the averaged module, in the name of the trained one.
 _TRAINED_WORDS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(_AVERAGED, ("",)),
-    "momentum": ("",),
+    **{word: ("",) for word, role in _ROLES.items() if role == "averaged"},
     "target": ("online", ""),
     "teacher": ("student", ""),
 }
@@ -33,8 +36,25 @@ _CONTROLS = {"decay", "initted", "n_averaged", "num_updates", "step", "steps", "
 _STEPS = "num_updates", "updates", "optimization_step", "steps", "step"
 _STEPS_OF_RUN = "global_step", "batch_idx_train", "step", "iteration"
 _DEEPEST = 100
+_MAPPINGS = dict, Mapping  # most are dicts, which is quicker to tell
+_CONTAINERS = dict, list, tuple, Mapping
+_PLAIN = int, float, str, bytes, type(None)
 
 Path = tuple[str, ...]
+
+
+class Container(NamedTuple):
+    """A mapping or a list in a file, the keys that lead there, and the containers on the way."""
+
+    path: Path
+    value: Any
+    above: tuple[Any, ...]
+
+    def leaves(self) -> list[Any]:
+        return listed(self.value)
+
+    def is_of_optimizer(self) -> bool:
+        return any(isinstance(each, Mapping) and "param_groups" in each for each in self.above)
 
 
 class Part(NamedTuple):
@@ -56,10 +76,15 @@ class Part(NamedTuple):
     def name(self) -> str:
         return ".".join(self.path)
 
-    @property
-    def said(self) -> set[str]:
-        """The words of its path."""
-        return {word for key in self.path for word in words(key)}
+    def role(self) -> tuple[str, str]:
+        """What the path says of the tensors, "averaged" or another of `_ROLES`; and the first word.
+
+        The last key that says something decides.
+        """
+        said = [{_ROLES[word]: word for word in words(key) if word in _ROLES} for key in self.path]
+        last = next((each for each in reversed(said) if each), {})
+        role = next((role for role in ("aside", "averaged", "trained") if role in last), "")
+        return role, next((each[role] for each in said if role in each), "")
 
 
 class Found(NamedTuple):
@@ -76,75 +101,90 @@ class Found(NamedTuple):
 def words(key: str) -> list[str]:
     """The words of a key, in lower case.
 
-    >>> words("emaModel_fp32.avgpool")
-    ['ema', 'model', 'fp32', 'avgpool']
+    >>> words("emaModel2_fp32.avgpool")
+    ['ema', 'model', 'fp', 'avgpool']
     """
-    return [word.lower() for word in re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", key)]
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", key)]
 
 
 def listed(tensors: Mapping[str, Any] | Sequence[Any]) -> list[Any]:
     return list(tensors.values()) if isinstance(tensors, Mapping) else list(tensors)
 
 
-def containers(tree: Any) -> Iterator[tuple[Path, Any, tuple[Any, ...]]]:
-    """The path and the value of each mapping and list in `tree`, and the containers above it.
+def containers(tree: Any) -> list[Container]:
+    """Each mapping and list in `tree` that holds more than numbers and text, in its order.
 
     A shared one is met once if there are containers in it. Raises ValueError for one in itself, or
     below more than a hundred others.
     """
+    return [*_walked(tree)]
+
+
+def _walked(tree: Any) -> Iterator[Container]:
     met: set[int] = set()
-    waiting: list[tuple[Path, Any, tuple[Any, ...]]] = [((), tree, ())]
+    waiting = [Container((), tree, ())]
     while waiting:
-        path, value, above = waiting.pop()
+        path, value, above = here = waiting.pop()
         if any(value is container for container in above):
             raise ValueError("expected averages in a layout that is known, found one in itself")
         if len(above) > _DEEPEST:
             raise ValueError(f"expected at most {_DEEPEST} containers in each other, found more")
-        items = value.items() if isinstance(value, Mapping) else enumerate(value)
-        inner = [(str(k), v) for k, v in items if isinstance(v, Mapping | list | tuple)]
+        items = value.items() if isinstance(value, _MAPPINGS) else enumerate(value)
+        inner = [
+            (str(key), v) for key, v in items if isinstance(v, _CONTAINERS) and not _is_plain(v)
+        ]
         if inner and id(value) in met:
             continue
         met.add(id(value))
-        yield path, value, above
-        waiting += [((*path, key), child, (*above, value)) for key, child in reversed(inner)]
+        yield here
+        around = (*above, value)
+        waiting += [Container((*path, key), child, around) for key, child in reversed(inner)]
 
 
-def parts(tree: Any) -> list[Part]:
-    """All parts of `tree`, in its order, but those of optimizers."""
+def _is_plain(container: Any) -> bool:
+    values = container.values() if isinstance(container, _MAPPINGS) else container
+    return all(isinstance(value, _PLAIN) for value in values)
+
+
+def parts(walked: Sequence[Container]) -> list[Part]:
+    """All tensors in the containers of a file, but those of optimizers."""
     found = []
-    for path, value, around in containers(tree):
+    for each in walked:
+        path, value, around = each
         above = (*around, value)
-        if any(isinstance(each, Mapping) and "param_groups" in each for each in above):
+        tensors: Any = [v for v in each.leaves() if isinstance(v, Tensor)]
+        # A mapping of numbers is none of weights.
+        if not any(v.ndim for v in tensors) or "param_groups" in value or each.is_of_optimizer():
             continue
         if isinstance(value, Mapping):
-            named = {str(key): v for key, v in value.items() if isinstance(v, Tensor)}
-            part = Part(path, named, above)
-            if named.keys() <= _CONTROLS:
-                continue
-        else:
-            part = Part(path, list(value), above)
-            if not (value and all(isinstance(each, Tensor) for each in value)):
-                continue
-        if part.said.isdisjoint(_NEITHER):
-            found.append(part)
+            tensors = {str(key): v for key, v in value.items() if isinstance(v, Tensor)}
+            if any(name.count(".") > _DEEPEST for name in tensors):
+                raise ValueError(f"expected at most {_DEEPEST} dots in a name, found more")
+        elif len(tensors) < len(value):
+            continue
+        if _NEITHER.isdisjoint(word for key in path for word in words(key)):
+            found.append(Part(path, tensors, above))
     return found
 
 
-def averages(tree: Any, held: Sequence[Part]) -> list[Found]:
-    """All averages in `tree`, whose parts are `held`.
+def averages(walked: Sequence[Container], held: Sequence[Part]) -> list[Found]:
+    """All averages in the containers of a file, whose parts are `held`.
 
     Raises ValueError for a layout that is broken.
     """
     found = []
-    for path, value, _ in containers(tree):
-        for reading in _readings(value) if isinstance(value, Mapping) else ():
-            place = ".".join([*path, *([reading.path] if reading.path else [])])
+    for each in walked:
+        if not isinstance(each.value, Mapping) or each.is_of_optimizer():
+            continue
+        for reading in _readings(each.value):
+            place = ".".join([*each.path, *([reading.path] if reading.path else [])])
             length = reading.sigma_rel
             told = "" if length is None else f", sigma_rel {length:g}"
             found.append(Found(reading, place, f"the layout is that of {reading.layout}{told}"))
     used = {id(v) for each in found for v in [*each.values(), *listed(each.reading.raw or {})]}
     for part in held:  # buffers that do not change may be shared
-        if 2 * sum(id(value) in used for value in part.values()) <= len(part.tensors):
+        weights = [value for value in part.values() if value.ndim]
+        if 2 * sum(id(value) in used for value in weights) <= len(weights):
             found += _marked(part)
     return _widest(found)
 
@@ -152,7 +192,8 @@ def averages(tree: Any, held: Sequence[Part]) -> list[Found]:
 def _readings(tree: Mapping[str, Any]) -> list[Reading]:
     """The averages in a mapping that the layouts of libraries recognise."""
     try:
-        found = [reading for layout in LAYOUTS if layout.read for reading in layout.read(tree)]
+        read = [reading for layout in LAYOUTS if layout.read for reading in layout.read(tree)]
+        found = [reading for reading in read if reading.averages]
         for layout, averages, step, decay, raw, *_ in found:
             for values in (averages, raw or {}):
                 named = values if isinstance(values, Mapping) else dict(enumerate(values))
@@ -169,59 +210,115 @@ def _readings(tree: Mapping[str, Any]) -> list[Reading]:
     return found
 
 
-def is_marked(part: Part) -> bool:
-    """Whether the path of a part says that it is an average, or is kept beside one."""
-    return not part.said.isdisjoint(_AVERAGED)
+def mark_of_file(name: str) -> str:
+    """The word in the name of a file which says that all of it is an average, or "".
 
-
-def marks(path: str) -> list[str]:
-    """The words in a path which say that it is that of an average."""
-    return [word for word in words(path) if word in _AVERAGED]
+    A "teacher" or a "target" is one only beside what follows it.
+    """
+    return next((word for word in words(name) if word in _AVERAGED), "")
 
 
 def _marked(part: Part) -> list[Found]:
     """The averages that a part is or has, by its path and its names."""
-    step, decay = told(part)
-    if said := marks(part.name):
-        if part.said & _TRAINED:
-            return []
+    role, word = part.role()
+    if role == "averaged":
+        step, decay = told(part)
         tensors = part.tensors
         if isinstance(tensors, dict):
             tensors = {name: v for name, v in tensors.items() if name not in _CONTROLS or v.ndim}
         reading = Reading(f"state at {part.name}", tensors, step, decay)
-        return [Found(reading, part.name, f"its path says {said[0]!r}")]
+        return [Found(reading, part.name, f"its path says {word!r}")]
     found = []
-    if isinstance(part.tensors, dict):
-        for module, partner in _averaged_modules(part.tensors):
-            average, raw = (_names.below(f"{each}.", part.tensors) for each in (module, partner))
+    if isinstance(part.tensors, dict) and role != "aside":
+        for module, partner, average, raw in _averaged_modules(part.tensors):
             place = ".".join([*part.path, module])
-            reading = Reading(f"state at {place}", average, step, decay, raw=raw)
-            found.append(Found(reading, place, f"its name says that it follows {partner!r}"))
+            reading = Reading(f"state at {place}", average, *told(part), raw=raw)
+            beside = f"follows {partner!r}" if partner else "follows what is beside it"
+            found.append(Found(reading, place, f"its name says that it {beside}"))
     return found
 
 
-def _averaged_modules(state: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The modules that average another one, as their names say, each with the other one.
+class _Follower(NamedTuple):
+    """A module in a state that averages another one: both, and their tensors, without wrappers."""
 
-    Together they must be the larger part of the state.
+    module: str
+    partner: str
+    averages: dict[str, Tensor]
+    raw: dict[str, Tensor]
 
-    >>> _averaged_modules({"net.w": 0, "net_ema.w": 1, "target_table.w": 2, "source_table.w": 3})
+
+def _averaged_modules(state: Mapping[str, Tensor]) -> list[_Follower]:
+    """The modules that average another one of the same shapes, as their names say.
+
+    Together they must be the larger part of the state, else they are layers of a model; or the only
+    one says "ema", beside which there may be frozen networks.
+
+    >>> import torch
+    >>> names = "net.w", "net_ema.w", "target_table.w", "source_table.w"
+    >>> [each[:2] for each in _averaged_modules({name: torch.ones(2) for name in names})]
     [('net_ema', 'net')]
     """
-    modules: dict[str, set[str]] = {}
-    for name in state:
-        parts = name.split(".")
-        for i in range(1, len(parts)):
-            modules.setdefault(".".join(parts[:i]), set()).add(".".join(parts[i:]))
-    pairs: list[tuple[str, str]] = []
-    for module, names in modules.items():
-        if any(module.startswith(f"{averaged}.") for averaged, _ in pairs):
+    bare = _names.canonical_of(state)
+    held = {short: state[name] for name, short in bare.items()}
+    marked: dict[str, dict[str, Tensor]] = {}
+    for name, short in bare.items():
+        keys = name.split(".")
+        for i, key in enumerate(keys[:-1]):
+            if trained_names(key) or "ema" in words(key):
+                module = ".".join(keys[: i + 1])
+                rest = short.removeprefix(_names.canonical(f"{module}."))
+                marked.setdefault(module, {})[rest] = state[name]
+    found: list[_Follower] = []
+    for module, averages in marked.items():
+        if any(module.startswith(f"{each.module}.") for each in found):
             continue
-        above, dot, own = module.rpartition(".")
-        trained = [above + dot + other for other in trained_names(own)]
-        pairs += [(module, other) for other in trained if names <= modules.get(other, set())][:1]
-    paired = sum(len(modules[module]) + len(modules[other]) for module, other in pairs)
-    return pairs if 2 * paired > len(state) else []  # else they are layers of a model
+        own = _names.canonical(f"{module}.")
+        partner = _followed(own, averages, held)
+        if partner is not None:
+            others = {name: v for name, v in held.items() if not name.startswith(own)}
+            raw = _names.below(partner, others)
+            found.append(_Follower(module, partner.rstrip("."), averages, raw))
+        if len(found) > MOST:
+            return []
+    paired = sum(len(each.averages) + len(each.raw) for each in found)
+    is_ema = len(found) == 1 and "ema" in words(found[0].module) and found[0].module.count(".") < 2
+    return found if is_ema or 2 * paired > len(state) else []
+
+
+def _followed(
+    module: str, averages: Mapping[str, Tensor], held: Mapping[str, Tensor]
+) -> str | None:
+    """The module, with its dot, that another one averages: by its name; or, of an "ema", beside it.
+
+    "" is the whole state.
+    """
+    above, dot, own = module.rstrip(".").rpartition(".")
+    above += dot
+    named = [f"{above}{other}." for other in trained_names(own)]
+    if fitting := [each for each in named if _fits(averages, each, held)]:
+        return fitting[0]
+    network = [name for name in averages if "." in name]  # else it is a layer
+    if "ema" not in words(own) or not network:
+        return None
+    end = f".{network[0]}"
+    beside = [name.removesuffix(end[1:]) for name in held if f".{name}".endswith(end)]
+    fitting = [
+        each
+        for each in beside[:MOST]
+        if each.startswith(above)
+        and each.removeprefix(above).count(".") < 2
+        and "ema" not in words(each.removeprefix(above))
+        and _fits(averages, each, held)
+    ]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _fits(averages: Mapping[str, Tensor], module: str, held: Mapping[str, Tensor]) -> bool:
+    partners = (held.get(module + name) for name in averages)
+    return all(
+        partner is not None and partner.shape == value.shape
+        for partner, value in zip(partners, averages.values(), strict=True)
+    )
 
 
 def trained_names(key: str) -> list[str]:
@@ -243,7 +340,7 @@ def trained_names(key: str) -> list[str]:
 
 def _widest(found: list[Found]) -> list[Found]:
     """Without an average of 16 bits that is there in float32 as well, as fairseq has it."""
-    narrow = {re.sub(r"_?fp32(_params)?", "", f.path) for f in found if "fp32" in words(f.path)}
+    narrow = {re.sub(r"_?fp32(_params)?", "", f.path) for f in found if "fp32" in f.path}
     return [each for each in found if each.path not in narrow]
 
 
@@ -255,6 +352,8 @@ def told(part: Part) -> tuple[int | None, float | None]:
     steps += [each.get(key) for each in mappings for key in _STEPS_OF_RUN]
     step = next((step for step in steps if _is_number(step, int)), None)
     decay = next((d for each in own if _is_number(d := each.get("decay"), float)), None)
+    if isinstance(decay, Tensor):
+        decay = _controls.decimal(float(decay))
     return step_of(step), None if decay is None else float(decay)
 
 
