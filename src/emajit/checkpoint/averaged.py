@@ -218,7 +218,7 @@ def required(field: str, layout: str, averaged: Averaged) -> Any:
     if value is None:
         raise ValueError(
             f"{layout}: expected a checkpoint that tells its {field}, or a {field} to write, "
-            "found none"
+            f"found none; pass {field}=, on the command line --{field}"
         )
     return value
 

@@ -162,18 +162,17 @@ def _at(tree: Any, found: Sequence[Found], key: str) -> Found:
     below = [each for each in found if _is_below(each.path, key)]
     if len(below) == 1:
         return below[0]._replace(why="the key was given")
-    return Found(
-        Reading(f"state at {key}" if key else "state", _tensors_at(tree, key)),
-        key,
-        "the key was given",
-    )
+    paths = [each.path for each in below]
+    tensors = _tensors_at(tree, key, f"those at {_paths.some(paths)}" if paths else "none")
+    reading = Reading(f"state at {key}" if key else "state", tensors)
+    return Found(reading, key, "the key was given")
 
 
-def _tensors_at(tree: Any, key: str) -> dict[str, Tensor] | list[Tensor]:
+def _tensors_at(tree: Any, key: str, others: str = "none") -> dict[str, Tensor] | list[Tensor]:
     value = search.at(tree, key)
     tensors: Any = tensors_of(value) if isinstance(value, Mapping) else list(value)
     if not tensors or not all(isinstance(each, Tensor) for each in search.listed(tensors)):
-        raise ValueError(f"{key}: expected tensors there, found none")
+        raise ValueError(f"{key!r}: expected tensors there, found {others}")
     return tensors  # type: ignore[no-any-return]
 
 

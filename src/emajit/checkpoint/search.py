@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from emajit import _controls, _names
@@ -97,6 +98,18 @@ class Found(NamedTuple):
     def values(self) -> list[Any]:
         return listed(self.reading.averages)
 
+    def is_copy_of(self, other: Found) -> bool:
+        """Whether these are the numbers of another average, maybe cast, as a model is saved."""
+        mine, theirs = self.reading.averages, other.reading.averages
+        if not isinstance(mine, Mapping) or not isinstance(theirs, Mapping):
+            return False
+        same = [name for name in theirs if name in mine and mine[name].ndim]
+        return 2 * len(same) > len(theirs) and all(
+            mine[name].shape == theirs[name].shape
+            and torch.equal(mine[name], theirs[name].to(mine[name].dtype))
+            for name in same
+        )
+
 
 def words(key: str) -> list[str]:
     """The words of a key, in lower case.
@@ -172,7 +185,7 @@ def averages(walked: Sequence[Container], held: Sequence[Part]) -> list[Found]:
 
     Raises ValueError for a layout that is broken.
     """
-    found = []
+    found: list[Found] = []
     for each in walked:
         if not isinstance(each.value, Mapping) or each.is_of_optimizer():
             continue
@@ -180,12 +193,13 @@ def averages(walked: Sequence[Container], held: Sequence[Part]) -> list[Found]:
             place = ".".join([*each.path, *([reading.path] if reading.path else [])])
             length = reading.sigma_rel
             told = "" if length is None else f", sigma_rel {length:g}"
-            found.append(Found(reading, place, f"the layout is that of {reading.layout}{told}"))
+            if place not in {other.path for other in found}:  # in a layout that is part of another
+                found.append(Found(reading, place, f"the layout is that of {reading.layout}{told}"))
     used = {id(v) for each in found for v in [*each.values(), *listed(each.reading.raw or {})]}
     for part in held:  # buffers that do not change may be shared
         weights = [value for value in part.values() if value.ndim]
         if 2 * sum(id(value) in used for value in weights) <= len(weights):
-            found += _marked(part)
+            found += [each for each in _marked(part) if not any(map(each.is_copy_of, found))]
     return _widest(found)
 
 
@@ -251,7 +265,7 @@ def _averaged_modules(state: Mapping[str, Tensor]) -> list[_Follower]:
     """The modules that average another one of the same shapes, as their names say.
 
     Together they must be the larger part of the state, else they are layers of a model; or the only
-    one says "ema", beside which there may be frozen networks.
+    one is a whole network that says "ema", beside which there may be frozen ones.
 
     >>> import torch
     >>> names = "net.w", "net_ema.w", "target_table.w", "source_table.w"
@@ -281,7 +295,8 @@ def _averaged_modules(state: Mapping[str, Tensor]) -> list[_Follower]:
         if len(found) > MOST:
             return []
     paired = sum(len(each.averages) + len(each.raw) for each in found)
-    is_ema = len(found) == 1 and "ema" in words(found[0].module) and found[0].module.count(".") < 2
+    names = [_names.canonical(f"{each.module}.").rstrip(".") for each in found]
+    is_ema = len(names) == 1 and "ema" in words(names[0]) and "." not in names[0]
     return found if is_ema or 2 * paired > len(state) else []
 
 
@@ -387,6 +402,6 @@ def at(tree: Any, key: str) -> Any:
             tensors = {str(k): v for k, v in value.items() if isinstance(v, Tensor)}
             following, rest = _names.below(".".join(rest) + ".", tensors) or None, []
         if following is None:
-            raise ValueError(f"key: expected a place in the file, found none at {key!r}")
+            raise ValueError(f"expected a place in the file, found none at {key!r}")
         value = following
     return value
