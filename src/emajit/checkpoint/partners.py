@@ -24,7 +24,8 @@ from emajit.checkpoint.averaged import (
 )
 from emajit.checkpoint.files import Unordered
 from emajit.checkpoint.layouts.litema import names_from, renamed, unflattened
-from emajit.checkpoint.search import Found, Part, trained_names
+from emajit.checkpoint.marks import trained_names
+from emajit.checkpoint.search import Found, Part
 
 _BUFFERS = {"num_batches_tracked", "running_mean", "running_var"}
 

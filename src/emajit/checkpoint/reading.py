@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from emajit import _paths
-from emajit.checkpoint import partners, search, sources
+from emajit.checkpoint import marks, partners, search, sources
 from emajit.checkpoint.averaged import Averaged, NotOneError, Reading, listed, tensors_of
 from emajit.checkpoint.files import Opaque
 from emajit.checkpoint.search import Container, Found, Part
@@ -138,7 +138,7 @@ def _in_tree(
     found = search.averages(walked, held)
     if key is not None:
         chosen = [_at(tree, found, key)]
-    elif not found and len(held) == 1 and (word := search.mark_of_file(name)):
+    elif not found and len(held) == 1 and (word := marks.mark_of_file(name)):
         reading = Reading("state", held[0].tensors, *search.told(held[0]))
         chosen = [Found(reading, held[0].name, f"the name of the file says {word!r}")]
     else:

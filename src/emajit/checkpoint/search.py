@@ -15,24 +15,10 @@ import torch
 from torch import Tensor
 
 from emajit import _controls, _names
-from emajit.checkpoint.averaged import MOST, Reading, step_of
+from emajit.checkpoint import followers, marks
+from emajit.checkpoint.averaged import Reading, step_of
 from emajit.checkpoint.layouts import LAYOUTS
 
-# Words in a path, between dots, underscores, digits and changes of case.
-_AVERAGED = {"ave", "average", "averaged", "averages", "avg", "ema", "emas", "polyak", "swa"}
-_ROLES = {
-    **dict.fromkeys([*_AVERAGED, "shadow", "shadows", "target", "teacher"], "averaged"),
-    **dict.fromkeys(["online", "student"], "trained"),
-    **dict.fromkeys(["backup", "collected"], "aside"),  # trained weights in a state of averages
-}
-_NEITHER = {"opt", "optim", "optimizer", "optimizers", "optims", "scaler", "sched", "scheduler"}
-_NEITHER |= {"exp", "grad", "gradient", "gradients", "grads", "sq"}  # as in Adam's `exp_avg`
-# The word in place of that of the averaged module, in the name of the trained one.
-_TRAINED_WORDS: dict[str, tuple[str, ...]] = {
-    **{word: ("",) for word, role in _ROLES.items() if role == "averaged"},
-    "target": ("online", ""),
-    "teacher": ("student", ""),
-}
 _CONTROLS = {"decay", "initted", "n_averaged", "num_updates", "step", "steps", "updates"}
 _STEPS = "num_updates", "updates", "optimization_step", "steps", "step"
 _STEPS_OF_RUN = "global_step", "batch_idx_train", "step", "iteration"
@@ -78,14 +64,7 @@ class Part(NamedTuple):
         return ".".join(self.path)
 
     def role(self) -> tuple[str, str]:
-        """What the path says of the tensors, "averaged" or another of `_ROLES`; and the first word.
-
-        The last key that says something decides.
-        """
-        said = [{_ROLES[word]: word for word in words(key) if word in _ROLES} for key in self.path]
-        last = next((each for each in reversed(said) if each), {})
-        role = next((role for role in ("aside", "averaged", "trained") if role in last), "")
-        return role, next((each[role] for each in said if role in each), "")
+        return marks.role(self.path)
 
 
 class Found(NamedTuple):
@@ -109,15 +88,6 @@ class Found(NamedTuple):
             and torch.equal(mine[name], theirs[name].to(mine[name].dtype))
             for name in same
         )
-
-
-def words(key: str) -> list[str]:
-    """The words of a key, in lower case.
-
-    >>> words("emaModel2_fp32.avgpool")
-    ['ema', 'model', 'fp', 'avgpool']
-    """
-    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", key)]
 
 
 def listed(tensors: Mapping[str, Any] | Sequence[Any]) -> list[Any]:
@@ -175,7 +145,7 @@ def parts(walked: Sequence[Container]) -> list[Part]:
                 raise ValueError(f"expected at most {_DEEPEST} dots in a name, found more")
         elif len(tensors) < len(value):
             continue
-        if _NEITHER.isdisjoint(word for key in path for word in words(key)):
+        if not marks.is_of_neither(path):
             found.append(Part(path, tensors, above))
     return found
 
@@ -224,14 +194,6 @@ def _readings(tree: Mapping[str, Any]) -> list[Reading]:
     return found
 
 
-def mark_of_file(name: str) -> str:
-    """The word in the name of a file which says that all of it is an average, or "".
-
-    A "teacher" or a "target" is one only beside what follows it.
-    """
-    return next((word for word in words(name) if word in _AVERAGED), "")
-
-
 def _marked(part: Part) -> list[Found]:
     """The averages that a part is or has, by its path and its names."""
     role, word = part.role()
@@ -244,113 +206,12 @@ def _marked(part: Part) -> list[Found]:
         return [Found(reading, part.name, f"its path says {word!r}")]
     found = []
     if isinstance(part.tensors, dict) and role != "aside":
-        for module, partner, average, raw in _averaged_modules(part.tensors):
+        for module, partner, average, raw in followers.followers(part.tensors):
             place = ".".join([*part.path, module])
             reading = Reading(f"state at {place}", average, *told(part), raw=raw)
             beside = f"follows {partner!r}" if partner else "follows what is beside it"
             found.append(Found(reading, place, f"its name says that it {beside}"))
     return found
-
-
-class _Follower(NamedTuple):
-    """A module in a state that averages another one: both, and their tensors, without wrappers."""
-
-    module: str
-    partner: str
-    averages: dict[str, Tensor]
-    raw: dict[str, Tensor]
-
-
-def _averaged_modules(state: Mapping[str, Tensor]) -> list[_Follower]:
-    """The modules that average another one of the same shapes, as their names say.
-
-    Together they must be the larger part of the state, else they are layers of a model; or the only
-    one is a whole network that says "ema", beside which there may be frozen ones.
-
-    >>> import torch
-    >>> names = "net.w", "net_ema.w", "target_table.w", "source_table.w"
-    >>> [each[:2] for each in _averaged_modules({name: torch.ones(2) for name in names})]
-    [('net_ema', 'net')]
-    """
-    bare = _names.canonical_of(state)
-    held = {short: state[name] for name, short in bare.items()}
-    marked: dict[str, dict[str, Tensor]] = {}
-    for name, short in bare.items():
-        keys = name.split(".")
-        for i, key in enumerate(keys[:-1]):
-            if trained_names(key) or "ema" in words(key):
-                module = ".".join(keys[: i + 1])
-                rest = short.removeprefix(_names.canonical(f"{module}."))
-                marked.setdefault(module, {})[rest] = state[name]
-    found: list[_Follower] = []
-    for module, averages in marked.items():
-        if any(module.startswith(f"{each.module}.") for each in found):
-            continue
-        own = _names.canonical(f"{module}.")
-        partner = _followed(own, averages, held)
-        if partner is not None:
-            others = {name: v for name, v in held.items() if not name.startswith(own)}
-            raw = _names.below(partner, others)
-            found.append(_Follower(module, partner.rstrip("."), averages, raw))
-        if len(found) > MOST:
-            return []
-    paired = sum(len(each.averages) + len(each.raw) for each in found)
-    names = [_names.canonical(f"{each.module}.").rstrip(".") for each in found]
-    is_ema = len(names) == 1 and "ema" in words(names[0]) and "." not in names[0]
-    return found if is_ema or 2 * paired > len(state) else []
-
-
-def _followed(
-    module: str, averages: Mapping[str, Tensor], held: Mapping[str, Tensor]
-) -> str | None:
-    """The module, with its dot, that another one averages: by its name; or, of an "ema", beside it.
-
-    "" is the whole state.
-    """
-    above, dot, own = module.rstrip(".").rpartition(".")
-    above += dot
-    named = [f"{above}{other}." for other in trained_names(own)]
-    if fitting := [each for each in named if _fits(averages, each, held)]:
-        return fitting[0]
-    network = [name for name in averages if "." in name]  # else it is a layer
-    if "ema" not in words(own) or not network:
-        return None
-    end = f".{network[0]}"
-    beside = [name.removesuffix(end[1:]) for name in held if f".{name}".endswith(end)]
-    fitting = [
-        each
-        for each in beside[:MOST]
-        if each.startswith(above)
-        and each.removeprefix(above).count(".") < 2
-        and "ema" not in words(each.removeprefix(above))
-        and _fits(averages, each, held)
-    ]
-    return fitting[0] if len(fitting) == 1 else None
-
-
-def _fits(averages: Mapping[str, Tensor], module: str, held: Mapping[str, Tensor]) -> bool:
-    partners = (held.get(module + name) for name in averages)
-    return all(
-        partner is not None and partner.shape == value.shape
-        for partner, value in zip(partners, averages.values(), strict=True)
-    )
-
-
-def trained_names(key: str) -> list[str]:
-    """The keys that the trained partner of an average may have.
-
-    >>> trained_names("encoder_k"), trained_names("ema_model"), trained_names("teacher")
-    (['encoder_q'], ['model'], ['student'])
-    """
-    if key == "encoder_k":  # "k" alone is that of attention
-        return ["encoder_q"]
-    spelled = re.split(r"([._])", key)
-    found = []
-    for i in range(0, len(spelled), 2):
-        for word in _TRAINED_WORDS.get(spelled[i].lower(), ()):
-            other = "".join([*spelled[:i], word, *spelled[i + 1 :]]).strip("._")
-            found.append(re.sub(r"([._])[._]+", r"\1", other))
-    return [other for other in found if other]
 
 
 def _widest(found: list[Found]) -> list[Found]:
