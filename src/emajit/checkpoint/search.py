@@ -166,10 +166,11 @@ def averages(walked: Sequence[Container], held: Sequence[Part]) -> list[Found]:
             if place not in {other.path for other in found}:  # in a layout that is part of another
                 found.append(Found(reading, place, f"the layout is that of {reading.layout}{told}"))
     used = {id(v) for each in found for v in [*each.values(), *listed(each.reading.raw or {})]}
+    known = [*found]
     for part in held:  # buffers that do not change may be shared
         weights = [value for value in part.values() if value.ndim]
         if 2 * sum(id(value) in used for value in weights) <= len(weights):
-            found += [each for each in _marked(part) if not any(map(each.is_copy_of, found))]
+            found += [each for each in _marked(part) if not any(map(each.is_copy_of, known))]
     return _widest(found)
 
 
@@ -180,8 +181,13 @@ def _readings(tree: Mapping[str, Any]) -> list[Reading]:
         found = [reading for reading in read if reading.averages]
         for layout, averages, step, decay, raw, *_ in found:
             for values in (averages, raw or {}):
-                named = values if isinstance(values, Mapping) else dict(enumerate(values))
-                if broken := [key for key, v in named.items() if not isinstance(v, Tensor)]:
+                named = values if isinstance(values, Mapping) else _numbered(values)
+                broken = [
+                    key
+                    for key, value in named.items()
+                    if not (isinstance(key, str) and isinstance(value, Tensor))
+                ]
+                if broken:
                     raise ValueError(f"{layout}: expected tensors, found others at {broken[:5]}")
             for what, kind, value in (("step", int, step), ("decay", int | float, decay)):
                 if not isinstance(value, kind | None):
@@ -192,6 +198,10 @@ def _readings(tree: Mapping[str, Any]) -> list[Reading]:
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"expected averages in a layout that is known, found {error!r}") from None
     return found
+
+
+def _numbered(values: Sequence[Any]) -> dict[str, Any]:
+    return {str(i): value for i, value in enumerate(values)}
 
 
 def _marked(part: Part) -> list[Found]:
