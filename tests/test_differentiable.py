@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, jvp, vmap
 
 import emajit
+from emajit import offload
 
 DECAYS = (0.9, 0.25)
 forward_ad: Any = torch.autograd.forward_ad
@@ -174,3 +175,17 @@ def test_a_module_of_averages_is_differentiated_in_its_input_alone() -> None:
     with forward_ad.dual_level(), emajit.ema_scope(model, shadow):
         assert forward_ad.unpack_dual(model(x)).tangent is None
     torch.testing.assert_close(teacher(x), functional_call(model, shadow, (x,)))
+
+
+def test_no_tangent_gets_into_averages_of_buffers_or_in_host_memory() -> None:
+    norm = nn.BatchNorm1d(2)
+    shadow = {"w": torch.zeros(2)}
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.ones(2), torch.ones(2))
+        norm.running_mean = dual
+        ema = emajit.LitEma(norm, buffers="average")
+        ema(norm)
+        offload.update_(shadow, {"w": dual}, 0, decay=0.5)
+        for average in (*ema.named_averages().values(), shadow["w"]):
+            assert forward_ad.unpack_dual(average).tangent is None
+    assert shadow["w"].tolist() == [0.5, 0.5]

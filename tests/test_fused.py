@@ -19,7 +19,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 import emajit
-from emajit import LitEma, _compile, schedules
+from emajit import LitEma, _compile, _torch, schedules
 from emajit.fused import FusedOptimizer
 
 Build = Callable[[Iterable[Any]], torch.optim.Optimizer]
@@ -561,6 +561,7 @@ def test_gradients_that_were_unscaled_twice_are_refused() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     scaled_gradients(model, 0, scaler, infinite=False)
     scaler.unscale_(optimizer)
+    assert not _torch.has_been_unscaled(optimizer)  # but by a scaler that is stepping
     scaler.unscale_(fused)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(RuntimeError, match="gradients: expected them unscaled once, found it done"):

@@ -228,7 +228,7 @@ def test_ten_thousand_steps_follow_the_float64_average(dtype: torch.dtype) -> No
             deviation = math.sqrt(max(truth * (1 - truth), 1e-12) / elements)
             errors.append((moved - truth) / deviation)
     squares = torch.tensor(errors).square()
-    assert squares.max() < 3.5**2
+    assert squares.max() < 4.5**2  # where two elements are expected to move, seven may
     assert squares.mean() < 1.5
 
 

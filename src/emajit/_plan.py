@@ -141,12 +141,10 @@ def find(
     """
     given = rounding, nonfinite, backend
     if torch.compiler.is_compiling() or through or _torch.in_transform():
-        return _traced(shadows, params, given, in_place, through)
+        return _traced(shadows, params, given, in_place, through, same_device)
     flat = _tree.flatten(shadows, params)
     if flat is None or not in_place or not same_device:
-        return _made(
-            shadows, params, flat, alphas, given, in_place=in_place, same_device=same_device
-        )
+        return _made(shadows, params, flat, alphas, given, in_place, same_device)
     kinds = type(alphas[0]) if len(alphas) == 1 else tuple(map(type, alphas))
     names = None
     if rounding == "stochastic":  # the noise is a hash of the names
@@ -220,7 +218,6 @@ def _made(
     flat: Leaves | None,
     alphas: Sequence[Alpha],
     options: Options,
-    *,
     in_place: bool,
     same_device: bool = True,
 ) -> Found:
@@ -255,12 +252,17 @@ def _low_precision(pairs: Pairs, several: int) -> list[tuple[torch.dtype, int]]:
 
 
 def _traced(
-    shadows: Sequence[PyTree], params: PyTree, options: Options, in_place: bool, through: bool
+    shadows: Sequence[PyTree],
+    params: PyTree,
+    options: Options,
+    in_place: bool,
+    through: bool,
+    same_device: bool,
 ) -> Found:
     """A plan of one group, for the user's own trace or transform; derivatives may go through."""
     rounding, nonfinite, _ = options
     _choose.check_options(rounding, nonfinite)
-    pairs = _tree.pair(shadows, params, None)
+    pairs = _tree.pair(shadows, params, None, same_device=same_device)
     if in_place and not _torch.in_transform():
         _tree.check_averages(shadows)
     if through:

@@ -155,7 +155,7 @@ def averages(walked: Sequence[Container], held: Sequence[Part]) -> list[Found]:
 
     Raises ValueError for a layout that is broken.
     """
-    found: list[Found] = []
+    places: dict[str, Found] = {}
     for each in walked:
         if not isinstance(each.value, Mapping) or each.is_of_optimizer():
             continue
@@ -163,13 +163,14 @@ def averages(walked: Sequence[Container], held: Sequence[Part]) -> list[Found]:
             place = ".".join([*each.path, *([reading.path] if reading.path else [])])
             length = reading.sigma_rel
             told = "" if length is None else f", sigma_rel {length:g}"
-            if place not in {other.path for other in found}:  # in a layout that is part of another
-                found.append(Found(reading, place, f"the layout is that of {reading.layout}{told}"))
+            why = f"the layout is that of {reading.layout}{told}"
+            places.setdefault(place, Found(reading, place, why))  # the outer layout knows more
+    found = [*places.values()]
     used = {id(v) for each in found for v in [*each.values(), *listed(each.reading.raw or {})]}
-    known = [*found]
     for part in held:  # buffers that do not change may be shared
         weights = [value for value in part.values() if value.ndim]
         if 2 * sum(id(value) in used for value in weights) <= len(weights):
+            known = places.values()
             found += [each for each in _marked(part) if not any(map(each.is_copy_of, known))]
     return _widest(found)
 

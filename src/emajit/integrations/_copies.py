@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from emajit import _module, _names, _shards, _warn
-from emajit.checkpoint.averaged import Averaged, Names
+from emajit.checkpoint.averaged import Averaged, completed
 from emajit.checkpoint.layouts import lightning as weight_averaging
 from emajit.checkpoint.layouts import native_lightning
 from emajit.integrations import _average
@@ -20,11 +20,13 @@ def averaged_in(checkpoint: Mapping[str, Any]) -> Averaged | None:
     """Averages of this callback, or of Lightning's `WeightAveraging` and `EMAWeightAveraging`."""
     if "state_dict" not in checkpoint:  # but a folder of shards, which were loaded already
         return None
-    found = (
-        layout.LAYOUT.read(checkpoint, Names(None, []))
-        for layout in (native_lightning, weight_averaging)
-    )
-    return next(filter(None, found), None)
+    for found in native_lightning.read(checkpoint):
+        averages, raw = dict[str, Any](found.averages), found.raw or {}
+        return completed(averages, raw, found.layout, found.step)
+    for found in weight_averaging.read(checkpoint):  # whose averages are all that it has
+        averages, raw = dict[str, Any](found.averages), found.raw or {}
+        return Averaged(averages, found.layout, found.step, raw=raw)
+    return None
 
 
 def warn_of_changes(module: nn.Module, loaded: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from emajit.checkpoint.averaged import Layout, Reading, step_of, tensors_of
 
 
-def _read(tree: Mapping[str, Any]) -> list[Reading]:
+def read(tree: Mapping[str, Any]) -> list[Reading]:
     if "current_model_state" not in tree:
         return []
     step = step_of(tree.get("averaging_state", {}).get("n_averaged"))
@@ -16,4 +16,4 @@ def _read(tree: Mapping[str, Any]) -> list[Reading]:
     return [Reading("Lightning weight averaging", averages, step, raw=raw, path="state_dict")]
 
 
-LAYOUT = Layout(_read)
+LAYOUT = Layout(read)

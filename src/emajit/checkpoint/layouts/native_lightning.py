@@ -12,7 +12,7 @@ from emajit import _names
 from emajit.checkpoint.averaged import Layout, Reading, step_of, tensors_of
 
 
-def _read(tree: Mapping[str, Any]) -> list[Reading]:
+def read(tree: Mapping[str, Any]) -> list[Reading]:
     if "emajit" not in tree:
         return []
     ours = tree["emajit"]
@@ -23,4 +23,4 @@ def _read(tree: Mapping[str, Any]) -> list[Reading]:
     return [Reading("emajit in Lightning", averages, step, raw=raw, path="emajit.shadow")]
 
 
-LAYOUT = Layout(_read)
+LAYOUT = Layout(read)
