@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import os
 import pkgutil
+import random
 import time
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,6 +40,15 @@ NUMBER = torch.tensor(7)
 
 def below(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
     return {prefix + key: value for key, value in state.items()}
+
+
+def own(tree: Any) -> Any:
+    """A copy in which no tensor is there twice."""
+    if isinstance(tree, Tensor):
+        return tree.clone()
+    if isinstance(tree, dict):
+        return {key: own(value) for key, value in tree.items()}
+    return [own(each) for each in tree] if isinstance(tree, list) else tree
 
 
 EMA_PYTORCH = {**below("ema_model.", AVERAGE), "initted": torch.tensor(True), "step": NUMBER}
@@ -235,6 +246,10 @@ class TestRefused:
                 {"model": RAW, "other": RAW, "ema": {k: v.clone() for k, v in AVERAGE.items()}},
                 "ema: expected trained weights in one place, found them at 'model' and 'other'",
             ),
+            (
+                {"model": RAW, "best": {"net": RAW}, "ema": {"net": AVERAGE}},
+                "in one place, found them at 'model' and 'best.net'",
+            ),
             ({"one": RAW, "two": RAW, "ema": POSITIONS}, "in one place, found them at 'one' and"),
             ({"student": RAW, "teacher": AVERAGE | {"b.bias": torch.ones(9)}}, r"shape \(2,\), "),
             ({"net": RAW, "ema": {"stds": [0.05, 0.1], "emas": [AVERAGE, RAW]}}, "sigma_rel 0.05"),
@@ -254,12 +269,22 @@ class TestRefused:
         ],
     )
     def test_what_may_be_read_in_two_ways(self, tree: dict[str, Any], message: str) -> None:
-        copies = {key: dict(v) if isinstance(v, dict) else v for key, v in tree.items()}
-        for i, (key, state) in enumerate(copies.items()):
-            if i and isinstance(state, dict) and state.keys() == RAW.keys():
-                copies[key] = {name: value.clone() for name, value in state.items()}
         with pytest.raises(ValueError, match=message):
-            checkpoint.read(copies)
+            checkpoint.read(own(tree))
+
+    def test_whatever_is_broken_is_a_value_error(self) -> None:
+        odd = [None, 5, "x", [], {}, [1], {5: NUMBER}, {"a": 1}, torch.ones(2), -1, float("nan")]
+        chosen = random.Random(0)  # noqa: S311, no secret
+        for tree, *_ in READ.values():
+            for key, value in tree.items():
+                inner = value if isinstance(value, dict) else {}
+                broken = [{**tree, key: chosen.choice(odd)}]
+                broken += [
+                    {**tree, key: {**inner, k: chosen.choice(odd)}} for k in [*inner][:4] if inner
+                ]
+                for each in broken:
+                    with contextlib.suppress(ValueError):
+                        checkpoint.read_all(each)
 
     def test_positions_that_fit_in_two_ways(self) -> None:
         layers = {"a": torch.ones(3, 3), "buffer": torch.ones(3), "bias": torch.ones(3)}
@@ -550,8 +575,8 @@ class TestHostile:
         assert checkpoint.read(tmp_path).weights.keys() == AVERAGE.keys()
 
     def test_many_small_containers(self) -> None:
-        optimizer = {"state": {i: {"m": NUMBER / 2} for i in range(10**5)}, "param_groups": []}
-        log = [{"loss": i} for i in range(10**5)]
+        optimizer = {"state": {i: {"m": NUMBER} for i in range(30_000)}, "param_groups": []}
+        log = [{"loss": i} for i in range(100_000)]
         tree = {"model": RAW, "ema": AVERAGE, "log": log, "optimizer": optimizer}
         assert checkpoint.read(tree).path == "ema"
 

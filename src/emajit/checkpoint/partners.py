@@ -24,7 +24,7 @@ from emajit.checkpoint.averaged import (
 )
 from emajit.checkpoint.files import Unordered
 from emajit.checkpoint.layouts.litema import names_from, renamed, unflattened
-from emajit.checkpoint.marks import trained_names
+from emajit.checkpoint.marks import role, trained_names
 from emajit.checkpoint.search import Found, Part
 
 _BUFFERS = {"num_batches_tracked", "running_mean", "running_var"}
@@ -113,7 +113,7 @@ def _one(found: Found, partners: Sequence[Partner], *, alone: bool) -> Partner |
             distinct[key] = partner
     several = [*distinct.values()]
     if len(several) > 1:
-        called = [partner for partner in several if _is_called(partner, found)]
+        called = _called(several, found)
         several = called if len(called) == 1 else several
     if len(several) > 1:
         paths = [repr(partner.path) for partner in several]
@@ -125,15 +125,17 @@ def _one(found: Found, partners: Sequence[Partner], *, alone: bool) -> Partner |
     return several[0] if several else None
 
 
-def _is_called(partner: Partner, found: Found) -> bool:
-    """Whether the path of trained weights is that of an average without its mark, or ends so."""
+def _called(several: Sequence[Partner], found: Found) -> list[Partner]:
+    """Those that are called as an average is without its mark: "g" of "g_ema" and of "ema.g"."""
     keys = found.path.split(".")
-    for i, key in enumerate(keys):
-        for other in trained_names(key):
-            if f"{partner.path}.".startswith(".".join([*keys[:i], other, ""])):
-                return True
-    rest = [i for i, key in enumerate(keys) if trained_names(f"{key}_x")]  # what follows the mark
-    return bool(rest) and f".{partner.path}".endswith("." + ".".join(keys[rest[-1] + 1 :] or [" "]))
+    names = [".".join([*keys[:i], n, ""]) for i, key in enumerate(keys) for n in trained_names(key)]
+    called = [p for p in several if f"{p.path}.".startswith(tuple(names))]
+    marked = [i for i, key in enumerate(keys) if role([key])[0] == "averaged"]
+    above = {partner.path.rpartition(".")[0] for partner in several}
+    if called or not marked or len(above) > 1:
+        return called
+    end = ".".join(["", *keys[marked[-1] + 1 :]])
+    return [partner for partner in several if end and f".{partner.path}".endswith(end)]
 
 
 def _by_name(averages: State, part: Part) -> list[Partner]:
