@@ -421,6 +421,13 @@ class TestKey:
             checkpoint.read(tree, key=key)
 
 
+def test_each_candidate_is_told_once() -> None:
+    tree = {"model": RAW, "ema": POSITIONS, "opt": OPTIMIZER, "best": {"ema": EMA_PYTORCH}}
+    rows = checkpoint.candidates(tree)
+    assert [row.path for row in rows] == ["ema", "best.ema.ema_model", "model"]
+    assert [len(row.tensors) for row in rows] == [len(SHADOW), len(AVERAGE), len(RAW)]
+
+
 class TestSeveral:
     def test_all_at_once_and_as_snapshots(self, tmp_path: Path) -> None:
         later = {k: v + 1 if v.is_floating_point() else v for k, v in AVERAGE.items()}

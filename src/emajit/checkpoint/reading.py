@@ -30,16 +30,18 @@ def read(
 
     The averages are searched at any depth. The modules in `emajit.checkpoint.layouts` describe what
     libraries write, from `LitEma` and torch's `AveragedModel` to diffusers, Lightning and NeMo.
-    Everything else is an average if its path says so, as "ema", "model_avg" or "teacher" does. The
-    trained weights are the tensors elsewhere with the same names and shapes. The prefixes of
-    wrappers (`module.`, `_orig_mod.`) are removed.
+    Everything else is an average if its path says so, as "ema", "model_avg" or "teacher" does; a
+    file with one state also by its own name, such as "ema_0.9999.pt". The trained weights are the
+    tensors elsewhere with the same names and shapes. The prefixes of wrappers (`module.`,
+    `_orig_mod.`) are removed.
 
     Args:
         source: a file of safetensors or `torch.save`, a folder of `torch.distributed.checkpoint`,
             or the content of one. Nothing but tensors and plain containers is unpickled.
         names: the names of the averaged parameters in order, or the model, where neither the
             averages nor the trained weights beside them tell the names: averages by position
-            (diffusers, torch_ema, NeMo), a `LitEma` on its own.
+            (diffusers, torch_ema, NeMo) on their own, or beside trained weights in a file that does
+            not keep their order, as those of safetensors; a `LitEma` on its own.
         key: where the averages are, if the file does not tell: the keys that lead there, with dots,
             such as "ema.module"; also a module in a state, such as "state_dict.teacher".
         raw_key: where the trained weights are, likewise.
@@ -225,10 +227,25 @@ def _not_one(
 
 def _candidates(held: Sequence[Part], found: Sequence[Found]) -> list[Candidate]:
     rows = [Candidate(each.path, each.values(), each.why) for each in found]
-    paths = {each.path for each in found}
-    return rows + [
-        Candidate(part.name, part.values(), "") for part in held if part.name not in paths
-    ]
+    told = {(id(v), each.path) for each in found for v in each.values()}
+    above = {(i, place) for i, path in told for place in _places(path)}
+
+    def is_told(part: Part, value: Tensor) -> bool:
+        below = ((id(value), place) in told for place in _places(part.name))
+        return not value.ndim or (id(value), part.name) in above or any(below)
+
+    rest = [part for part in held if not all(is_told(part, value) for value in part.values())]
+    return rows + [Candidate(part.name, part.values(), "") for part in rest]
+
+
+def _places(path: str) -> list[str]:
+    """A path, and those of the containers around it.
+
+    >>> _places("a.b")
+    ['', 'a', 'a.b']
+    """
+    keys = path.split(".") if path else []
+    return [".".join(keys[:i]) for i in range(len(keys) + 1)]
 
 
 def dtypes_of(tensors: Iterable[Tensor]) -> str:
