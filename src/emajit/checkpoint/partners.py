@@ -139,7 +139,7 @@ def _called(several: Sequence[Partner], found: Found) -> list[Partner]:
 
 
 def _by_name(averages: State, part: Part) -> list[Partner]:
-    if not isinstance(part.tensors, dict):
+    if not isinstance(part.tensors, dict) or len(part.tensors) < len(averages):
         return []
     raw, own = (_bare(tensors) for tensors in (part.tensors, averages))
     while True:
