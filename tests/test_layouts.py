@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import os
 import pkgutil
+import random
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -38,6 +40,15 @@ NUMBER = torch.tensor(7)
 
 def below(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
     return {prefix + key: value for key, value in state.items()}
+
+
+def own(tree: Any) -> Any:
+    """A copy in which no tensor is there twice."""
+    if isinstance(tree, Tensor):
+        return tree.clone()
+    if isinstance(tree, dict):
+        return {key: own(value) for key, value in tree.items()}
+    return [own(each) for each in tree] if isinstance(tree, list) else tree
 
 
 EMA_PYTORCH = {**below("ema_model.", AVERAGE), "initted": torch.tensor(True), "step": NUMBER}
@@ -128,13 +139,51 @@ READ: dict[str, tuple[dict[str, Any], int | None, float | None]] = {
     "a LitEma in a script": ({"model": RAW, "ema": LITEMA}, 7, 0.5),
     "a level deeper": ({"checkpoint": {"model": RAW, "ema": {"net": AVERAGE}}}, None, None),
     "a policy and its target": ({"policy_net": RAW, "target_net": AVERAGE}, None, None),
+    "a student's average": ({"student": {"model": RAW, "ema": AVERAGE}}, None, None),
+    "an average of a student": ({"student": RAW, "ema_student": AVERAGE}, None, None),
+    "a trained one below the averages": (
+        {"ema": {"online_model": RAW, "ema_model": AVERAGE}},
+        None,
+        None,
+    ),
+    "a numbered average": ({"model": RAW, "ema1": AVERAGE}, None, None),
+    "a shadow beside tensors of step and decay": (
+        {"model": RAW, "ema": {"decay": torch.tensor(0.9), "num_updates": NUMBER, "s": AVERAGE}},
+        7,
+        0.9,
+    ),
+    "a shadow in a list": ({"model": RAW, "ema": {"shadow": SHADOW, "step": 7}}, 7, None),
+    "a wrapped module in a module": (
+        {"state_dict": below("model.", RAW) | below("ema.module.", AVERAGE)},
+        None,
+        None,
+    ),
+    "an averaged module beside frozen ones": (
+        {
+            "state_dict": below("net.", RAW)
+            | below("net_ema.module.", AVERAGE)
+            | {f"vae.{i}.weight": torch.ones(2) for i in range(99)}
+        },
+        None,
+        None,
+    ),
+    "an average beside those of losses": (
+        {"model": RAW, "ema": AVERAGE, "avg_losses": [NUMBER / 2], "ema_log": {"loss": NUMBER / 2}},
+        None,
+        None,
+    ),
+    "an average of the first of two networks": (
+        {"nets": {"g": RAW, "d": AVERAGE | {"a.weight": torch.ones(4, 3)}}, "ema": {"g": AVERAGE}},
+        None,
+        None,
+    ),
     "a shadow of parameters": (
         {"model": RAW, "ema": dict(zip(NAMES, SHADOW, strict=True))},
         None,
         None,
     ),
 }
-PROJECTS = {name.partition(",")[0] for name in READ if not name.startswith("a ")}
+PROJECTS = {name.partition(",")[0] for name in READ if not name.startswith(("a ", "an "))}
 
 
 @pytest.mark.parametrize("project", READ)
@@ -197,21 +246,45 @@ class TestRefused:
                 {"model": RAW, "other": RAW, "ema": {k: v.clone() for k, v in AVERAGE.items()}},
                 "ema: expected trained weights in one place, found them at 'model' and 'other'",
             ),
+            (
+                {"model": RAW, "best": {"net": RAW}, "ema": {"net": AVERAGE}},
+                "in one place, found them at 'model' and 'best.net'",
+            ),
             ({"one": RAW, "two": RAW, "ema": POSITIONS}, "in one place, found them at 'one' and"),
             ({"student": RAW, "teacher": AVERAGE | {"b.bias": torch.ones(9)}}, r"shape \(2,\), "),
             ({"net": RAW, "ema": {"stds": [0.05, 0.1], "emas": [AVERAGE, RAW]}}, "sigma_rel 0.05"),
             ({"model": RAW, "ema": [*SHADOW, torch.ones(7)]}, "expected names, since its averages"),
             ({"model": RAW, "opt": {"ema": SHADOW}}, "found none among model, opt"),
             ({"model": RAW, "adam": {"param_groups": [], "avg": SHADOW}}, "found none among model"),
+            ({"model": RAW, "adam": {"exp_avg": AVERAGE}}, "found none among model"),
+            ({"model": RAW, "avg_sq": AVERAGE}, "found none among model"),
+            ({"model": RAW, "grad_ema": AVERAGE}, "found none among model"),
+            ({"model": RAW, "ema": POSITIONS | {"shadow_params": []}}, "found none among model"),
+            ({"model": RAW, "ema": POSITIONS | {"shadow_params": None}}, "found none among model"),
+            ({"nets": [RAW, AVERAGE], "emas": [RAW, AVERAGE]}, "expected one average, found two"),
+            (
+                {"model": {"1.w": torch.ones(3)}, "ema": {"0.w": torch.ones(3)}},
+                "expected trained weights of the same names beside it, found others; read it with",
+            ),
         ],
     )
     def test_what_may_be_read_in_two_ways(self, tree: dict[str, Any], message: str) -> None:
-        copies = {key: dict(v) if isinstance(v, dict) else v for key, v in tree.items()}
-        for i, (key, state) in enumerate(copies.items()):
-            if i and isinstance(state, dict) and state.keys() == RAW.keys():
-                copies[key] = {name: value.clone() for name, value in state.items()}
         with pytest.raises(ValueError, match=message):
-            checkpoint.read(copies)
+            checkpoint.read(own(tree))
+
+    def test_whatever_is_broken_is_a_value_error(self) -> None:
+        odd = [None, 5, "x", [], {}, [1], {5: NUMBER}, {"a": 1}, torch.ones(2), -1, float("nan")]
+        chosen = random.Random(0)  # noqa: S311, no secret
+        for tree, *_ in READ.values():
+            for key, value in tree.items():
+                inner = value if isinstance(value, dict) else {}
+                broken = [{**tree, key: chosen.choice(odd)}]
+                broken += [
+                    {**tree, key: {**inner, k: chosen.choice(odd)}} for k in [*inner][:4] if inner
+                ]
+                for each in broken:
+                    with contextlib.suppress(ValueError):
+                        checkpoint.read_all(each)
 
     def test_positions_that_fit_in_two_ways(self) -> None:
         layers = {"a": torch.ones(3, 3), "buffer": torch.ones(3), "bias": torch.ones(3)}
@@ -244,11 +317,74 @@ class TestRefused:
             {f"attention.{name}.w": torch.ones(3) for name in ("query", "key", "value")},
             {f"attn.{name}.w": torch.ones(3) for name in ("q_proj", "k_proj", "to_q", "to_k")},
             {f"{name}.w": torch.ones(3) for name in ("proj", "target_proj", "a", "b", "c")},
+            {f"{name}.w": torch.ones(3) for name in ("attention", "ema")},
+            {f"{name}.{i}.w": torch.ones(3) for name in ("a.gate", "a.ema_gate", "b") for i in (1,)}
+            | {f"{name}.2.w": torch.ones(3) for name in ("a", "b", "c", "d")},
+            {"net.w": torch.ones(3), "net_ema.w": torch.ones(4)},
         ],
     )
     def test_names_of_a_model_that_sound_like_averages(self, state: dict[str, Tensor]) -> None:
         with pytest.raises(ValueError, match="found none among"):
             checkpoint.read({"state_dict": state})
+
+
+class TestNames:
+    """Those of the averaged module, as it has them itself."""
+
+    RAW: ClassVar[dict[str, Any]] = {"0.weight": torch.zeros(2, 3), "0.bias": torch.zeros(2)}
+    POSITIONS: ClassVar[dict[str, Any]] = {
+        **POSITIONS,
+        "shadow_params": [torch.ones(2, 3), torch.ones(2)],
+    }
+    FLAT: ClassVar[dict[str, Any]] = {
+        "decay": torch.tensor(0.5),
+        "num_updates": NUMBER.int(),
+        "0weight": torch.ones(2, 3),
+        "0bias": torch.ones(2),
+    }
+
+    @pytest.mark.parametrize(
+        "tree",
+        [
+            {"model": RAW, "ema": POSITIONS},
+            {"state_dict": RAW, "ema": POSITIONS, "global_step": 9},
+            {"state_dict": below("net.", RAW), "ema": POSITIONS, "global_step": 9},
+            {"model": RAW, "ema": FLAT},
+            {"model": below("net.", RAW), "ema": FLAT},
+        ],
+    )
+    def test_the_first_item_of_a_list_keeps_its_number(self, tree: dict[str, Any]) -> None:
+        found = checkpoint.read(tree)
+        assert found.weights.keys() == found.raw.keys() == self.RAW.keys()
+        assert torch.equal(found.weights["0.weight"], torch.ones(2, 3))
+        assert found.step == 7
+
+    def test_only_lightning_has_an_attribute_around_the_model(self) -> None:
+        flat = {**self.FLAT, "net0weight": torch.ones(2, 3), "net0bias": torch.ones(2)}
+        del flat["0weight"], flat["0bias"]
+        for averages in (self.POSITIONS, flat):
+            found = checkpoint.read({"model": below("net.", self.RAW), "ema": averages})
+            assert found.weights.keys() == {"net.0.weight", "net.0.bias"}
+
+    def test_a_file_that_keeps_no_order(self, tmp_path: Path) -> None:
+        model = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(12)))
+        shadow = [p.detach() + i for i, p in enumerate(model.parameters())]
+        save_file(model.state_dict(), tmp_path / "model.safetensors")  # 0, 1, 10, 11, 2
+        torch.save({**POSITIONS, "shadow_params": shadow}, tmp_path / "custom_checkpoint_0.pkl")
+        with pytest.raises(ValueError, match="in their order, found them in a file that keeps"):
+            checkpoint.read(tmp_path)
+        found = checkpoint.read(tmp_path, names=model)
+        assert torch.equal(found.weights["2.weight"], shadow[2])
+        assert found.raw.keys() == model.state_dict().keys()
+
+    @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+    def test_positions_in_a_folder_of_shards(self, tmp_path: Path) -> None:
+        tree = {"model": RAW, "ema": POSITIONS}
+        state_dict_saver.save(tree, storage_writer=FileSystemWriter(tmp_path / "dcp"))
+        with pytest.raises(ValueError, match="in their order, found them in a file that keeps"):
+            checkpoint.read(tmp_path / "dcp")
+        found = checkpoint.read(tmp_path / "dcp", names=NAMES)
+        assert all(torch.equal(found.weights[name], AVERAGE[name]) for name in NAMES)
 
 
 class TestKey:
@@ -285,6 +421,13 @@ class TestKey:
             checkpoint.read(tree, key=key)
 
 
+def test_each_candidate_is_told_once() -> None:
+    tree = {"model": RAW, "ema": POSITIONS, "opt": OPTIMIZER, "best": {"ema": EMA_PYTORCH}}
+    rows = checkpoint.candidates(tree)
+    assert [row.path for row in rows] == ["ema", "best.ema.ema_model", "model"]
+    assert [len(row.tensors) for row in rows] == [len(SHADOW), len(AVERAGE), len(RAW)]
+
+
 class TestSeveral:
     def test_all_at_once_and_as_snapshots(self, tmp_path: Path) -> None:
         later = {k: v + 1 if v.is_floating_point() else v for k, v in AVERAGE.items()}
@@ -314,6 +457,14 @@ class TestWholeFiles:
         with pytest.raises(ValueError, match="found none among"):
             checkpoint.read(tmp_path / "model.pt")
 
+    @pytest.mark.parametrize("name", ["teacher.pt", "target_domain.pt", "shadow_removal.pt"])
+    def test_a_teacher_is_an_average_only_beside_its_student(
+        self, name: str, tmp_path: Path
+    ) -> None:
+        torch.save(AVERAGE, tmp_path / name)
+        with pytest.raises(ValueError, match="found none among"):
+            checkpoint.read(tmp_path / name)
+
     def test_averages_alone_at_a_key(self) -> None:
         for tree in ({"params_ema": AVERAGE}, {"teacher": below("module.", AVERAGE)}):
             assert checkpoint.read(tree).weights.keys() == AVERAGE.keys()
@@ -329,6 +480,19 @@ class TestFolders:
         assert torch.equal(found.weights["a.weight"], AVERAGE["a.weight"])
         assert torch.equal(found.raw["a.weight"], RAW["a.weight"])
         assert (found.layout, found.step) == ("emajit", 7)
+
+    def test_an_average_and_its_model_in_a_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "averaged").mkdir()
+        save_file(RAW, tmp_path / "model.safetensors")
+        half = {k: v.bfloat16() if v.is_floating_point() else v for k, v in AVERAGE.items()}
+        save_file(half, tmp_path / "averaged" / "model.safetensors")
+        checkpoint.save(tmp_path / "averages.safetensors", dict(zip(NAMES, SHADOW, strict=True)), 7)
+        found = checkpoint.read(tmp_path)
+        assert (found.path, found.step) == ("averages.shadow", 7)
+        half["a.weight"] = half["a.weight"] + 1
+        save_file(half, tmp_path / "averaged" / "model.safetensors")
+        with pytest.raises(ValueError, match="expected one average, found two"):
+            checkpoint.read(tmp_path)
 
     def test_of_accelerate(self, tmp_path: Path) -> None:
         ema = LitEma(NET)
@@ -416,6 +580,30 @@ class TestHostile:
         save_file(AVERAGE, tmp_path / "ema.safetensors")
         os.mkfifo(tmp_path / "model.safetensors")
         assert checkpoint.read(tmp_path).weights.keys() == AVERAGE.keys()
+
+    def test_many_small_containers(self) -> None:
+        optimizer = {"state": {i: {"m": NUMBER} for i in range(30_000)}, "param_groups": []}
+        log = [{"loss": i} for i in range(100_000)]
+        tree = {"model": RAW, "ema": AVERAGE, "log": log, "optimizer": optimizer}
+        assert checkpoint.read(tree).path == "ema"
+
+    @pytest.mark.parametrize(
+        "state",
+        [
+            {f"m{i}{end}.w": NUMBER for i in range(10**4) for end in ("", "_ema")},
+            {f"m{i}.{name}": NUMBER for i in range(10**4) for name in ("decay", "num_updates")},
+            {f"{'m.' * 10**4}{name}.w": NUMBER[None] for name in ("net", "net_ema")},
+            {"model": {f"m{i}.w": torch.ones(1) for i in range(10**4)}, "ema": {"w": SHADOW[0]}},
+            {
+                "model": {f"m{i}.w": torch.ones(1) for i in range(10**4)},
+                "ema": {"w": torch.ones(1)},
+            },
+        ],
+    )
+    def test_states_that_take_the_square_of_their_names(self, state: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match="expected") as raised:
+            checkpoint.read(state)
+        assert len(str(raised.value)) < 1000
 
     def test_thousands_of_tensors(self) -> None:
         raw = {f"blocks.{i}.{j}.weight": torch.ones(2) for i in range(100) for j in range(40)}

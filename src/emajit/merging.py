@@ -148,7 +148,7 @@ def _is_checkpoint(path: Path) -> bool:
 def _step_of(path: Path) -> int | None:
     """The step that a checkpoint tells, or the last number in the name of a folder's."""
     tree = sources.content(path, on_disk=True)
-    found = [search.told(part)[0] for part in search.parts(tree)] or [None]
+    found = [search.told(part)[0] for part in search.parts(search.containers(tree))] or [None]
     return found[0]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from emajit import _alias, _names, _paths
 
 State = Mapping[str, Tensor]
+MOST = 100  # averages in one state
 NO_NAMES = "found none; pass names=model, on the command line --names FILE"
 
 
@@ -148,9 +149,12 @@ def tensors_below(prefix: str, state: State) -> dict[str, Tensor]:
 
 
 def prefixes(state: State, *marks: str) -> list[str]:
-    """The prefixes below which a state has each of the names in `marks`."""
+    """The prefixes below which a state has each of the names in `marks`; ValueError for many."""
     ends = [key.removesuffix(marks[0]) for key in state if f".{key}".endswith(f".{marks[0]}")]
-    return [prefix for prefix in ends if all(prefix + mark in state for mark in marks)]
+    found = [prefix for prefix in ends if all(prefix + mark in state for mark in marks)]
+    if len(found) > MOST:
+        raise ValueError(f"expected at most {MOST} averages in one state, found {len(found):,}")
+    return found
 
 
 def step_of(value: Any) -> int | None:
@@ -214,7 +218,7 @@ def required(field: str, layout: str, averaged: Averaged) -> Any:
     if value is None:
         raise ValueError(
             f"{layout}: expected a checkpoint that tells its {field}, or a {field} to write, "
-            "found none"
+            f"found none; pass {field}=, on the command line --{field}"
         )
     return value
 

@@ -313,11 +313,12 @@ def is_safetensors(path: Path) -> bool:
         return file.read(9)[8:] == b"{"
 
 
-class Opaque:
-    """In place of a pickled object that is no tensor and no plain container, and of its class.
+class Unordered(dict[str, Any]):
+    """The tensors of a file that does not keep the order of a model's parameters."""
 
-    What the object was made of is dropped: of its class no code runs, nor is it imported.
-    """
+
+class Opaque:
+    """In place of a pickled object, whose class is not imported and runs no code."""
 
     def __init__(self, *_: object, **__: object) -> None:
         pass

@@ -46,7 +46,8 @@ def fitted(averages: Mapping[str, Tensor], like: str | os.PathLike[str]) -> dict
 
 
 def _weights_in(path: Path) -> dict[str, Tensor]:
-    found = [(part.name, part.tensors) for part in search.parts(sources.content(path))]
+    held = search.parts(search.containers(sources.content(path)))
+    found = [(part.name, part.tensors) for part in held]
     models = [(name, tensors) for name, tensors in found if isinstance(tensors, dict)]
     if len(models) != 1:
         places = _paths.some([name for name, _ in models]) or "none"

@@ -12,10 +12,20 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from emajit import _alias, _names
-from emajit.checkpoint.averaged import NO_NAMES, Averaged, Names, State, by_position, completed
+from emajit import _alias, _names, _paths
+from emajit.checkpoint.averaged import (
+    MOST,
+    NO_NAMES,
+    Averaged,
+    Names,
+    State,
+    by_position,
+    completed,
+)
+from emajit.checkpoint.files import Unordered
 from emajit.checkpoint.layouts.litema import names_from, renamed, unflattened
-from emajit.checkpoint.search import Found, Part, trained_names
+from emajit.checkpoint.marks import role, trained_names
+from emajit.checkpoint.search import Found, Part
 
 _BUFFERS = {"num_batches_tracked", "running_mean", "running_var"}
 
@@ -44,7 +54,7 @@ def named(found: Found, others: Sequence[Part], names: Names, *, alone: bool = F
     rest = (reading.layout, reading.step, reading.decay)
     if reading.raw is not None:
         if reading.flat:
-            averages = renamed(averages, names_from(averages, reading.raw))
+            averages = renamed(averages, names_from(averages, reading.raw)[1])
         return _described(completed(dict(averages), reading.raw, *rest), found)
     is_named = isinstance(averages, Mapping) and not reading.flat
     if names.parameters is not None and not is_named:
@@ -55,7 +65,10 @@ def named(found: Found, others: Sequence[Part], names: Names, *, alone: bool = F
             averages = by_position(reading.layout, averages, names)
         is_named = alone = True
     fit = _by_name if is_named else _by_flat_name if reading.flat else _by_position
-    partner = _one(found, [each for part in others for each in fit(averages, part)], alone=alone)
+    fitting = [each for part in others for each in fit(averages, part)]
+    if not fitting and is_named and [*averages] == [*map(str, range(len(averages)))]:
+        fitting = [each for part in others for each in _by_position([*averages.values()], part)]
+    partner = _one(found, fitting, alone=alone)
     if partner is not None:
         done = completed(partner.averages, partner.raw, *rest)
         return _described(done, found, partner.path)
@@ -64,7 +77,8 @@ def named(found: Found, others: Sequence[Part], names: Names, *, alone: bool = F
         raise ValueError(f"{reading.layout}: expected names, {reason}, {NO_NAMES}")
     if not alone and any(value.ndim for part in others for value in part.values()):
         raise ValueError(
-            f"{found.path}: expected trained weights of the same names beside it, found others"
+            f"{found.path}: expected trained weights of the same names beside it, found others; "
+            f"read it without them with key={found.path}, on the command line --key {found.path}"
         )
     return _described(Averaged(dict(averages), *rest), found)
 
@@ -99,16 +113,11 @@ def _one(found: Found, partners: Sequence[Partner], *, alone: bool) -> Partner |
             distinct[key] = partner
     several = [*distinct.values()]
     if len(several) > 1:
-        keys = found.path.split(".")
-        of_its_name = {
-            ".".join([*keys[:i], other])
-            for i, key in enumerate(keys)
-            for other in trained_names(key)
-        }
-        called = [p for p in several if any(f"{p.path}.".startswith(f"{n}.") for n in of_its_name)]
+        called = _called(several, found)
         several = called if len(called) == 1 else several
     if len(several) > 1:
-        places = " and ".join([repr(partner.path) for partner in several])
+        paths = [repr(partner.path) for partner in several]
+        places = " and ".join(paths) if len(paths) < 5 else _paths.some(paths)
         raise ValueError(
             f"{found.path}: expected trained weights in one place, found them at {places}; choose "
             "with raw_key=PATH, on the command line --raw-key PATH"
@@ -116,8 +125,21 @@ def _one(found: Found, partners: Sequence[Partner], *, alone: bool) -> Partner |
     return several[0] if several else None
 
 
+def _called(several: Sequence[Partner], found: Found) -> list[Partner]:
+    """Those that are called as an average is without its mark: "g" of "g_ema" and of "ema.g"."""
+    keys = found.path.split(".")
+    names = [".".join([*keys[:i], n, ""]) for i, key in enumerate(keys) for n in trained_names(key)]
+    called = [p for p in several if f"{p.path}.".startswith(tuple(names))]
+    marked = [i for i, key in enumerate(keys) if role([key])[0] == "averaged"]
+    above = {partner.path.rpartition(".")[0] for partner in several}
+    if called or not marked or len(above) > 1:
+        return called
+    end = ".".join(["", *keys[marked[-1] + 1 :]])
+    return [partner for partner in several if end and f".{partner.path}".endswith(end)]
+
+
 def _by_name(averages: State, part: Part) -> list[Partner]:
-    if not isinstance(part.tensors, dict):
+    if not isinstance(part.tensors, dict) or len(part.tensors) < len(averages):
         return []
     raw, own = (_bare(tensors) for tensors in (part.tensors, averages))
     while True:
@@ -125,13 +147,15 @@ def _by_name(averages: State, part: Part) -> list[Partner]:
         prefixes = [
             name.removesuffix(longest) for name in raw if f".{name}".endswith(f".{longest}")
         ]
-        trained = [(prefix, _names.below(prefix, raw)) for prefix in prefixes]
-        found = [
-            Partner(_place(part, prefix), below, own)
-            for prefix, below in trained
-            if own.keys() <= below.keys()
+        named = [each for each in prefixes if all(each + name in raw for name in own)]
+        fitting = [
+            each for each in named if all(raw[each + n].shape == v.shape for n, v in own.items())
         ]
-        around = _common_module(own)
+        found = [
+            Partner(_place(part, prefix), _names.below(prefix, raw), own)
+            for prefix in (fitting or named[:1])[:MOST]
+        ]
+        around = _attribute(own)
         if found or not around:
             return found
         own = _names.below(around, own)
@@ -142,15 +166,18 @@ def _by_flat_name(averages: State, part: Part) -> list[Partner]:
         return []
     raw = _bare(part.tensors)
     try:
-        full = renamed(averages, names_from(averages, raw))
+        module, full = names_from(averages, raw)
     except ValueError:  # the names do not fit, or there are none
         return []
-    around = _common_module(raw)
-    return [Partner(_place(part, around), *(_names.below(around, each) for each in (raw, full)))]
+    named = renamed(averages, full)
+    return [Partner(_place(part, module), *(_names.below(module, each) for each in (raw, named)))]
 
 
 def _by_position(averages: Sequence[Tensor], part: Part) -> list[Partner]:
-    """In the order of the parameters: buffers that are known, and tied names, are left out."""
+    """In the order of the parameters: buffers that are known, and tied names, are left out.
+
+    What Lightning saves is below the attribute of its module that is the model.
+    """
     if not isinstance(part.tensors, dict):
         return []
     raw = _bare(part.tensors)
@@ -166,6 +193,11 @@ def _by_position(averages: Sequence[Tensor], part: Part) -> list[Partner]:
     first = _places(wanted, held)
     if first is None:
         return []
+    if isinstance(part.above[-1], Unordered):
+        raise ValueError(  # noqa: TRY004, it is a file, not an argument
+            f"expected the parameters at {part.name!r} in their order, found them in a file that "
+            "keeps none; pass names=model, on the command line --names FILE"
+        )
     last = [len(held) - 1 - i for i in reversed(_places(wanted[::-1], held[::-1]) or [])]
     if first != last:
         i = next(i for i, (a, b) in enumerate(zip(first, last, strict=True)) if a != b)
@@ -175,7 +207,7 @@ def _by_position(averages: Sequence[Tensor], part: Part) -> list[Partner]:
             f"{names[first[i]]!r} or of {names[last[i]]!r}; pass names=model, on the command line "
             "--names FILE"
         )
-    around = _common_module(raw)
+    around = _attribute(raw) if _is_of_lightning(part) else ""
     full = {names[i]: average for i, average in zip(first, averages, strict=True)}
     return [Partner(_place(part, around), *(_names.below(around, each) for each in (raw, full)))]
 
@@ -201,19 +233,20 @@ def _bare(tensors: State) -> dict[str, Tensor]:
     return {bare[name]: value for name, value in tensors.items()}
 
 
-def _common_module(names: Iterable[str]) -> str:
-    """The module that all names are below, with its dot; "" for none.
+def _attribute(names: Iterable[str]) -> str:
+    """The attribute that all names are below, with its dot; "" for none, or the item of a list.
 
-    >>> _common_module(["a.b.w", "a.b.c.w"]), _common_module(["a.w", "b.w"])
-    ('a.b.', '')
+    >>> _attribute(["a.b.w", "a.b.c.w"]), _attribute(["a.w", "b.w"]), _attribute(["0.w"])
+    ('a.', '', '')
     """
-    modules = [name.split(".")[:-1] for name in names]
-    common = []
-    for level in zip(*modules, strict=False):
-        if len(set(level)) > 1:
-            break
-        common.append(level[0])
-    return ".".join([*common, ""]) if common else ""
+    first = {name.partition(".")[0] if "." in name else "" for name in names}
+    (attribute,) = first if len(first) == 1 else [""]
+    return f"{attribute}." if attribute and not attribute.isdecimal() else ""
+
+
+def _is_of_lightning(part: Part) -> bool:
+    marks = {"global_step", "pytorch-lightning_version"}
+    return part.path[-1:] == ("state_dict",) and not marks.isdisjoint(part.above[-2])
 
 
 def _place(part: Part, module: str) -> str:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from emajit import _paths
-from emajit.checkpoint import partners, search, sources
+from emajit.checkpoint import marks, partners, search, sources
 from emajit.checkpoint.averaged import Averaged, NotOneError, Reading, listed, tensors_of
 from emajit.checkpoint.files import Opaque
-from emajit.checkpoint.search import Found, Part
+from emajit.checkpoint.search import Container, Found, Part
 
 _SHOWN = 12  # candidates in an error
 
@@ -30,16 +30,18 @@ def read(
 
     The averages are searched at any depth. The modules in `emajit.checkpoint.layouts` describe what
     libraries write, from `LitEma` and torch's `AveragedModel` to diffusers, Lightning and NeMo.
-    Everything else is an average if its path says so, as "ema", "model_avg" or "teacher" does. The
-    trained weights are the tensors elsewhere with the same names and shapes. The prefixes of
-    wrappers (`module.`, `_orig_mod.`) are removed.
+    Everything else is an average if its path says so, as "ema", "model_avg" or "teacher" does; a
+    file with one state also by its own name, such as "ema_0.9999.pt". The trained weights are the
+    tensors elsewhere with the same names and shapes. The prefixes of wrappers (`module.`,
+    `_orig_mod.`) are removed.
 
     Args:
         source: a file of safetensors or `torch.save`, a folder of `torch.distributed.checkpoint`,
             or the content of one. Nothing but tensors and plain containers is unpickled.
         names: the names of the averaged parameters in order, or the model, where neither the
             averages nor the trained weights beside them tell the names: averages by position
-            (diffusers, torch_ema, NeMo), a `LitEma` on its own.
+            (diffusers, torch_ema, NeMo) on their own, or beside trained weights in a file that does
+            not keep their order, as those of safetensors; a `LitEma` on its own.
         key: where the averages are, if the file does not tell: the keys that lead there, with dots,
             such as "ema.module"; also a module in a state, such as "state_dict.teacher".
         raw_key: where the trained weights are, likewise.
@@ -88,8 +90,9 @@ def candidates(source: str | os.PathLike[str] | Mapping[str, Any]) -> list[Candi
     tree = source if isinstance(source, Mapping) else sources.content(Path(source))
     if not isinstance(tree, Mapping):
         return []
-    held = search.parts(tree)
-    return _candidates(held, search.averages(tree, held))
+    walked = search.containers(tree)
+    held = search.parts(walked)
+    return _candidates(held, search.averages(walked, held))
 
 
 def _found(
@@ -130,30 +133,29 @@ def _in_tree(
     if not isinstance(tree, Mapping):
         kind = type(tree).__qualname__
         raise ValueError(  # noqa: TRY004, it is a broken file, not a wrong argument
-            f"expected a mapping of names, found {kind}{_pickled(tree)}"
+            f"expected a mapping of names, found {kind}{_pickled([tree])}"
         )
-    held = search.parts(tree)
-    found = search.averages(tree, held)
+    walked = search.containers(tree)
+    held = search.parts(walked)
+    found = search.averages(walked, held)
     if key is not None:
         chosen = [_at(tree, found, key)]
-    elif not found and len(held) == 1 and search.marks(name):
+    elif not found and len(held) == 1 and (word := marks.mark_of_file(name)):
         reading = Reading("state", held[0].tensors, *search.told(held[0]))
-        chosen = [
-            Found(reading, held[0].name, f"the name of the file says {search.marks(name)[0]!r}")
-        ]
+        chosen = [Found(reading, held[0].name, f"the name of the file says {word!r}")]
     else:
         chosen = found
     if not chosen or (len(chosen) > 1 and not several):
-        raise NotOneError(_not_one(tree, held, found))
+        raise NotOneError(_not_one(tree, walked, held, found))
     beside = others(held, [*found, *chosen])
     if raw_key is not None:
-        beside = [Part((raw_key,), tensors_at(tree, raw_key))]
+        beside = [Part((raw_key,), tensors_at(tree, raw_key), (tree, search.at(tree, raw_key)))]
     averaged = [partners.named(each, beside, given, alone=key is not None) for each in chosen]
     used: set[int] = set()
     for each in averaged:
         _check_shapes(each, names)
         used |= {id(value) for part in (each.weights, each.raw) for value in part.values()}
-    present = _check_beside(tree, used)
+    present = _check_beside(walked, used)
     return [each._replace(others=len(present - used)) for each in averaged]
 
 
@@ -162,18 +164,17 @@ def _at(tree: Any, found: Sequence[Found], key: str) -> Found:
     below = [each for each in found if _is_below(each.path, key)]
     if len(below) == 1:
         return below[0]._replace(why="the key was given")
-    return Found(
-        Reading(f"state at {key}" if key else "state", tensors_at(tree, key)),
-        key,
-        "the key was given",
-    )
+    paths = [each.path for each in below]
+    tensors = tensors_at(tree, key, f"those at {_paths.some(paths)}" if paths else "none")
+    reading = Reading(f"state at {key}" if key else "state", tensors)
+    return Found(reading, key, "the key was given")
 
 
-def tensors_at(tree: Any, key: str) -> dict[str, Tensor] | list[Tensor]:
+def tensors_at(tree: Any, key: str, others: str = "none") -> dict[str, Tensor] | list[Tensor]:
     value = search.at(tree, key)
     tensors: Any = tensors_of(value) if isinstance(value, Mapping) else list(value)
     if not tensors or not all(isinstance(each, Tensor) for each in search.listed(tensors)):
-        raise ValueError(f"{key}: expected tensors there, found none")
+        raise ValueError(f"{key!r}: expected tensors there, found {others}")
     return tensors  # type: ignore[no-any-return]
 
 
@@ -181,7 +182,7 @@ def others(held: Sequence[Part], found: Sequence[Found]) -> list[Part]:
     """The parts that may hold trained weights, without the averages that are found in them."""
     parts: list[Part] = []
     for part in held:
-        if not isinstance(part.tensors, dict) or search.is_marked(part):
+        if not isinstance(part.tensors, dict) or part.role()[0] in ("averaged", "aside"):
             continue
         rest = part.tensors
         for path in (each.path for each in found if _is_below(each.path, part.name)):
@@ -195,15 +196,22 @@ def _is_below(path: str, above: str) -> bool:
     return not above or f"{path}.".startswith(f"{above}.")
 
 
-def _not_one(tree: Mapping[str, Any], held: Sequence[Part], found: Sequence[Found]) -> str:
+def _not_one(
+    tree: Mapping[str, Any],
+    walked: Sequence[Container],
+    held: Sequence[Part],
+    found: Sequence[Found],
+) -> str:
     """The error where not one average was found: a table of what may be one."""
     if found:
-        layouts = " and ".join(dict.fromkeys(each.reading.layout for each in found))
+        names = [*dict.fromkeys(each.reading.layout for each in found)]
+        layouts = " and ".join(names) if len(names) < 5 else _paths.some(names)
         count = "two" if len(found) == 2 else f"{len(found)}"
         lines = [f"expected one average, found {count}: {layouts}"]
     else:
         keys = _paths.some([str(key) for key in tree])
-        reason = f"found none among {keys}{_pickled(tree)}"
+        leaves = [leaf for each in walked for leaf in each.leaves()]
+        reason = f"found none among {keys}{_pickled(leaves)}"
         lines = [f"expected averages in a layout that is known, or at a key that says so, {reason}"]
     rows = _candidates(held, found)
     for path, tensors, why in rows[:_SHOWN]:
@@ -219,24 +227,35 @@ def _not_one(tree: Mapping[str, Any], held: Sequence[Part], found: Sequence[Foun
 
 def _candidates(held: Sequence[Part], found: Sequence[Found]) -> list[Candidate]:
     rows = [Candidate(each.path, each.values(), each.why) for each in found]
-    return rows + [
-        Candidate(part.name, part.values(), "")
-        for part in held
-        if part.name not in {each.path for each in found}
-    ]
+    told = {(id(v), each.path) for each in found for v in each.values()}
+    above = {(i, place) for i, path in told for place in _places(path)}
+
+    def is_told(part: Part, value: Tensor) -> bool:
+        below = ((id(value), place) in told for place in _places(part.name))
+        return not value.ndim or (id(value), part.name) in above or any(below)
+
+    rest = [part for part in held if not all(is_told(part, value) for value in part.values())]
+    return rows + [Candidate(part.name, part.values(), "") for part in rest]
+
+
+def _places(path: str) -> list[str]:
+    """A path, and those of the containers around it.
+
+    >>> _places("a.b")
+    ['', 'a', 'a.b']
+    """
+    keys = path.split(".") if path else []
+    return [".".join(keys[:i]) for i in range(len(keys) + 1)]
 
 
 def dtypes_of(tensors: Iterable[Tensor]) -> str:
     return " and ".join(sorted({str(v.dtype).removeprefix("torch.") for v in tensors}))
 
 
-def _pickled(tree: Any) -> str:
+def _pickled(leaves: Iterable[Any]) -> str:
     """The end of an error message: the classes of pickled objects, or nothing if there is none."""
-    leaves = [tree] if isinstance(tree, Opaque) else []
-    if isinstance(tree, Mapping):
-        for _, value, _ in search.containers(tree):
-            leaves += [leaf for leaf in search.listed(value) if isinstance(leaf, Opaque)]
-    names = sorted({f"{type(leaf).__module__}.{type(leaf).__name__}" for leaf in leaves})
+    kinds = {type(leaf) for leaf in leaves if isinstance(leaf, Opaque)}
+    names = sorted(f"{kind.__module__}.{kind.__name__}" for kind in kinds)
     hint = "; load it where these classes are, and save a state_dict()"
     return f", beside what is not unpickled: {_paths.some(names)}{hint}" if names else ""
 
@@ -253,12 +272,11 @@ def _check_shapes(found: Averaged, names: Any) -> None:
                 )
 
 
-def _check_beside(tree: Any, used: set[int]) -> set[int]:
+def _check_beside(walked: Sequence[Container], used: set[int]) -> set[int]:
     """The ids of all tensors; ValueError for a pickled object in a mapping with a used tensor."""
     present = set()
-    for _, value, _ in search.containers(tree):
-        leaves = search.listed(value)
-        here = {id(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
+    for _, value, _ in walked:
+        here = {id(leaf) for leaf in search.listed(value) if isinstance(leaf, Tensor)}
         present |= here
         if isinstance(value, Mapping) and not used.isdisjoint(here):
             for key, leaf in value.items():

@@ -11,30 +11,37 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from emajit import _names
+from emajit import _controls, _names
+from emajit.checkpoint import followers, marks
 from emajit.checkpoint.averaged import Reading, step_of
 from emajit.checkpoint.layouts import LAYOUTS
 
-# Words in a path, between dots, underscores and changes of case.
-_AVERAGED = {"ave", "average", "averaged", "averages", "avg", "ema", "emas", "polyak"}
-_AVERAGED |= {"shadow", "shadows", "swa", "target", "teacher"}
-_TRAINED = {"backup", "collected", "online", "student"}  # weights in a state of averages
-_NEITHER = {"opt", "optim", "optimizer", "optimizers", "optims", "scaler", "sched", "scheduler"}
-# The word in place of that of the averaged module, in the name of the trained one.
-_TRAINED_WORDS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(_AVERAGED, ("",)),
-    "momentum": ("",),
-    "target": ("online", ""),
-    "teacher": ("student", ""),
-}
 _CONTROLS = {"decay", "initted", "n_averaged", "num_updates", "step", "steps", "updates"}
 _STEPS = "num_updates", "updates", "optimization_step", "steps", "step"
 _STEPS_OF_RUN = "global_step", "batch_idx_train", "step", "iteration"
 _DEEPEST = 100
+_MAPPINGS = dict, Mapping  # most are dicts, which is quicker to tell
+_CONTAINERS = dict, list, tuple, Mapping
+_PLAIN = int, float, str, bytes, type(None)
 
 Path = tuple[str, ...]
+
+
+class Container(NamedTuple):
+    """A mapping or a list in a file, the keys that lead there, and the containers on the way."""
+
+    path: Path
+    value: Any
+    above: tuple[Any, ...]
+
+    def leaves(self) -> list[Any]:
+        return listed(self.value)
+
+    def is_of_optimizer(self) -> bool:
+        return any(isinstance(each, Mapping) and "param_groups" in each for each in self.above)
 
 
 class Part(NamedTuple):
@@ -56,10 +63,8 @@ class Part(NamedTuple):
     def name(self) -> str:
         return ".".join(self.path)
 
-    @property
-    def said(self) -> set[str]:
-        """The words of its path."""
-        return {word for key in self.path for word in words(key)}
+    def role(self) -> tuple[str, str]:
+        return marks.role(self.path)
 
 
 class Found(NamedTuple):
@@ -72,73 +77,90 @@ class Found(NamedTuple):
     def values(self) -> list[Any]:
         return listed(self.reading.averages)
 
-
-def words(key: str) -> list[str]:
-    """The words of a key, in lower case.
-
-    >>> words("emaModel_fp32.avgpool")
-    ['ema', 'model', 'fp32', 'avgpool']
-    """
-    return [word.lower() for word in re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", key)]
+    def is_copy_of(self, other: Found) -> bool:
+        """Whether these are the numbers of another average, maybe cast, as a model is saved."""
+        mine, theirs = self.reading.averages, other.reading.averages
+        if not isinstance(mine, Mapping) or not isinstance(theirs, Mapping):
+            return False
+        same = [name for name in theirs if name in mine and mine[name].ndim]
+        return 2 * len(same) > len(theirs) and all(
+            mine[name].shape == theirs[name].shape
+            and torch.equal(mine[name], theirs[name].to(mine[name].dtype))
+            for name in same
+        )
 
 
 def listed(tensors: Mapping[str, Any] | Sequence[Any]) -> list[Any]:
     return list(tensors.values()) if isinstance(tensors, Mapping) else list(tensors)
 
 
-def containers(tree: Any) -> Iterator[tuple[Path, Any, tuple[Any, ...]]]:
-    """The path and the value of each mapping and list in `tree`, and the containers above it.
+def containers(tree: Any) -> list[Container]:
+    """Each mapping and list in `tree` that holds more than numbers and text, in its order.
 
     A shared one is met once if there are containers in it. Raises ValueError for one in itself, or
     below more than a hundred others.
     """
+    return [*_walked(tree)]
+
+
+def _walked(tree: Any) -> Iterator[Container]:
     met: set[int] = set()
-    waiting: list[tuple[Path, Any, tuple[Any, ...]]] = [((), tree, ())]
+    waiting = [Container((), tree, ())]
     while waiting:
-        path, value, above = waiting.pop()
+        path, value, above = here = waiting.pop()
         if any(value is container for container in above):
             raise ValueError("expected averages in a layout that is known, found one in itself")
         if len(above) > _DEEPEST:
             raise ValueError(f"expected at most {_DEEPEST} containers in each other, found more")
-        items = value.items() if isinstance(value, Mapping) else enumerate(value)
-        inner = [(str(k), v) for k, v in items if isinstance(v, Mapping | list | tuple)]
+        items = value.items() if isinstance(value, _MAPPINGS) else enumerate(value)
+        inner = [
+            (str(key), v) for key, v in items if isinstance(v, _CONTAINERS) and not _is_plain(v)
+        ]
         if inner and id(value) in met:
             continue
         met.add(id(value))
-        yield path, value, above
-        waiting += [((*path, key), child, (*above, value)) for key, child in reversed(inner)]
+        yield here
+        around = (*above, value)
+        waiting += [Container((*path, key), child, around) for key, child in reversed(inner)]
 
 
-def parts(tree: Any) -> list[Part]:
-    """All parts of `tree`, in its order, but those of optimizers."""
+def _is_plain(container: Any) -> bool:
+    values = container.values() if isinstance(container, _MAPPINGS) else container
+    return all(isinstance(value, _PLAIN) for value in values)
+
+
+def parts(walked: Sequence[Container]) -> list[Part]:
+    """All tensors in the containers of a file, but those of optimizers."""
     found = []
-    for path, value, around in containers(tree):
+    for each in walked:
+        path, value, around = each
         above = (*around, value)
-        if any(isinstance(each, Mapping) and "param_groups" in each for each in above):
+        tensors: Any = [v for v in each.leaves() if isinstance(v, Tensor)]
+        # A mapping of numbers is none of weights.
+        if not any(v.ndim for v in tensors) or "param_groups" in value or each.is_of_optimizer():
             continue
         if isinstance(value, Mapping):
-            named = {str(key): v for key, v in value.items() if isinstance(v, Tensor)}
-            part = Part(path, named, above)
-            if named.keys() <= _CONTROLS:
-                continue
-        else:
-            part = Part(path, list(value), above)
-            if not (value and all(isinstance(each, Tensor) for each in value)):
-                continue
-        if part.said.isdisjoint(_NEITHER):
-            found.append(part)
+            tensors = {str(key): v for key, v in value.items() if isinstance(v, Tensor)}
+            if any(name.count(".") > _DEEPEST for name in tensors):
+                raise ValueError(f"expected at most {_DEEPEST} dots in a name, found more")
+        elif len(tensors) < len(value):
+            continue
+        if not marks.is_of_neither(path):
+            found.append(Part(path, tensors, above))
     return found
 
 
-def averages(tree: Any, held: Sequence[Part]) -> list[Found]:
-    """All averages in `tree`, whose parts are `held`.
+def averages(walked: Sequence[Container], held: Sequence[Part]) -> list[Found]:
+    """All averages in the containers of a file, whose parts are `held`.
 
     Raises ValueError for a layout that is broken.
     """
     places: dict[str, Found] = {}
-    for path, value, _ in containers(tree):
-        for reading in _readings(value) if isinstance(value, Mapping) else ():
-            place = ".".join([*path, *([reading.path] if reading.path else [])])
+    for each in walked:
+        if not isinstance(each.value, Mapping) or each.is_of_optimizer():
+            continue
+        for reading in _readings(each.value):
+            place = ".".join([*each.path, *([reading.path] if reading.path else [])])
             length = reading.sigma_rel
             told = "" if length is None else f", sigma_rel {length:g}"
             why = f"the layout is that of {reading.layout}{told}"
@@ -146,19 +168,27 @@ def averages(tree: Any, held: Sequence[Part]) -> list[Found]:
     found = [*places.values()]
     used = {id(v) for each in found for v in [*each.values(), *listed(each.reading.raw or {})]}
     for part in held:  # buffers that do not change may be shared
-        if 2 * sum(id(value) in used for value in part.values()) <= len(part.tensors):
-            found += _marked(part)
+        weights = [value for value in part.values() if value.ndim]
+        if 2 * sum(id(value) in used for value in weights) <= len(weights):
+            known = places.values()
+            found += [each for each in _marked(part) if not any(map(each.is_copy_of, known))]
     return _widest(found)
 
 
 def _readings(tree: Mapping[str, Any]) -> list[Reading]:
     """The averages in a mapping that the layouts of libraries recognise."""
     try:
-        found = [reading for layout in LAYOUTS if layout.read for reading in layout.read(tree)]
+        read = [reading for layout in LAYOUTS if layout.read for reading in layout.read(tree)]
+        found = [reading for reading in read if reading.averages]
         for layout, averages, step, decay, raw, *_ in found:
             for values in (averages, raw or {}):
-                named = values if isinstance(values, Mapping) else dict(enumerate(values))
-                if broken := [key for key, v in named.items() if not isinstance(v, Tensor)]:
+                named = values if isinstance(values, Mapping) else _numbered(values)
+                broken = [
+                    key
+                    for key, value in named.items()
+                    if not (isinstance(key, str) and isinstance(value, Tensor))
+                ]
+                if broken:
                     raise ValueError(f"{layout}: expected tensors, found others at {broken[:5]}")
             for what, kind, value in (("step", int, step), ("decay", int | float, decay)):
                 if not isinstance(value, kind | None):
@@ -171,81 +201,33 @@ def _readings(tree: Mapping[str, Any]) -> list[Reading]:
     return found
 
 
-def is_marked(part: Part) -> bool:
-    """Whether the path of a part says that it is an average, or is kept beside one."""
-    return not part.said.isdisjoint(_AVERAGED)
-
-
-def marks(path: str) -> list[str]:
-    """The words in a path which say that it is that of an average."""
-    return [word for word in words(path) if word in _AVERAGED]
+def _numbered(values: Sequence[Any]) -> dict[str, Any]:
+    return {str(i): value for i, value in enumerate(values)}
 
 
 def _marked(part: Part) -> list[Found]:
     """The averages that a part is or has, by its path and its names."""
-    step, decay = told(part)
-    if said := marks(part.name):
-        if part.said & _TRAINED:
-            return []
+    role, word = part.role()
+    if role == "averaged":
+        step, decay = told(part)
         tensors = part.tensors
         if isinstance(tensors, dict):
             tensors = {name: v for name, v in tensors.items() if name not in _CONTROLS or v.ndim}
         reading = Reading(f"state at {part.name}", tensors, step, decay)
-        return [Found(reading, part.name, f"its path says {said[0]!r}")]
+        return [Found(reading, part.name, f"its path says {word!r}")]
     found = []
-    if isinstance(part.tensors, dict):
-        for module, partner in _averaged_modules(part.tensors):
-            average, raw = (_names.below(f"{each}.", part.tensors) for each in (module, partner))
+    if isinstance(part.tensors, dict) and role != "aside":
+        for module, partner, average, raw in followers.followers(part.tensors):
             place = ".".join([*part.path, module])
-            reading = Reading(f"state at {place}", average, step, decay, raw=raw)
-            found.append(Found(reading, place, f"its name says that it follows {partner!r}"))
+            reading = Reading(f"state at {place}", average, *told(part), raw=raw)
+            beside = f"follows {partner!r}" if partner else "follows what is beside it"
+            found.append(Found(reading, place, f"its name says that it {beside}"))
     return found
-
-
-def _averaged_modules(state: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The modules that average another one, as their names say, each with the other one.
-
-    Together they must be the larger part of the state.
-
-    >>> _averaged_modules({"net.w": 0, "net_ema.w": 1, "target_table.w": 2})
-    [('net_ema', 'net')]
-    """
-    modules: dict[str, set[str]] = {}
-    for name in state:
-        parts = name.split(".")
-        for i in range(1, len(parts)):
-            modules.setdefault(".".join(parts[:i]), set()).add(".".join(parts[i:]))
-    pairs: list[tuple[str, str]] = []
-    for module, names in modules.items():
-        if any(module.startswith(f"{averaged}.") for averaged, _ in pairs):
-            continue
-        above, dot, own = module.rpartition(".")
-        trained = [above + dot + other for other in trained_names(own)]
-        pairs += [(module, other) for other in trained if names <= modules.get(other, set())][:1]
-    paired = sum(len(modules[module]) + len(modules[other]) for module, other in pairs)
-    return pairs if 2 * paired > len(state) else []  # else they are layers of a model
-
-
-def trained_names(key: str) -> list[str]:
-    """The keys that the trained partner of an average may have.
-
-    >>> trained_names("encoder_k"), trained_names("ema_model"), trained_names("teacher")
-    (['encoder_q'], ['model'], ['student'])
-    """
-    if key == "encoder_k":  # "k" alone is that of attention
-        return ["encoder_q"]
-    spelled = re.split(r"([._])", key)
-    found = []
-    for i in range(0, len(spelled), 2):
-        for word in _TRAINED_WORDS.get(spelled[i].lower(), ()):
-            other = "".join([*spelled[:i], word, *spelled[i + 1 :]]).strip("._")
-            found.append(re.sub(r"([._])[._]+", r"\1", other))
-    return [other for other in found if other]
 
 
 def _widest(found: list[Found]) -> list[Found]:
     """Without an average of 16 bits that is there in float32 as well, as fairseq has it."""
-    narrow = {re.sub(r"_?fp32(_params)?", "", f.path) for f in found if "fp32" in words(f.path)}
+    narrow = {re.sub(r"_?fp32(_params)?", "", f.path) for f in found if "fp32" in f.path}
     return [each for each in found if each.path not in narrow]
 
 
@@ -257,6 +239,8 @@ def told(part: Part) -> tuple[int | None, float | None]:
     steps += [each.get(key) for each in mappings for key in _STEPS_OF_RUN]
     step = next((step for step in steps if _is_number(step, int)), None)
     decay = next((d for each in own if _is_number(d := each.get("decay"), float)), None)
+    if isinstance(decay, Tensor):
+        decay = _controls.decimal(float(decay))
     return step_of(step), None if decay is None else float(decay)
 
 
@@ -290,6 +274,6 @@ def at(tree: Any, key: str) -> Any:
             tensors = {str(k): v for k, v in value.items() if isinstance(v, Tensor)}
             following, rest = _names.below(".".join(rest) + ".", tensors) or None, []
         if following is None:
-            raise ValueError(f"key: expected a place in the file, found none at {key!r}")
+            raise ValueError(f"expected a place in the file, found none at {key!r}")
         value = following
     return value

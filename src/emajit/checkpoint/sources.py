@@ -15,6 +15,7 @@ from torch import Tensor
 
 from emajit import _names
 from emajit.checkpoint import files
+from emajit.checkpoint.files import Unordered
 from emajit.checkpoint.saved import KEY, SHADOW, TIED, Saved
 
 SUFFIXES = ".safetensors", ".bin", ".ckpt", ".pkl", ".pt", ".pth"
@@ -50,7 +51,8 @@ def content(path: Path, *, on_disk: bool = False) -> Any:
         if any('"crc32"' in told for key, told in header.items() if key != KEY):
             raise ValueError(f"{path}: expected the record of its step at {KEY!r}, found another")
         if KEY not in header:
-            held = {name: _apart(files.tensor(path, file, name)) for name in file.keys()}  # noqa: SIM118
+            names = file.keys()
+            held = Unordered({name: _apart(files.tensor(path, file, name)) for name in names})
             if TIED in header:
                 _tie(path, held, header[TIED])
             else:
@@ -81,7 +83,8 @@ def _of_folder(path: Path, depth: int = 2) -> dict[str, Any]:
         shards = _shards_of(path / index)
         names = [name for name in names if name not in shards]
         stem = index.removesuffix(_INDEX).rpartition(".")[0]
-        held[stem] = {k: v for shard in shards for k, v in content(path / shard).items()}
+        sharded = {k: v for shard in shards for k, v in content(path / shard).items()}
+        held[stem] = Unordered(sharded)
     if "model.safetensors" in names:  # the same weights, as transformers may write them too
         names = [name for name in names if name != "pytorch_model.bin"]
     for name in names:
@@ -147,6 +150,15 @@ def _apart(tensor: Tensor) -> Tensor:
     return tensor if tensor.numel() else torch.empty_like(tensor)
 
 
+def _with_lists(held: Any) -> Any:
+    """`held` with a list for each mapping of numbers from 0."""
+    if not isinstance(held, Unordered):
+        return held
+    if held.keys() == {*range(len(held))}:
+        return [_with_lists(value) for _, value in sorted(held.items())]
+    return Unordered({str(key): _with_lists(value) for key, value in held.items()})
+
+
 def _of_shards(path: Path, *, on_disk: bool = False) -> dict[str, Any]:
     """The tensors in a folder of torch.distributed.checkpoint, in the containers they came from."""
     from emajit.checkpoint import sharded  # noqa: PLC0415, half a second for this alone
@@ -162,13 +174,14 @@ def _of_shards(path: Path, *, on_disk: bool = False) -> dict[str, Any]:
             value.emajit_place = folder, key
     else:
         folder.read_into(flat, alone=True)
-    held: dict[str, Any] = {}
+    held: Any = Unordered()
     for key, value in flat.items():
         *containers, name = folder.places.get(key, (key,))
         inner = held
         for container in containers:
-            inner = inner.setdefault(str(container), {})
-        inner[str(name)] = value
+            inner = inner.setdefault(container, Unordered())
+        inner[name] = value
+    held = _with_lists(held)
     if (path / "meta.pt").is_file():  # Lightning keeps there what is not sharded
         held = {**files.load_torch(path / "meta.pt"), **held}
         held.setdefault("state_dict", _names.below("state_dict.", flat))

@@ -60,10 +60,11 @@ def _weights(
     path: Path, tree: Any, of: Of | None, key: str | None
 ) -> tuple[tuple[str, ...], dict[str, Any], int | None]:
     """The keys that lead to the weights, the weights, and the step that is told beside them."""
-    parts = search.parts(tree)
-    found = search.averages(tree, parts)
+    walked = search.containers(tree)
+    parts = search.parts(walked)
+    found = search.averages(walked, parts)
     if key is not None:
-        chosen = [search.Part(tuple(key.split(".")), reading.tensors_at(tree, key))]
+        chosen = [search.Part(tuple(key.split(".")), reading.tensors_at(tree, key), (tree,))]
     elif found and of is None:
         raise ValueError(
             f"{path}: expected a model, found averages beside it or alone; choose with "

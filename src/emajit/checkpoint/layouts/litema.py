@@ -15,6 +15,7 @@ from torch import Tensor
 
 from emajit import _controls, _names
 from emajit.checkpoint.averaged import (
+    MOST,
     Averaged,
     Layout,
     Names,
@@ -40,6 +41,8 @@ def _read(tree: Mapping[str, Any]) -> list[Reading]:
     for prefix in prefixes(state, "num_updates", "decay"):
         flat = _names.below(prefix, state)
         held_decay, held_updates = flat.pop("decay"), flat.pop("num_updates")
+        if not flat and not prefix:
+            continue  # the controls of another layout
         if not flat:
             raise ValueError(f"LitEma: expected averages beside {prefix}decay, found none")
         # 16 bits round a decay of 0.9999 to 1.
@@ -58,8 +61,8 @@ def renamed(flat: State, full: Mapping[str, str]) -> dict[str, Tensor]:
     return {full[key]: average for key, average in flat.items()}
 
 
-def names_from(flat: State, raw: State) -> dict[str, str]:
-    """Map each key of a LitEma to the name of its parameter in `raw`.
+def names_from(flat: State, raw: State) -> tuple[str, dict[str, str]]:
+    """Map each key of a LitEma to the name of its parameter in `raw`; the module's prefix first.
 
     The averaged module is the whole model or one module in it: all names share a prefix.
     """
@@ -70,17 +73,19 @@ def names_from(flat: State, raw: State) -> dict[str, str]:
         for i in range(len(parts))
         if not _spellings(".".join(parts[i:])).isdisjoint(_spellings_of_key(first))
     }
+    if len(prefixes) > MOST:
+        raise ValueError(f"LitEma: {first!r}: expected one place, found {len(prefixes):,}")
     found, errors = [], []
     for prefix in sorted(prefixes):
         below = {name.removeprefix(prefix): name for name in raw if name.startswith(prefix)}
         try:
-            found.append(unflattened(flat, below))
+            found.append((prefix, unflattened(flat, below)))
         except _AmbiguityError:
             raise
         except ValueError as error:
             errors.append(error)
-    if found and all(each == found[0] for each in found):  # with and without a wrapper
-        return found[0]
+    if found and all(each == found[0][1] for _, each in found):  # with and without a wrapper
+        return found[-1]
     if errors and not found:
         raise errors[0]
     raise ValueError(f"LitEma: {first!r}: expected its parameter in one place, found {len(found)}")

@@ -1,0 +1,75 @@
+"""Words that tell averages from trained weights, in the keys of a file and in names of modules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+# Words in a path, between dots, underscores, digits and changes of case.
+_AVERAGED = {"ave", "average", "averaged", "averages", "avg", "ema", "emas", "polyak", "swa"}
+_ROLES = {
+    **dict.fromkeys([*_AVERAGED, "shadow", "shadows", "target", "teacher"], "averaged"),
+    **dict.fromkeys(["online", "student"], "trained"),
+    **dict.fromkeys(["backup", "collected"], "aside"),  # trained weights in a state of averages
+}
+_NEITHER = {"opt", "optim", "optimizer", "optimizers", "optims", "scaler", "sched", "scheduler"}
+_NEITHER |= {"exp", "grad", "gradient", "gradients", "grads", "sq"}  # as in Adam's `exp_avg`
+# The word in place of that of the averaged module, in the name of the trained one.
+_TRAINED_WORDS: dict[str, tuple[str, ...]] = {
+    **{word: ("",) for word, role in _ROLES.items() if role == "averaged"},
+    "target": ("online", ""),
+    "teacher": ("student", ""),
+}
+
+
+def role(path: Sequence[str]) -> tuple[str, str]:
+    """What a path says of the tensors there, "averaged" or another role; and the first such word.
+
+    The last key that says something decides.
+
+    >>> role(["student", "ema_weights"]), role(["ema", "online_model"]), role(["model"])
+    (('averaged', 'ema'), ('trained', 'online'), ('', ''))
+    """
+    said = [{_ROLES[word]: word for word in words(key) if word in _ROLES} for key in path]
+    last = next((each for each in reversed(said) if each), {})
+    role = next((role for role in ("aside", "averaged", "trained") if role in last), "")
+    return role, next((each[role] for each in said if role in each), "")
+
+
+def is_of_neither(path: Sequence[str]) -> bool:
+    """Whether a path is that of an optimizer's state, or of gradients."""
+    return any(word in _NEITHER for key in path for word in words(key))
+
+
+def words(key: str) -> list[str]:
+    """The words of a key, in lower case.
+
+    >>> words("emaModel2_fp32.avgpool")
+    ['ema', 'model', 'fp', 'avgpool']
+    """
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", key)]
+
+
+def mark_of_file(name: str) -> str:
+    """The word in the name of a file which says that all of it is an average, or "".
+
+    A "teacher" or a "target" is one only beside what follows it.
+    """
+    return next((word for word in words(name) if word in _AVERAGED), "")
+
+
+def trained_names(key: str) -> list[str]:
+    """The keys that the trained partner of an average may have.
+
+    >>> trained_names("encoder_k"), trained_names("ema_model"), trained_names("teacher")
+    (['encoder_q'], ['model'], ['student'])
+    """
+    if key == "encoder_k":  # "k" alone is that of attention
+        return ["encoder_q"]
+    spelled = re.split(r"([._])", key)
+    found = []
+    for i in range(0, len(spelled), 2):
+        for word in _TRAINED_WORDS.get(spelled[i].lower(), ()):
+            other = "".join([*spelled[:i], word, *spelled[i + 1 :]]).strip("._")
+            found.append(re.sub(r"([._])[._]+", r"\1", other))
+    return [other for other in found if other]
