@@ -837,6 +837,32 @@ class TestUnfreezing:
             rest *= float(DECAY(step))
         assert_close(found, towards + rest * (before - towards), rtol=1e-5, atol=1e-6)
 
+    @pytest.mark.parametrize("steps", [True, False])
+    def test_within_a_step_of_the_module(self, tmp_path: Path, steps: bool) -> None:
+        """Its hooks and `training_step` come after those of a callback; a batch may not step."""
+
+        class Unfreezing(Backboned):
+            def training_step(self, batch: Any, batch_idx: int) -> Any:
+                if self.global_step == 2:
+                    self.backbone.requires_grad_(True)
+                    return super().training_step(batch, batch_idx) if steps else None
+                return super().training_step(batch, batch_idx)
+
+        torch.manual_seed(0)
+        model, callback, seen = Unfreezing(), EMACallback(DECAY), FromTheUnfreezing()
+        model.backbone.requires_grad_(False)
+        frozen = model.backbone.weight.detach().clone()
+        trainer = trainer_of(tmp_path, callback, seen, max_epochs=1, val_check_interval=1)
+        trainer.fit(model, data(), data(2))
+        found = averages(callback, model)
+        assert found.keys() == weights(model).keys()
+        if not steps:
+            assert torch.equal(found["net.0.weight"], frozen)
+            return
+        assert seen.updates == trainer.global_step
+        for name, expected in seen.average.items():
+            assert_close(found[name].double(), expected, rtol=1e-6, atol=1e-6)
+
     def test_resumed_before_it(self, tmp_path: Path) -> None:
         torch.manual_seed(0)
         whole, uninterrupted = EMACallback(DECAY), Backboned()

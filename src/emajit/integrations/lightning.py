@@ -35,8 +35,8 @@ class EMACallback(Callback):
     outside of the Trainer. Another module, or the same one after it was given other weights, is
     evaluated as it is, and to fit it starts averages anew. A step that a `GradScaler` leaves out is
     one of Lightning's `global_step`, and is averaged as the others. A parameter that is unfrozen in
-    training, as by `BackboneFinetuning`, or added, is averaged from its weights at the next batch
-    on (see `LitEma.track`); one that is frozen keeps its average.
+    training, as by `BackboneFinetuning`, or added, is averaged from its weights at the next step on
+    (see `LitEma.track`); one that is frozen keeps its average.
 
     A checkpoint has both. `checkpoint["state_dict"]` are the weights that `save` says, which are
     what `load_from_checkpoint` loads; resuming goes on bit for bit with either. The averages in
@@ -123,7 +123,10 @@ class EMACallback(Callback):
             yield
 
     def _of(self, module: nn.Module) -> LitEma:
-        """The averages, which start from the module, or from what was loaded."""
+        """The averages, which start from the module, or from what was loaded.
+
+        In training they take in the parameters that were unfrozen, or added.
+        """
         with torch.inference_mode(False):
             if self._average is None or self._loaded is not None:
                 names = self._loaded["shadow"] if self._loaded else ()
@@ -134,6 +137,8 @@ class EMACallback(Callback):
                 _average.restore(self._average, self._loaded)
                 self._averaged_at = self._loaded["averaged_at"]
                 self._loaded = None
+            if self._training is not None:
+                self._known = _average.follow(self._average, module, self._known)
         return self._average
 
     def _is_of(self, trainer: Trainer, module: nn.Module) -> bool:
@@ -183,11 +188,11 @@ class EMACallback(Callback):
         if not 0 <= trainer.global_step - self._averaged_at < self._every:  # of another run
             self._averaged_at = trainer.global_step
 
-    def on_train_batch_start(
+    def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
     ) -> None:
-        """Take in the parameters that were unfrozen, or added, since the last batch."""
-        self._known = _average.follow(self._of(pl_module), pl_module, self._known)
+        """Take in new parameters before they are stepped, also those of `training_step`."""
+        self._of(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any

@@ -131,7 +131,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         RuntimeError before the first training.
         """
         self.restore()
-        with self._present().ema_scope(model):
+        with self._present(model).ema_scope(model):
             self._is_inside = True
             try:
                 yield
@@ -143,9 +143,12 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._evaluation.close()
         self._guards.close()
 
-    def _present(self) -> LitEma:
+    def _present(self, model: nn.Module) -> LitEma:
+        """The averages, which in training take in the parameters that were unfrozen, or added."""
         if self._average is None:
             raise RuntimeError("expected averages, which train() starts, found none")
+        if self._is_training:
+            self._known = _average.follow(self._average, model, self._known)
         return self._average
 
     def _enter(self, model: nn.Module) -> None:
@@ -202,7 +205,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self.restore()
         skipped = getattr(kwargs["optimizer"], "step_was_skipped", False)
         if state.global_step % self._every == 0 and not skipped:
-            self._present()(kwargs["model"])
+            self._present(kwargs["model"])(kwargs["model"])
         self._before_evaluation(args, state, control, **kwargs)
 
     def _before_evaluation(
@@ -261,7 +264,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 f"{folder}: expected trained weights, found the averages saved in their place, by "
                 "something that does not call state_dict()"
             )
-        average, model = self._present(), objects["model"]
+        model = objects["model"]
+        average = self._present(model)
         bare = getattr(model, "_orig_mod", model)
         if isinstance(bare, PreTrainedModel):
             with average.ema_scope(model):
@@ -294,9 +298,11 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take in the parameters that were unfrozen, or added, since the last step."""
+        """Take in new parameters before they are stepped, also those of `training_step`."""
         self.restore()
-        self._known = _average.follow(self._present(), kwargs["model"], self._known)
+        self._present(kwargs["model"])
+
+    on_pre_optimizer_step = on_step_begin
 
     def _load(self, model: nn.Module, folders: list[Path], *, all_of_them: bool = True) -> None:
         """Go on from the averages that were saved beside the weights that the model has.
