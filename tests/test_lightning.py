@@ -837,29 +837,37 @@ class TestUnfreezing:
             rest *= float(DECAY(step))
         assert_close(found, towards + rest * (before - towards), rtol=1e-5, atol=1e-6)
 
-    @pytest.mark.parametrize("steps", [True, False])
-    def test_within_a_step_of_the_module(self, tmp_path: Path, steps: bool) -> None:
-        """Its hooks and `training_step` come after those of a callback; a batch may not step."""
+    @pytest.mark.parametrize("accumulated", [1, 2])
+    def test_within_a_batch(self, tmp_path: Path, accumulated: int) -> None:
+        """A `training_step` comes after the callback's hook; validated before the next step."""
 
         class Unfreezing(Backboned):
             def training_step(self, batch: Any, batch_idx: int) -> Any:
-                if self.global_step == 2:
+                if batch_idx == 2:
                     self.backbone.requires_grad_(True)
-                    return super().training_step(batch, batch_idx) if steps else None
                 return super().training_step(batch, batch_idx)
 
+            def configure_optimizers(self) -> Any:
+                return torch.optim.Adam(self.parameters(), lr=0.05)
+
+        class Seen(Callback):
+            average: dict[str, Tensor] = {}
+            updates = 0
+
+            def on_before_optimizer_step(self, _: Any, module: Any, __: Any) -> None:
+                FromTheUnfreezing.on_train_batch_start(self, _, module)  # type: ignore[arg-type]
+
+            def on_train_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
+                if trainer.global_step > self.updates:
+                    FromTheUnfreezing.on_train_batch_end(self, trainer, module)  # type: ignore[arg-type]
+
         torch.manual_seed(0)
-        model, callback, seen = Unfreezing(), EMACallback(DECAY), FromTheUnfreezing()
+        model, callback, seen = Unfreezing(), EMACallback(DECAY), Seen()
         model.backbone.requires_grad_(False)
-        frozen = model.backbone.weight.detach().clone()
-        trainer = trainer_of(tmp_path, callback, seen, max_epochs=1, val_check_interval=1)
-        trainer.fit(model, data(), data(2))
+        options = {"val_check_interval": 1, "accumulate_grad_batches": accumulated}
+        trainer_of(tmp_path, callback, seen, max_epochs=1, **options).fit(model, data(), data(2))
         found = averages(callback, model)
-        assert found.keys() == weights(model).keys()
-        if not steps:
-            assert torch.equal(found["net.0.weight"], frozen)
-            return
-        assert seen.updates == trainer.global_step
+        assert found.keys() == seen.average.keys() == weights(model).keys()
         for name, expected in seen.average.items():
             assert_close(found[name].double(), expected, rtol=1e-6, atol=1e-6)
 
