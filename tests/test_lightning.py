@@ -851,8 +851,9 @@ class TestUnfreezing:
                 return torch.optim.Adam(self.parameters(), lr=0.05)
 
         class Seen(Callback):
-            average: dict[str, Tensor] = {}
-            updates = 0
+            def __init__(self) -> None:
+                self.average: dict[str, Tensor] = {}
+                self.updates = 0
 
             def on_before_optimizer_step(self, _: Any, module: Any, __: Any) -> None:
                 FromTheUnfreezing.on_train_batch_start(self, _, module)  # type: ignore[arg-type]

@@ -635,7 +635,12 @@ def test_what_is_unfrozen_within_a_step_or_before_an_evaluation(tmp_path: Path, 
     trainer = trainer_of(tmp_path, Unfreezing(), ema, **settings("epoch"), num_train_epochs=1)
     if where == "training_step":
         step = trainer.training_step
-        trainer.training_step = lambda model, *rest: (unfreeze(model), step(model, *rest))[1]
+
+        def training_step(model: Any, *rest: Any) -> Any:
+            unfreeze(model)
+            return step(model, *rest)
+
+        trainer.training_step = training_step
     trainer.train()
     (found,) = [a for name, a in averages(ema).items() if name.endswith("wte.weight")]
     trained_now = trainer.model.get_input_embeddings().weight
