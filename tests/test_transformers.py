@@ -614,6 +614,19 @@ class Unfreezes(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 self.average[name] = beta * self.average[name] + (1 - beta) * p.detach().double()
 
 
+def test_what_is_trainable_only_after_a_resume_is_named(tmp_path: Path) -> None:
+    """The averages are those of the weights in the checkpoint, but not of all trainable ones."""
+
+    class Freezing(TrainerCallback):
+        def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
+            kwargs["model"].get_input_embeddings().requires_grad_(False)
+
+    trainer_of(tmp_path, Freezing(), EMACallback(DECAY), **settings("steps")).train()
+    resumed = trainer_of(tmp_path, EMACallback(DECAY), **settings("steps"))
+    with pytest.raises(ValueError, match=r"found \['transformer\.wte\.weight'\] missing"):
+        resumed.train(resume_from_checkpoint=True)
+
+
 @pytest.mark.parametrize("where", ["training_step", "on_epoch_end"])
 def test_what_is_unfrozen_within_a_step_or_before_an_evaluation(tmp_path: Path, where: str) -> None:
     """A `training_step` comes after `on_step_begin`; no step comes before the evaluation."""

@@ -313,10 +313,11 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             names, of = _saved(file)
             average, known = _average.started(model, self._options, names)
             every = average.named_averages()
-            like = every if all_of_them else {n: every[n] for n in names if n in every}
+            like = {name: every[name] for name in names if name in every}
             if of == _fingerprint([*like], model):
                 shadow, step = checkpoint.load(file, like=like)
-                _average.restore(average, {"shadow": every | shadow, "step": step})
+                others = {} if all_of_them else every  # without which `restore` names them
+                _average.restore(average, {"shadow": others | shadow, "step": step})
                 self._average, self._known = average, known
                 return
         raise ValueError(
