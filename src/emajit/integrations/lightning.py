@@ -266,16 +266,15 @@ class EMACallback(Callback):
                 _warn.warn(
                     "the checkpoint has no averages of EMACallback; its weights stand for them"
                 )
-        elif "raw" in self._loaded:
+            return
+        raw = self._loaded.get("raw")
+        if raw is not None:
             state = pl_module.state_dict()  # as Lightning has loaded it
-            for name, value in self._loaded["raw"].items():
+            for name, value in raw.items():
                 state[name] = _shards.split_as(state.get(name), value)
             pl_module.load_state_dict(state, strict=pl_module.strict_loading)
-        if self._loaded is not None:
-            _copies.warn_of_changes(
-                pl_module, self._loaded.get("raw", checkpoint.get("state_dict", {}))
-            )
-        if self._loaded is not None and self._loaded.get("is_whole"):
+        _copies.warn_of_changes(pl_module, raw or checkpoint.get("state_dict", {}))
+        if self._loaded.get("is_whole"):
             shadow = _copies.averages_in(self._loaded["shadow"], pl_module, self._options)
             self._loaded = {**self._loaded, "shadow": shadow}
 
