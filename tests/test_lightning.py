@@ -872,6 +872,16 @@ class TestUnfreezing:
         for name, expected in seen.average.items():
             assert_close(found[name].double(), expected, rtol=1e-6, atol=1e-6)
 
+    def test_another_module_takes_nothing_away(self, tmp_path: Path) -> None:
+        class Wrong(Callback):
+            def on_train_batch_end(self, _: Any, module: Any, *__: Any) -> None:
+                with pytest.raises(ValueError, match="expected every averaged parameter"):
+                    callback.averaged(module.net).__enter__()
+
+        model, callback = Backboned(), EMACallback(DECAY)
+        trainer_of(tmp_path, callback, Wrong(), max_epochs=1).fit(model, data())
+        assert averages(callback, model).keys() == weights(model).keys()
+
     def test_resumed_before_it(self, tmp_path: Path) -> None:
         torch.manual_seed(0)
         whole, uninterrupted = EMACallback(DECAY), Backboned()

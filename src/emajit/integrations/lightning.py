@@ -123,10 +123,7 @@ class EMACallback(Callback):
             yield
 
     def _of(self, module: nn.Module) -> LitEma:
-        """The averages, which start from the module, or from what was loaded.
-
-        In training they take in the parameters that were unfrozen, or added.
-        """
+        """The averages, which start from the module, or from what was loaded."""
         with torch.inference_mode(False):
             if self._average is None or self._loaded is not None:
                 names = self._loaded["shadow"] if self._loaded else ()
@@ -137,9 +134,15 @@ class EMACallback(Callback):
                 _average.restore(self._average, self._loaded)
                 self._averaged_at = self._loaded["averaged_at"]
                 self._loaded = None
-            if self._training is not None:
-                self._known = _average.follow(self._average, module, self._known)
         return self._average
+
+    def _followed(self, pl_module: LightningModule) -> LitEma:
+        """The averages, which in training take in the parameters that were unfrozen, or added."""
+        average = self._of(pl_module)
+        if self._training is not None:
+            with torch.inference_mode(False):
+                self._known = _average.follow(average, pl_module, self._known)
+        return average
 
     def _is_of(self, trainer: Trainer, module: nn.Module) -> bool:
         """Whether there are averages, of the weights that the module has now in all processes."""
@@ -192,21 +195,21 @@ class EMACallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
     ) -> None:
         """Take in new parameters before they are stepped, also those of `training_step`."""
-        self._of(pl_module)
+        self._followed(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
     ) -> None:
         """Average, if the optimizer has stepped often enough."""
         if trainer.global_step - self._averaged_at >= self._every:
-            self._of(pl_module)(pl_module)
+            self._followed(pl_module)(pl_module)
             self._averaged_at = trainer.global_step
 
     def _enter(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._leave()
         self._show_no_more(pl_module)
         if self._is_for(trainer, pl_module):
-            self._inside = self.averaged(pl_module)
+            self._inside = self._followed(pl_module).ema_scope(pl_module)
             self._inside.__enter__()
 
     def _is_for(self, trainer: Trainer, module: nn.Module) -> bool:
@@ -241,7 +244,7 @@ class EMACallback(Callback):
             trained = trainer.strategy.lightning_module_state_dict()
             checkpoint["state_dict"] = {name: value.clone() for name, value in trained.items()}
             self._enter(trainer, pl_module)
-        state, raw = _average.state_of(self._of(pl_module)), checkpoint["state_dict"]
+        state, raw = _average.state_of(self._followed(pl_module)), checkpoint["state_dict"]
         ours = checkpoint[_copies.KEY] = {**state, "averaged_at": self._averaged_at}
         if self._save == "averaged":
             averages = _with_ties(pl_module, _names.match(raw, state["shadow"]))

@@ -131,7 +131,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         RuntimeError before the first training.
         """
         self.restore()
-        with self._present(model).ema_scope(model):
+        with self._present().ema_scope(model):
             self._is_inside = True
             try:
                 yield
@@ -143,16 +143,20 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._evaluation.close()
         self._guards.close()
 
-    def _present(self, model: nn.Module) -> LitEma:
-        """The averages, which in training take in the parameters that were unfrozen, or added."""
+    def _present(self) -> LitEma:
         if self._average is None:
             raise RuntimeError("expected averages, which train() starts, found none")
-        if self._is_training:
-            self._known = _average.follow(self._average, model, self._known)
         return self._average
+
+    def _followed(self, model: nn.Module) -> LitEma:
+        """The averages, after they have taken in parameters that were unfrozen, or added."""
+        average = self._present()
+        self._known = _average.follow(average, model, self._known)
+        return average
 
     def _enter(self, model: nn.Module) -> None:
         self._was_interrupted = self._was_mixed = False
+        self._followed(model)
         self._evaluation.enter_context(self.averaged(model))
         # No hook comes between the last of several evaluations, or one that raises, and saving or
         # loading.
@@ -205,7 +209,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self.restore()
         skipped = getattr(kwargs["optimizer"], "step_was_skipped", False)
         if state.global_step % self._every == 0 and not skipped:
-            self._present(kwargs["model"])(kwargs["model"])
+            self._followed(kwargs["model"])(kwargs["model"])
         self._before_evaluation(args, state, control, **kwargs)
 
     def _before_evaluation(
@@ -265,7 +269,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 "something that does not call state_dict()"
             )
         model = objects["model"]
-        average = self._present(model)
+        average = self._followed(model)
         bare = getattr(model, "_orig_mod", model)
         if isinstance(bare, PreTrainedModel):
             with average.ema_scope(model):
@@ -300,7 +304,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     ) -> None:
         """Take in new parameters before they are stepped, also those of `training_step`."""
         self.restore()
-        self._present(kwargs["model"])
+        self._followed(kwargs["model"])
 
     on_pre_optimizer_step = on_step_begin
 
