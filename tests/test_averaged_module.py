@@ -108,6 +108,31 @@ class TestBuffers:
         assert_close(shadow, before, rtol=0, atol=0)
 
 
+class TestForwardsThatWrite:
+    def test_a_bounded_norm_is_that_of_the_averages(self) -> None:
+        """An embedding writes its weight in place, which here is the average."""
+        model = nn.Embedding(2, 2, max_norm=1.0)
+        shadow = {"weight": torch.full((2, 2), 2.0)}
+        teacher, before = averaged_module(model, shadow), model.weight.detach().clone()
+        teacher(torch.tensor([0]))
+        assert_close(shadow["weight"].norm(dim=1), torch.tensor([1.0, 8.0**0.5]))
+        assert torch.equal(model.weight, before)
+
+    def test_a_weight_that_is_given_other_memory_follows_no_longer(self) -> None:
+        class Bounded(nn.Linear):
+            def forward(self, input: Tensor) -> Tensor:  # noqa: A002, its name in torch
+                self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=1.0)
+                return super().forward(input)
+
+        model = Bounded(2, 2, bias=False)
+        shadow = {"weight": torch.full((2, 2), 2.0)}
+        teacher = averaged_module(model, shadow)
+        first = teacher(torch.ones(2))
+        assert shadow["weight"].tolist() == [[2.0, 2.0], [2.0, 2.0]]
+        shadow["weight"].fill_(-2.0)
+        assert torch.equal(teacher(torch.ones(2)), first)
+
+
 class TestCompilers:
     def test_compiled_once(self) -> None:
         model, x = convolutional().eval(), image()

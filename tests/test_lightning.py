@@ -1117,3 +1117,26 @@ def sequence(seed: int, folder: Path) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_a_random_training_that_is_killed_and_resumed(tmp_path: Path, seed: int) -> None:
     sequence(seed, tmp_path)
+
+
+def test_before_the_first_average_the_trained_weights_are_evaluated_and_saved(
+    tmp_path: Path,
+) -> None:
+    """And not the weights at the start, of which the averages are."""
+    ema, model = EMACallback(DECAY, every=8, save="averaged"), model_of()
+    trainer = trainer_of(tmp_path, ema, max_epochs=1)
+    trainer.fit(model, data(), data(1))
+    now = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name, value in now.items():
+        assert torch.equal(model.seen["validation"][name], value)
+    trainer.save_checkpoint(tmp_path / "early.ckpt")
+    early = torch.load(tmp_path / "early.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(early[name], value) for name, value in now.items())
+    again, other = EMACallback(DECAY, every=8, save="averaged"), model_of(1)
+    trainer = trainer_of(tmp_path, again, max_epochs=2)
+    trainer.fit(other, data(), data(1), ckpt_path=tmp_path / "early.ckpt")
+    assert again._average is not None
+    assert int(again._average.num_updates) == 1
+    assert any(
+        not torch.equal(other.seen["validation"][name], p) for name, p in other.named_parameters()
+    )

@@ -22,6 +22,7 @@ from torch.testing import assert_close
 
 import emajit
 from emajit import LitEma, _controls, _names, _torch, _warn, schedules
+from emajit.fused import FusedOptimizer
 from tests import reference
 from tests.counting import Operators
 
@@ -415,6 +416,31 @@ class TestDefects:
         model = small()
         with pytest.raises(RuntimeError, match=r"restore: expected store\(\) before"):
             LitEma(model).restore(model.parameters())
+
+    @pytest.mark.parametrize("is_fused", [False, True])
+    def test_7_averages_are_not_averaged_where_restore_was_forgotten(self, is_fused: bool) -> None:
+        """Nor where a wrapper is given; a model that is meant to go on from averages does."""
+        model = nn.Linear(2, 2)
+        ema = LitEma(model)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        fused = FusedOptimizer(optimizer, ema, model, backend="eager")
+        model(torch.ones(2)).sum().backward()
+        before = {name: value.clone() for name, value in ema.state_dict().items()}
+
+        def update() -> None:
+            fused.step() if is_fused else ema(torch.compile(model, backend="eager"))
+
+        ema.store(model.parameters())
+        ema.copy_to(model)
+        told = r"found the averages that copy_to.*call restore\(\)"
+        with pytest.raises(RuntimeError, match=told):
+            update()
+        assert_close(dict(ema.state_dict()), before, rtol=0, atol=0)
+        ema.restore(model.parameters())
+        update()
+        ema.copy_to(model)
+        update()
+        assert ema.num_updates == 2
 
     def test_7_restore_into_other_parameters(self) -> None:
         model = small()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.testing import assert_close
 
 import emajit
@@ -241,6 +242,31 @@ class TestBuffersThatHaveNoMean:
         assert averages["mask"].tolist() == [0.0, -torch.inf]
         assert averages["smallest"].item() == 3.0
         assert averages["mean"].item() == 2.0
+
+    def test_the_mask_of_a_pruned_weight_stays_0_or_1(self) -> None:
+        """A weight that was pruned in training is so in the averages, and not by a tenth."""
+        model: Any = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        prune.l1_unstructured(model[0], "weight", 0.25)  # type: ignore[no-untyped-call]
+        ema = LitEma(model, 0.9, use_num_upates=False, buffers="average")
+        prune.l1_unstructured(model[0], "weight", 0.5)  # type: ignore[no-untyped-call]
+        ema(model)
+        assert torch.equal(ema.named_averages()["0.weight_mask"], model[0].weight_mask)
+        with torch.no_grad(), ema.ema_scope(model):
+            model(torch.ones(4))
+            assert torch.equal(model[0].weight != 0, model[0].weight_mask != 0)
+
+    def test_the_scale_of_a_quantised_tensor_goes_with_its_zero_point(self) -> None:
+        model = nn.Linear(2, 2)
+        model.register_buffer("scale", torch.ones(2))  # of something else
+        model.observer = torch.ao.quantization.FakeQuantize()  # type: ignore[no-untyped-call]
+        ema = LitEma(model, 0.9, use_num_upates=False, buffers="average")
+        model.observer(torch.tensor([-1.0, 3.0]))
+        model.get_buffer("scale").zero_()
+        ema(model)
+        averages, buffers = ema.named_averages(), dict(model.named_buffers())
+        for name in ("observer.scale", "observer.zero_point"):
+            assert torch.equal(averages[name], buffers[name])
+        assert_close(averages["scale"], torch.full((2,), 0.9))
 
 
 class TestEvery:

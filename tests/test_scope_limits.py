@@ -329,3 +329,101 @@ class TestNestedMappings:
         wrong: dict[str, Any] = {"0": {"weight": 1.0}}
         with pytest.raises(TypeError, match="found 'weight': float"):
             averaged_module(small(), wrong)
+
+
+class TestParametersThatAreWritten:
+    """An evaluation only reads parameters; code that writes them is undone, or told of."""
+
+    @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+    def test_an_embedding_of_bounded_norm_changes_no_average(self, kind: Any) -> None:
+        """Its forward scales rows of the weight in place, in an evaluation too."""
+        model, rows = kind(4, 2, max_norm=1.0), torch.arange(4)[:, None]
+        nn.init.constant_(model.weight, 0.1)
+        ema, spy = LitEma(model), Spy(model)
+        average = ema.named_averages()["weight"].fill_(2.0)
+        for _ in range(2):
+            with torch.no_grad(), ema.ema_scope(model):
+                assert_close(model(rows).flatten(0, -2).norm(dim=1), torch.ones(4))
+            with torch.no_grad(), emajit.ema_scope(model, {"weight": average}):
+                model(rows)
+        assert average.tolist() == [[2.0, 2.0]] * 4
+        spy.assert_untouched()
+
+    @both
+    def test_a_step_or_a_load_inside_is_told(self, enter: Scope) -> None:
+        model = nn.Linear(2, 2)
+        spy = Spy(model)
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        told = r"only read inside, found some that were written: \['weight', 'bias'\]"
+        with pytest.raises(RuntimeError, match=told), enter(model):
+            model.load_state_dict(state)
+        with pytest.raises(RuntimeError, match=told), enter(model):
+            model(torch.ones(2)).sum().backward()
+            optimizer.step()
+        with pytest.raises(ZeroDivisionError), enter(model):
+            model.load_state_dict(state)
+            raise ZeroDivisionError
+        spy.assert_untouched()
+
+    @both
+    def test_copies_may_be_written(self, enter: Scope) -> None:
+        model = nn.Linear(2, 2)
+        spy = Spy(model)
+        with torch.no_grad(), enter(model, copy=True):
+            model.weight.zero_()
+        with torch.no_grad(), enter(model):
+            assert model.weight.tolist() == [[2.0, 2.0], [2.0, 2.0]]
+        spy.assert_untouched()
+
+    @both
+    @pytest.mark.parametrize("options", [{}, {"copy": True}])
+    def test_a_parameter_that_is_given_other_memory(self, enter: Scope, options: Any) -> None:
+        """As layers do that bound the norm of their weight in the forward, and a cast."""
+        model = nn.Linear(2, 2)
+        spy = Spy(model)
+        with enter(model, **options):
+            model.weight.data = torch.renorm(model.weight.data, p=2, dim=0, maxnorm=0.5)
+        spy.assert_untouched()
+        with enter(model, **options):
+            assert model.weight.tolist() == [[2.0, 2.0], [2.0, 2.0]]
+            model.double()
+        spy.assert_untouched()
+        spy = Spy(model.share_memory())
+        with enter(model):
+            model.weight.data = model.weight.data + 1
+        spy.assert_untouched()
+        assert model.weight.untyped_storage().is_shared()
+
+    @both
+    def test_weights_that_are_flattened_again_in_a_forward(self, enter: Scope) -> None:
+        """As cuDNN's recurrent layers are by `flatten_parameters()`: all into one new tensor."""
+
+        def flatten(model: nn.Module) -> None:
+            params = [*model.parameters()]
+            flat = torch.cat([p.detach().flatten() for p in params])
+            parts = flat.split([p.numel() for p in params])  # type: ignore[no-untyped-call]
+            with torch.no_grad():
+                for p, part in zip(params, parts, strict=True):
+                    p.set_(part.view_as(p))
+
+        model, x = nn.LSTM(2, 2), torch.ones(1, 2)
+        flatten(model)
+        before, spy = model(x)[0], Spy(model)
+        with torch.no_grad(), enter(model):
+            flatten(model)
+            assert not torch.equal(model(x)[0], before)
+        spy.assert_untouched()
+        assert torch.equal(model(x)[0], before)
+
+    @both
+    def test_a_cast_that_swaps_tensors_writes_nothing(self, enter: Scope) -> None:
+        model = nn.Linear(2, 2)
+        spy = Spy(model)
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        try:
+            with enter(model):
+                model.double()
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(False)
+        spy.assert_untouched()

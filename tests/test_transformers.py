@@ -178,8 +178,44 @@ def test_a_step_that_was_skipped_does_not_count(
     assert_near(averages(ema), reference(start, counted))
 
 
+class Overflowing(Trainer):  # type: ignore[misc, unused-ignore]
+    """The gradients of the steps 2 and 5 are infinite."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss: Any = super().compute_loss(*args, **kwargs)
+        return loss * float("inf") if self.state.global_step + 1 in {2, 5} else loss
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+def test_a_step_that_the_gradient_scaler_skips_does_not_count(tmp_path: Path, optim: str) -> None:
+    """accelerate does not tell of those that a fused optimizer leaves out by itself."""
+    ema, recorder = EMACallback(DECAY), Recorder()
+    trainer = trainer_of(tmp_path, ema, recorder, kind=Overflowing, optim=optim, max_grad_norm=0.0)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    start = trained(trainer.model)
+    trainer.train()
+    assert_same(recorder.steps[1], recorder.steps[0])
+    assert ema._average is not None
+    assert int(ema._average.num_updates) == 4
+    counted = [step for number, step in enumerate(recorder.steps, 1) if number not in {2, 5}]
+    assert_near(averages(ema), reference(start, counted))
+
+
 def settings(strategy: str) -> dict[str, Any]:
     return {"eval_strategy": strategy, "save_strategy": strategy, "eval_steps": 2, "save_steps": 2}
+
+
+def test_before_the_first_average_the_trained_weights_are_evaluated_and_saved(
+    tmp_path: Path,
+) -> None:
+    """And not the weights at the start, of which the averages are."""
+    ema, recorder = EMACallback(DECAY, every=4), Recorder()
+    trainer = trainer_of(tmp_path, ema, recorder, **settings("steps"))
+    trainer.train()
+    assert_same(recorder.evaluated[0], recorder.steps[1])
+    assert differ(recorder.evaluated[1], recorder.steps[3])
+    saved = GPT2LMHeadModel.from_pretrained(tmp_path / "checkpoint-2" / "averaged")
+    assert_same(trained(saved), recorder.steps[1])
 
 
 @pytest.mark.parametrize(

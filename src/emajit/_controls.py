@@ -85,9 +85,12 @@ class HostNumber:
         return HostNumber, ()
 
 
-def last_of(averages: dict[str, Tensor]) -> tuple[Tensor, int] | None:
-    """The last average and its version, by which one knows later whether it was written."""
-    if torch.compiler.is_compiling() or not averages:
+def last_of(averages: dict[str, Tensor], updates: int | Tensor) -> tuple[Tensor, int] | None:
+    """The last average and its version, by which one knows later whether it was written.
+
+    None where the number of updates is not known on the host, as in a trace.
+    """
+    if isinstance(updates, Tensor) or not averages:
         return None
     last = next(reversed(averages.values()))
     return None if last.is_inference() else (last, last._version)
@@ -204,7 +207,7 @@ class Controls(nn.Module):
 
     def _count_if_written(self, last: tuple[Tensor, int] | None, updates: int | Tensor) -> None:
         """Count an update that was interrupted after it had written the last average."""
-        if last is None or isinstance(updates, Tensor) or last[0]._version == last[1]:
+        if last is None or last[0]._version == last[1]:
             return
         if int(self.num_updates) == updates:
             self._count(updates, None)

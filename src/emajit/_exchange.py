@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -11,26 +12,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emajit import _alias, _shards, _torch
+from emajit import _alias, _paths, _shards, _torch
 
 # A function, and its arguments.
 Call = tuple[Any, ...]
 
 _set_data: Any = Tensor.data.__set__  # type: ignore[attr-defined]
+_version_of: Any = operator.attrgetter("_version")
 _entered = itertools.count()
 
 
 def calls(
-    modules: list[nn.Module], averages: list[tuple[Tensor, Tensor]], *, copy: bool
-) -> tuple[list[Call], list[Call]]:
-    """The calls that put averages in the place of tensors, and the calls that undo them."""
+    modules: list[nn.Module],
+    averages: list[tuple[Tensor, Tensor]],
+    *,
+    copy: bool,
+    raised: BaseException | None,
+) -> tuple[list[Call], list[Call], Call]:
+    """The calls that put averages in the place of tensors, those that undo them, and a last one.
+
+    It is a check that no average was written. `raised` is what was raised before the scope.
+    """
     tensors = [tensor for tensor, _ in averages]
     moved: list[tuple[Tensor, Tensor]] = []
     copied: list[tuple[Tensor, Tensor]] = []
+    renormed = _renormed(modules)
     for tensor, average in averages:
-        stays = copy or _is_shared(tensor)
+        stays = copy or id(tensor) in renormed or _is_shared(tensor)
         (copied if stays else moved).append((tensor, average.detach()))
-    enter, undo = _versions(tensors)
+    tracked = tuple([tensor for tensor in tensors if not tensor.is_inference()])
+    versions = tuple(map(_version_of, tracked))
+    inside = _versions_inside(versions)
+    enter = _torch.setting_versions(tracked, inside)
+    undo = _torch.setting_versions(tracked, versions)
+    entered = inside if enter else versions
     enter += [(_set_data, t, average.to(t.device, t.dtype)) for t, average in moved]
     undo += [(_set_data, t, t.data) for t, _ in moved]
     if copied:
@@ -41,7 +56,21 @@ def calls(
         written = [inner for shard in shards for inner in within(shard)]
         kept = [inner.clone() for inner in written]
         undo[:0] = [(_shards.reshard, modules[0]), (_torch.foreach_copy_, written, kept)]
-    return enter, undo + _put_back(modules, averages)
+        # Code inside may have given a parameter other memory.
+        undo += [(_set_data, t, t.data) for t, _ in copied if not _torch.wraps(t)]
+    left: list[int] = []
+    undo.insert(0, (left.extend, map(_version_of, tracked)))
+    check = (_check_read, modules[0], moved, tracked, entered, left, raised)
+    return enter, undo + _put_back(modules, averages), check
+
+
+def _renormed(modules: Iterable[nn.Module]) -> set[int]:
+    """The ids of weights that an embedding writes in each forward, to keep to its `max_norm`."""
+    return {
+        id(module._parameters.get("weight"))
+        for module in modules
+        if module.__dict__.get("max_norm") is not None
+    }
 
 
 def _is_shared(tensor: Tensor) -> bool:
@@ -67,17 +96,14 @@ def within(tensor: Any) -> list[Tensor]:
     return [inner for name in names for inner in within(getattr(tensor, name))]
 
 
-def _versions(tensors: Iterable[Tensor]) -> tuple[list[Call], list[Call]]:
-    """Give tensors a version inside that they never have outside, and theirs again afterwards.
+def _versions_inside(versions: tuple[int, ...]) -> tuple[int, ...]:
+    """The versions that tensors have inside, and never outside.
 
     Autograd compares versions, not memory: a graph from inside would otherwise be differentiated
     with the weights from outside, without an error.
     """
-    tracked = tuple(tensor for tensor in tensors if not tensor.is_inference())
-    versions = tuple(tensor._version for tensor in tracked)
     entered = 2**30 + next(_entered) % 2**14 * 2**16
-    inside = tuple(version + entered for version in versions)
-    return _torch.setting_versions(tracked, inside), _torch.setting_versions(tracked, versions)
+    return tuple([version + entered for version in versions])
 
 
 def _put_back(modules: list[nn.Module], averages: list[tuple[Tensor, Tensor]]) -> list[Call]:
@@ -111,12 +137,43 @@ def finish(calls: Iterator[object]) -> None:
         raise failed
 
 
-def check_parameters(model: nn.Module, before: set[Tensor], raised: BaseException | None) -> None:
-    """Raise RuntimeError if a model has other parameters, unless something was raised inside."""
+def _has_raised(raised: BaseException | None) -> bool:
+    """Whether something was raised inside of a scope that is left now, and before it `raised`."""
     error = sys.exception()
     while isinstance(error, GeneratorExit):  # of a context that is left, as any is
         error = error.__context__
-    if error is not raised:
+    return error is not raised
+
+
+def _check_read(
+    model: nn.Module,
+    moved: Iterable[tuple[Tensor, Tensor]],
+    tracked: tuple[Tensor, ...],
+    entered: tuple[int, ...],
+    left: list[int],
+    raised: BaseException | None,
+) -> None:
+    """Raise RuntimeError if a parameter was written inside, unless something was raised there.
+
+    The versions are those that the tracked tensors had after entering and before leaving.
+    """
+    if left == list(entered) or _has_raised(raised):
+        return
+    # Less it is of a tensor that was swapped for another.
+    changed = {id(t) for t, a, b in zip(tracked, entered, left, strict=True) if a < b}
+    averages = {id(tensor) for tensor, _ in moved}
+    written = [n for n, p in model.named_parameters() if id(p) in changed & averages]
+    if written:
+        raise RuntimeError(
+            "ema_scope: expected parameters that are only read inside, found some that were "
+            f"written: {_paths.few(written)}; the model has its training weights back, and the "
+            "averages hold what was written. With copy=True the end of the scope undoes that"
+        )
+
+
+def check_parameters(model: nn.Module, before: set[Tensor], raised: BaseException | None) -> None:
+    """Raise RuntimeError if a model has other parameters, unless something was raised inside."""
+    if _has_raised(raised):
         return
     found = parameters_of(modules_of(model))
     if found != before:

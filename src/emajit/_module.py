@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import starmap
 from typing import Any, Literal
 
@@ -83,21 +83,35 @@ def held_buffers(model: nn.Module, policy: Policy) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name in lasting}
 
 
-def copied(buffers: Mapping[str, Tensor], policy: Policy) -> list[str]:
+def copied(buffers: Mapping[str, Tensor], policy: Policy, names: Collection[str]) -> list[str]:
     """The names of those of these buffers that an average copies: all, with "copy".
 
-    With "average" those whose mean has no meaning: u and v of a `spectral_norm` are unit vectors,
-    whose signs may flip between two updates, so that means of them give the weight any norm
-    (measured: 4 to 119, with copies 1.000 to 1.003); and inf - inf, of a mask or of an observer
-    that has seen nothing, is nan.
+    With "average" those whose mean has no meaning beside the others of these `names`: u and v of a
+    `spectral_norm` are unit vectors, whose signs may flip between two updates, so that means of
+    them give the weight any norm (measured: 4 to 119, with copies 1.000 to 1.003); the mask of a
+    pruned weight is 0 or 1; the scale of a quantised tensor goes with its zero point, an integer;
+    and inf - inf, of a mask or of an observer that has seen nothing, is nan.
     """
     if policy == "copy":
         return [*buffers]
-    pairs = {name for name in buffers if {name[:-1] + "u", name[:-1] + "v"} <= buffers.keys()}
-    directions = {name for name in pairs if name.endswith(("_u", "_v"))}
     return [
-        name for name, buffer in buffers.items() if name in directions or not _is_finite(buffer)
+        name
+        for name, buffer in buffers.items()
+        if any(
+            name.endswith(end) and all(name.removesuffix(end) + other in names for other in others)
+            for end, others in _COPIED.items()
+        )
+        or not _is_finite(buffer)
     ]
+
+
+# The ends of names of buffers that are copied where others have these ends.
+_COPIED = {
+    "_u": ("_v",),
+    "_v": ("_u",),
+    "_mask": ("_orig",),
+    "scale": ("zero_point",),
+}
 
 
 def _is_finite(tensor: Tensor) -> bool:

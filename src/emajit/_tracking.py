@@ -33,8 +33,9 @@ class Tracking(Controls):
         # its average. A weak reference to a tensor would keep torch from swapping it.
         self._tracked: list[tuple[weakref.ref[nn.Module], str, str | None]] = []
         self._is_updated = False
-        # What `store` keeps.
+        # What `store` keeps; models that `copy_to` has written since, and their buffers before.
         self.collected_params: list[Tensor] = []
+        self._overwritten: list[tuple[nn.Module, dict[str, Tensor]]] = []
         # Whether the model seen last has shards, and then that model.
         self._is_sharded = False
         self._seen: weakref.ref[nn.Module] | None = None
@@ -121,7 +122,7 @@ class Tracking(Controls):
         chosen = params.keys() | buffers.keys() | partners.keys()
         taken = {n: t for n, t in tensors.items() if n in chosen and id(t) not in inside}
         kept = {name: buffer for name, buffer in buffers.items() if name in taken}
-        return taken, _module.copied(kept, self._policy)
+        return taken, _module.copied(kept, self._policy, tensors.keys())
 
     def _partners(
         self, tensors: Mapping[str, Tensor], places: Mapping[str, tuple[nn.Module, str]]
@@ -201,7 +202,9 @@ class Tracking(Controls):
     def _pairs(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The averages and the parameters of `model` that they are of, under its names."""
         params = self._tensors_of(model)
-        if list(params) != self._known or self._matched is not self.m_name2s_name:
+        # Dynamo of torch 2.6 does not know that a dict is itself.
+        is_other = self._matched is not self.m_name2s_name and not torch.compiler.is_compiling()
+        if list(params) != self._known or is_other:
             self._match(model, params)
         buffers: dict[str, Any] = self._buffers
         averages = {name: buffers[key] for name, key in self._keys.items()}
@@ -223,9 +226,19 @@ class Tracking(Controls):
             self._uninitialised.clear()
         return averages, params
 
-    def _check_emptied(self) -> None:
-        """Raise ValueError where no average is, nor was before the names of all were removed."""
-        if self._buffers.keys() == {"decay", "num_updates"}:
+    def _check_trained(self, averages: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
+        """Raise an error where parameters are not those of a training, or there are none.
+
+        RuntimeError where `copy_to` has written averages into them since `store`; ValueError where
+        no average is, nor was before the names of all were removed.
+        """
+        ids = {*map(id, params.values())}
+        if any(id(p) in ids for model, _ in self._overwritten for p in model.parameters()):
+            raise RuntimeError(
+                "model: expected its training weights, found the averages that copy_to has written "
+                "since store(); call restore() first"
+            )
+        if not averages and self._buffers.keys() == {"decay", "num_updates"}:
             raise ValueError(
                 "model: expected averaged parameters, found none, since it had no trainable ones "
                 "when LitEma was built; call track(model) when it has"

@@ -42,7 +42,8 @@ class LitEma(LitEmaState):
         buffers: "ignore" leaves the model's buffers, such as the statistics of BatchNorm, as they
             are in training. Of the buffers that a `state_dict` has, "copy" holds the values at the
             last update, and "average" averages those that are floating-point, except u and v of
-            `spectral_norm`, and those with infinite values, which are copied.
+            `spectral_norm`, masks of pruned weights, scales of quantised tensors, and those with
+            infinite values, which are copied.
         include, exclude: names of parameters and buffers (without the prefixes of wrappers) with
             wildcards such as "encoder.*", one or a list, or a predicate on the name. Included are
             all by default. In a scope what is left out keeps the training weights.
@@ -114,8 +115,6 @@ class LitEma(LitEmaState):
             every=every,
         )
         self.rounding, self.nonfinite, self.backend = rounding, nonfinite, backend
-        # Models that `copy_to` has written since `store`, and what their buffers held.
-        self._overwritten: list[tuple[nn.Module, dict[str, Tensor]]] = []
         self._swapped: AbstractContextManager[None] | None = None  # entered by `swap`
         self.track(model)
         if rounding == "nearest":
@@ -129,11 +128,11 @@ class LitEma(LitEmaState):
 
         Raises, before anything is written: ValueError where the model lacks an averaged parameter,
         has a trainable one that is neither averaged nor left out, or a shape differs; TypeError if
-        it is no module; RuntimeError inside of a scope, and in a compiled or captured step with
-        `every`, where calls cannot be counted.
+        it is no module; RuntimeError inside of a scope, between `copy_to` after `store` and
+        `restore`, and in a compiled or captured step with `every`, where calls cannot be counted.
         """
         if self.every > 1:
-            average = self.get_buffer(next(iter(self.m_name2s_name.values()), "decay"))
+            average = self.get_buffer([*self.m_name2s_name.values(), "decay"][0])
             if not self._is_due(average.device):
                 return
         averages, params, updates, decay = self._prepare_update(model)
@@ -144,7 +143,7 @@ class LitEma(LitEmaState):
             "nonfinite": self.nonfinite,
             "backend": self.backend,
         }
-        last = _controls.last_of(averages)
+        last = _controls.last_of(averages, updates)
         try:
             try:
                 functional.update_(averages, params, step, **options)
@@ -166,8 +165,8 @@ class LitEma(LitEmaState):
         The number of updates is -1 without warm-up, and a tensor where it must not be read.
         """
         averages, params = self._pairs(model)
-        if not averages:
-            self._check_emptied()
+        if self._overwritten or not averages:
+            self._check_trained(averages, params)
         if self._copied:
             copies = self._copies()
             _module.check_shapes(copies, params)

@@ -38,6 +38,7 @@ __all__ = [
     "sigma_rel_to_gamma",
     "snapshots",
     "solve_coefficients",
+    "window",
 ]
 
 _GAMMA = "posthoc.gamma"
@@ -159,6 +160,67 @@ def snapshots(folder: str | os.PathLike[str]) -> list[Snapshot]:
             except ValueError:
                 raise ValueError(f"{path}: expected a gamma, found {gamma!r}") from None
     return sorted(found)
+
+
+def window(
+    averages: Iterable[Snapshot | str | os.PathLike[str]], start: int, stop: int
+) -> dict[str, Tensor]:
+    r"""The mean of the weights after the steps `start + 1` to `stop`, from means since the start.
+
+    Of means $A_1$ over $t_1$ steps and $A_2$ over $t_2 > t_1$, $(t_2 A_2 - t_1 A_1) / (t_2 - t_1)$
+    is exactly the mean of the steps in between. The rounding of the files is multiplied, by
+    $(t_1 + t_2) / (t_2 - t_1)$ at most: save float64 where the window is a small part of the run.
+
+    Args:
+        averages: snapshots of an average with `schedules.uniform()`, saved with `sigma_rel` $=
+            1 / \sqrt{12}$; or files that `checkpoint.read` knows and that tell their step, such as
+            icefall's, with `model_avg` and `batch_idx_train`.
+        start: $t_1$, the step of one of them, or 0.
+        stop: $t_2$, the step of another.
+
+    Returns the mean in float64, by name; what is not floating-point is that at `stop`.
+
+    Raises ValueError where no average has one of the steps, a snapshot is of another profile, the
+    names differ, or `start` is not before `stop`.
+    """
+    if not 0 <= start < stop:
+        raise ValueError(f"start: expected 0 <= start < stop, found {start} and {stop}")
+    wanted = (start, stop) if start else (stop,)
+    found: dict[int, dict[str, Tensor]] = {}
+    for each in averages:
+        if isinstance(each, Snapshot) and each.step not in wanted:
+            continue
+        step, weights = _uniform(each)
+        if step is not None and step in wanted:
+            found.setdefault(step, weights)
+    if missing := [step for step in wanted if step not in found]:
+        raise ValueError(f"averages: expected one at each of {wanted}, found none at {missing}")
+    end, begin = found[stop], found.get(start, {})
+    if start and begin.keys() != end.keys():
+        raise ValueError(
+            f"averages: expected the same names at {start} and {stop}, found others at "
+            f"{_paths.some(sorted(begin.keys() ^ end.keys()))}"
+        )
+    means = {}
+    for name, average in end.items():
+        if not (average.is_floating_point() or average.is_complex()):
+            means[name] = average.clone()
+            continue
+        mean = average.to(torch.complex128 if average.is_complex() else torch.float64)
+        if start:
+            mean = (stop * mean - start * begin[name].to(mean.dtype)) / (stop - start)
+        means[name] = mean
+    return means
+
+
+def _uniform(source: Snapshot | str | os.PathLike[str]) -> tuple[int | None, dict[str, Tensor]]:
+    """The step and the averages of a mean since the start."""
+    path = source.path if isinstance(source, Snapshot) else Path(source)
+    if isinstance(source, Snapshot) and abs(source.gamma) > 1e-6:
+        length = gamma_to_sigma_rel(source.gamma)
+        raise ValueError(f"{path}: expected a mean since the start, found sigma_rel {length:g}")
+    found = checkpoint.read(path)
+    return found.step, found.weights
 
 
 def profile(t: Tensor, step: float, gamma: float) -> Tensor:

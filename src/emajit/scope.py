@@ -64,15 +64,22 @@ def ema_scope(model: nn.Module, shadow: Mapping[str, Any], *, copy: bool = False
     Nothing is copied: each parameter refers to the memory of its average inside, and to its own
     again afterwards, whatever was raised, and whenever Ctrl-C came. The `nn.Parameter` objects stay
     the same, so optimizers, hooks, tied weights and compiled models keep working. Only an average
-    with another dtype than its parameter is cast. Code that writes parameters inside writes the
-    averages: call `model.eval()` if averages of buffers are among them. The other buffers are those
-    of training: what is written into them inside, as by `update_bn`, is undone at the end.
+    with another dtype than its parameter is cast. Code that writes a parameter inside (an
+    optimizer's step, `load_state_dict`) writes the average, and an error at the end says so; no
+    error tells of writes through `.data` or in `torch.inference_mode`, and of those to averages of
+    buffers: call `model.eval()` if there are any. The other buffers are those of training: what is
+    written into them inside, as by `update_bn`, is undone at the end.
 
     Where it can be seen that others find a parameter at its memory, the average is copied into it,
     and the training weight kept meanwhile: after `share_memory()`, in a flat buffer with others,
     and in DTensors and other tensors that wrap tensors (quantised weights), since FSDP gathers
-    parameters from memory of its own. No process waits for another. `copy` is for those who cannot
-    be seen: captured CUDA graphs, and views of a whole parameter.
+    parameters from memory of its own. So are weights with a `max_norm`, which an embedding's
+    forward writes. No process waits for another. `copy` is for those who cannot be seen: captured
+    CUDA graphs, and views of a whole parameter.
+
+    What the model has computed of its weights before is not of the averages, such as an adapter
+    that `eval()` has merged into a frozen weight: unmerge it before, and merge it in a copy, or in
+    what `averaged_module` gives.
 
     It is for evaluation. Do not backpropagate across the boundary: autograd raises, except for
     graphs from before the scope that are used after it, and, without an error, where activation
@@ -94,7 +101,8 @@ def ema_scope(model: nn.Module, shadow: Mapping[str, Any], *, copy: bool = False
             or tied parameters have different averages. The model is then untouched.
         TypeError: `model` is not a module, or `shadow` is not a mapping.
         RuntimeError: the model is inside such a scope already, in this thread or another; or, at
-            the end, it has other parameters than before, as `remove_parametrizations` gives it.
+            the end, a parameter was written, or the model has other parameters than before, as
+            `remove_parametrizations` gives it.
 
     >>> model, shadow = nn.Linear(1, 1, bias=False), {"weight": torch.tensor([[2.0]])}
     >>> with torch.no_grad(), ema_scope(model, shadow):
@@ -116,12 +124,12 @@ def exchanged(
     A signal is handled before an exchange or after it, never between two tensors.
     """
     _check_present(averages)
-    scope, modules = object(), _exchange.modules_of(model)
+    scope, modules, raised = object(), _exchange.modules_of(model), sys.exception()
     tensors = [tensor for tensor, _ in averages]
     undo: list[_exchange.Call] = [
         (_inside.pop, scope, None),
         *_forgetting(),
-        (_exchange.check_parameters, model, _exchange.parameters_of(modules), sys.exception()),
+        (_exchange.check_parameters, model, _exchange.parameters_of(modules), raised),
     ]
     leave = starmap(operator.call, undo)
     try:
@@ -129,7 +137,8 @@ def exchanged(
             _inside[scope] = {*map(id, tensors), *map(id, _shards.local(tensors))}
             check_outside(tensors, before=scope)
             prepare_to_write()
-            enter, undo[:0] = _exchange.calls(modules, averages, copy=copy)
+            enter, undo[:0], check = _exchange.calls(modules, averages, copy=copy, raised=raised)
+            undo.append(check)
             deque(starmap(operator.call, enter), maxlen=0)
             yield
         finally:

@@ -108,21 +108,38 @@ def write_tensors(
     """
     for name, tensor in tensors.items():
         check_dense(repr(name), tensor)
-        if (dtype := casts.get(name, tensor.dtype)) not in _CODES:
-            raise ValueError(f"{name!r}: expected a dtype that safetensors has, found {dtype}")
     forms = {
         name: Form(tuple(tensor.shape), casts.get(name, tensor.dtype))
         for name, tensor in tensors.items()
     }
+
+    def leaf(name: str) -> Tensor:
+        return cast(repr(name), tensors[name].detach().to("cpu"), forms[name].dtype)
+
+    write_leaves(path, forms, leaf, metadata, seed, tell=tell)
+
+
+def write_leaves(
+    path: Path,
+    forms: Mapping[str, Form],
+    leaf: Callable[[str], Tensor],
+    metadata: Callable[[Mapping[str, str], Mapping[str, Form]], Mapping[str, str]],
+    seed: int = 0,
+    *,
+    tell: Callable[[int], object] = lambda _: None,
+) -> None:
+    """As `write_tensors`, of tensors that `leaf` makes on the host; headers are of one length."""
+    for name, form in forms.items():
+        if form.dtype not in _CODES:
+            raise ValueError(f"{name!r}: expected a dtype that safetensors has, found {form.dtype}")
     # Wide numbers first: so each lies at a multiple of its size.
-    names = sorted(tensors, key=lambda name: (-forms[name].dtype.itemsize, name))
+    names = sorted(forms, key=lambda name: (-forms[name].dtype.itemsize, name))
 
     def fill(file: BinaryIO) -> None:
-        checksums = dict.fromkeys(tensors, "00000000")
+        checksums = dict.fromkeys(forms, "00000000")
         file.write(_header(forms, names, metadata(checksums, forms)))
         for name in names:
-            host = cast(repr(name), tensors[name].detach().to("cpu"), forms[name].dtype)
-            host = host.resolve_conj().resolve_neg().contiguous()
+            host = leaf(name).resolve_conj().resolve_neg().contiguous()
             checksums[name] = checksum(host, seed)
             file.write(_bytes(host))
             tell(host.nbytes)

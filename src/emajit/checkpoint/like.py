@@ -9,6 +9,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from emajit import _alias, _names, _paths
 from emajit.checkpoint import files, search, sources
 
 # What a folder tells the program that loads it, and its largest: no weights, no training state.
+_STEMS = "diffusion_pytorch_model", "adapter_model"  # of diffusers, and PEFT
 _TOLD = ".json", ".txt", ".model", ".md", ".jinja", ".py"
 
 
@@ -66,6 +68,20 @@ def write_folder(
 
     `config` is added to its config.json. Raises FileExistsError where `path` exists.
     """
+
+    def fill(file: Path) -> None:
+        files.write_tensors(file, weights, lambda *_: {"format": "pt"}, casts=casts, tell=tell)
+
+    write_folder_of(path, like, fill, config)
+
+
+def write_folder_of(
+    path: Path,
+    like: Path,
+    fill: Callable[[Path], object],
+    config: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """As `write_folder`, where `fill` writes the file of the weights."""
     if path.exists():
         raise FileExistsError(errno.EEXIST, "expected no folder there yet", str(path))
     if not path.parent.is_dir():
@@ -80,16 +96,15 @@ def write_folder(
             told = json.loads((part / "config.json").read_text(encoding="utf-8"))
             text = json.dumps({**told, **config}, indent=2) + "\n"
             (part / "config.json").write_text(text, encoding="utf-8")
-        is_of_diffusers = any(each.name.startswith("diffusion_") for each in like.iterdir())
-        name = "diffusion_pytorch_model" if is_of_diffusers else "model"
-        files.write_tensors(
-            part / f"{name}.safetensors",
-            weights,
-            lambda *_: {"format": "pt"},
-            casts=casts,
-            tell=tell,
-        )
+        fill(part / f"{_stem(like)}.safetensors")
         part.rename(path)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+def _stem(like: Path) -> str:
+    """The name of the file of weights that the library which has written a folder looks for."""
+    names = [each.name for each in like.iterdir()]
+    stems = [stem for stem in _STEMS if any(name.startswith(stem) for name in names)]
+    return stems[0] if stems else "model"

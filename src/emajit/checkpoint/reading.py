@@ -145,10 +145,10 @@ def _in_tree(
         chosen = found
     if not chosen or (len(chosen) > 1 and not several):
         raise NotOneError(_not_one(tree, held, found))
-    others = _others(held, [*found, *chosen])
+    beside = others(held, [*found, *chosen])
     if raw_key is not None:
-        others = [Part((raw_key,), _tensors_at(tree, raw_key))]
-    averaged = [partners.named(each, others, given, alone=key is not None) for each in chosen]
+        beside = [Part((raw_key,), tensors_at(tree, raw_key))]
+    averaged = [partners.named(each, beside, given, alone=key is not None) for each in chosen]
     used: set[int] = set()
     for each in averaged:
         _check_shapes(each, names)
@@ -163,13 +163,13 @@ def _at(tree: Any, found: Sequence[Found], key: str) -> Found:
     if len(below) == 1:
         return below[0]._replace(why="the key was given")
     return Found(
-        Reading(f"state at {key}" if key else "state", _tensors_at(tree, key)),
+        Reading(f"state at {key}" if key else "state", tensors_at(tree, key)),
         key,
         "the key was given",
     )
 
 
-def _tensors_at(tree: Any, key: str) -> dict[str, Tensor] | list[Tensor]:
+def tensors_at(tree: Any, key: str) -> dict[str, Tensor] | list[Tensor]:
     value = search.at(tree, key)
     tensors: Any = tensors_of(value) if isinstance(value, Mapping) else list(value)
     if not tensors or not all(isinstance(each, Tensor) for each in search.listed(tensors)):
@@ -177,9 +177,9 @@ def _tensors_at(tree: Any, key: str) -> dict[str, Tensor] | list[Tensor]:
     return tensors  # type: ignore[no-any-return]
 
 
-def _others(held: Sequence[Part], found: Sequence[Found]) -> list[Part]:
+def others(held: Sequence[Part], found: Sequence[Found]) -> list[Part]:
     """The parts that may hold trained weights, without the averages that are found in them."""
-    others: list[Part] = []
+    parts: list[Part] = []
     for part in held:
         if not isinstance(part.tensors, dict) or search.is_marked(part):
             continue
@@ -187,8 +187,8 @@ def _others(held: Sequence[Part], found: Sequence[Found]) -> list[Part]:
         for path in (each.path for each in found if _is_below(each.path, part.name)):
             module = path[len(part.name) :].strip(".")
             rest = {name: v for name, v in rest.items() if not _is_below(name, module)}
-        others += [part._replace(tensors=rest)] if rest else []
-    return others
+        parts += [part._replace(tensors=rest)] if rest else []
+    return parts
 
 
 def _is_below(path: str, above: str) -> bool:

@@ -24,13 +24,16 @@ _NOT_MODELS = re.compile(r"(optimizer|scheduler|scaler|sampler|rng|random|traini
 _OF_ZERO = "zero_pp_rank_*_optim_states.pt", "*/zero_pp_rank_*_optim_states.pt"
 
 
-def content(path: Path) -> Any:
+def content(path: Path, *, on_disk: bool = False) -> Any:
     """What a file holds, or a folder: of its files and folders each under its name.
+
+    What is not mapped but read, from a folder of shards, may be left `on_disk`: then its tensors
+    are on meta, and `loaded` reads one.
 
     Raises ValueError, with the path, for what is broken, and OSError for what cannot be read.
     """
     if (path / ".metadata").is_file():
-        return _of_shards(path)
+        return _of_shards(path, on_disk=on_disk)
     if path.is_dir():
         held = _of_folder(path)
         if not held:
@@ -56,6 +59,16 @@ def content(path: Path) -> Any:
         saved = Saved(path, file)
         shadow = {name: _apart(saved.read(name)) for name in saved.names()}
         return {"shadow": shadow, "step": saved.record.step}
+
+
+def loaded(tensor: Tensor) -> Tensor:
+    """A tensor, read if `content` has left it on the disk."""
+    if not hasattr(tensor, "emajit_place"):
+        return tensor
+    folder, key = tensor.emajit_place
+    value = torch.empty_like(tensor, device="cpu")
+    folder.read_into({key: value}, alone=True)
+    return value
 
 
 def _of_folder(path: Path, depth: int = 2) -> dict[str, Any]:
@@ -134,15 +147,21 @@ def _apart(tensor: Tensor) -> Tensor:
     return tensor if tensor.numel() else torch.empty_like(tensor)
 
 
-def _of_shards(path: Path) -> dict[str, Any]:
+def _of_shards(path: Path, *, on_disk: bool = False) -> dict[str, Any]:
     """The tensors in a folder of torch.distributed.checkpoint, in the containers they came from."""
     from emajit.checkpoint import sharded  # noqa: PLC0415, half a second for this alone
 
     folder = sharded.Folder(path)
+    device = "meta" if on_disk else "cpu"
     flat: dict[str, Any] = {
-        key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in folder.forms.items()
+        key: torch.empty(shape, dtype=dtype, device=device)
+        for key, (shape, dtype) in folder.forms.items()
     }
-    folder.read_into(flat, alone=True)
+    if on_disk:
+        for key, value in flat.items():
+            value.emajit_place = folder, key
+    else:
+        folder.read_into(flat, alone=True)
     held: dict[str, Any] = {}
     for key, value in flat.items():
         *containers, name = folder.places.get(key, (key,))

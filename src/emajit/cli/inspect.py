@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from emajit import checkpoint
+from emajit import checkpoint, merging
 from emajit.checkpoint import Averaged, Candidate
 
 _SAMPLED = 2**14  # numbers of a tensor that a distance looks at
@@ -33,6 +33,11 @@ def show_averages(
 
     Several averages are shown side by side. Raises ValueError and OSError as `checkpoint.read`.
     """
+    if merged := merging.told(path):
+        text = json.dumps(merged, indent=2)
+        table = text if as_json else _merged(path, merged)
+        console.print(table, highlight=False, soft_wrap=as_json)
+        return
     rows = checkpoint.candidates(path)
     several = key is None and sum(bool(row.why) for row in rows) > 1
     found = (
@@ -52,6 +57,17 @@ def show_averages(
     console.print(_summary(path, found), highlight=False)
     if modules:
         console.print(_shown(modules), highlight=False)
+
+
+def _merged(path: Path, told: Mapping[str, Any]) -> Table:
+    """What `emajit merge` has made a file of."""
+    table = Table(title=f"{escape(str(path))} is merged")
+    for column in ("checkpoint", "MiB", "crc32", "coefficient"):
+        table.add_column(column, justify="left" if column == "checkpoint" else "right")
+    for each in told["sources"]:
+        size, share = f"{each['bytes'] / 2**20:,.1f}", f"{each['coefficient']:.6g}"
+        table.add_row(escape(str(each["name"])), size, escape(str(each["crc32"])), share)
+    return table
 
 
 def names_in(file: Path | None) -> list[str] | None:

@@ -19,6 +19,7 @@ try:
     from emajit.checkpoint.layouts import WRITERS
     from emajit.cli.convert import write_averages
     from emajit.cli.inspect import names_in, show_averages
+    from emajit.cli.merge import merge_checkpoints
     from emajit.cli.reconstruct import reconstruct_averages
 except ModuleNotFoundError as error:
     message = f"emajit: the command needs {error.name}; pip install rich safetensors typer"
@@ -68,6 +69,7 @@ def demo(
         training.run(training.Settings(steps, decay, seed, device, out, posthoc), Console())
 
 
+Of = Literal["averages", "trained"]
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
 if TYPE_CHECKING:
     Layout = str
@@ -212,6 +214,65 @@ def convert(
     with _errors_in_one_line():
         found = checkpoint.read(file, names=(listed := names_in(names)), key=key, raw_key=raw_key)
         write_averages(file, found, listed, out, layout, like, decay, step, dtype, Console())
+
+
+@app.command()
+def merge(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="CHECKPOINT...", help="From the oldest to the newest; with --last, one folder."
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", help="The file; or a new folder, if the first source is one of a model."
+        ),
+    ],
+    coefficients: Annotated[
+        str,
+        typer.Option(
+            help="uniform, ema:BETA, wsm:linear, wsm:cosine, wsm:1-sqrt, or numbers with commas."
+        ),
+    ] = "uniform",
+    last: Annotated[
+        int | None, typer.Option(metavar="K", help="The last K checkpoints in the folder.")
+    ] = None,
+    of: Annotated[
+        Of | None, typer.Option(help="Which weights, where a checkpoint holds both.")
+    ] = None,
+    key: Key = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MODEL", help="Of PEFT adapters: merge the products of their A and B into it."
+        ),
+    ] = None,
+    integers: Annotated[
+        Literal["last", "equal"],
+        typer.Option(help="Integer tensors: those of the last source, or they must agree."),
+    ] = "last",
+    allow_any_sum: Annotated[
+        bool, typer.Option("--allow-any-sum", help="Take coefficients that do not sum to 1.")
+    ] = False,
+    dtype: Cast = None,
+) -> None:
+    """Average the weights of several checkpoints of a run."""
+    with _errors_in_one_line():
+        merge_checkpoints(
+            sources,
+            out,
+            coefficients,
+            last,
+            dtype,
+            Console(),
+            of=of,
+            key=key,
+            base=base,
+            integers=integers,
+            allow_any_sum=allow_any_sum,
+        )
 
 
 @contextmanager

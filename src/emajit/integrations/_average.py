@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -84,6 +85,19 @@ def follow(ema: LitEma, model: nn.Module, known: set[str]) -> set[str]:
     if not trainable <= known:
         ema.track(model)
     return trainable | known
+
+
+def has_begun(ema: LitEma) -> bool:
+    """Whether there was an update: before the first one the averages are the weights at the start.
+
+    To evaluate them would be to evaluate the model untrained.
+    """
+    return int(ema.num_updates) > 0
+
+
+def averaged(ema: LitEma, model: nn.Module) -> AbstractContextManager[object]:
+    """A context in which the model has the averages, if there was an update of them."""
+    return ema.ema_scope(model) if has_begun(ema) else nullcontext()
 
 
 def state_of(ema: LitEma) -> dict[str, Any]:

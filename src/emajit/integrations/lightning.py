@@ -56,7 +56,8 @@ class EMACallback(Callback):
         dtype, buffers, include, exclude, rounding, nonfinite, backend: as in `LitEma`. Of
             averages that are not finite a warning tells once, when they are saved.
         every: average after each optimizer step of so many, at most once a batch; `decay` counts
-            the averaged ones.
+            the averaged ones. Before the first one, evaluations and the `state_dict` of a
+            checkpoint are of the trained weights.
         save: which weights a checkpoint's `state_dict` has.
 
     Raises ValueError and TypeError for an unusable option, ValueError for a second `EMACallback` of
@@ -103,7 +104,7 @@ class EMACallback(Callback):
         self._hook: Callable[[dict[str, Any]], None] | None = None
         self._migrated: dict[str, Any] | None = None
         self._averaged_at = 0
-        self._inside: AbstractContextManager[None] | None = None
+        self._inside: AbstractContextManager[object] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         trained = (None, self._trained[1]) if self._trained else None  # a copy is another module
@@ -114,12 +115,14 @@ class EMACallback(Callback):
     def averaged(self, module: nn.Module) -> Iterator[None]:
         """A context in which `module` has the averaged weights, as `emajit.ema_scope`.
 
+        Before the first average, as with `every`, it has its trained weights.
+
         Raises RuntimeError where there are none: before a training, and in the process that has
         started others to train ("ddp_spawn").
         """
         if self._average is None and self._loaded is None:
             raise RuntimeError("expected averages, which fit() starts, found none")
-        with self._of(module).ema_scope(module):
+        with _average.averaged(self._of(module), module):
             yield
 
     def _of(self, module: nn.Module) -> LitEma:
@@ -209,7 +212,7 @@ class EMACallback(Callback):
         self._leave()
         self._show_no_more(pl_module)
         if self._is_for(trainer, pl_module):
-            self._inside = self._followed(pl_module).ema_scope(pl_module)
+            self._inside = _average.averaged(self._followed(pl_module), pl_module)
             self._inside.__enter__()
 
     def _is_for(self, trainer: Trainer, module: nn.Module) -> bool:
@@ -244,9 +247,10 @@ class EMACallback(Callback):
             trained = trainer.strategy.lightning_module_state_dict()
             checkpoint["state_dict"] = {name: value.clone() for name, value in trained.items()}
             self._enter(trainer, pl_module)
-        state, raw = _average.state_of(self._followed(pl_module)), checkpoint["state_dict"]
+        average = self._followed(pl_module)
+        state, raw = _average.state_of(average), checkpoint["state_dict"]
         ours = checkpoint[_copies.KEY] = {**state, "averaged_at": self._averaged_at}
-        if self._save == "averaged":
+        if self._save == "averaged" and _average.has_begun(average):
             averages = _with_ties(pl_module, _names.match(raw, state["shadow"]))
             ours["raw"] = {name: _shards.whole(raw[name]) for name in averages}
             checkpoint["state_dict"] = raw | {

@@ -78,7 +78,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         dtype, buffers, include, exclude, rounding, nonfinite, backend: as in `LitEma`. Of
             averages that are not finite a warning tells once, when they are saved.
         every: average after each optimizer step whose number is a multiple of this; `decay` counts
-            the averaged ones.
+            the averaged ones. Before the first one, evaluations and `averaged/` are of the trained
+            weights.
 
     From a checkpoint without averages they start from its weights, with a warning.
 
@@ -122,16 +123,18 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         # The averages in the model for an evaluation of the Trainer, and what guards them there.
         self._evaluation, self._guards = ExitStack(), ExitStack()
         self._was_interrupted = self._was_mixed = False
+        self._scale: float | None = None  # of the gradients, before a step that may be left out
 
     @contextmanager
     def averaged(self, model: nn.Module) -> Iterator[None]:
         """A context in which `model` has the averaged weights, as `emajit.ema_scope`.
 
-        Around `trainer.evaluate()`, `trainer.predict()` or `trainer.save_model(...)`. Raises
-        RuntimeError before the first training.
+        Around `trainer.evaluate()`, `trainer.predict()` or `trainer.save_model(...)`. Before the
+        first average, as with `every`, it has its trained weights. Raises RuntimeError before the
+        first training.
         """
         self.restore()
-        with self._present().ema_scope(model):
+        with _average.averaged(self._present(), model):
             self._is_inside = True
             try:
                 yield
@@ -202,12 +205,22 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if args.eval_on_start:
             self._enter(model)
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remember the scale of gradients, which a step left out makes smaller; follow the model."""
+        self._scale = _scale(kwargs["optimizer"])
+        self._followed(kwargs["model"])
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Average, if the optimizer has stepped."""
         self.restore()
-        skipped = getattr(kwargs["optimizer"], "step_was_skipped", False)
+        optimizer, before = kwargs["optimizer"], self._scale
+        skipped = getattr(optimizer, "step_was_skipped", False)
+        if before is not None:
+            skipped |= optimizer.scaler.get_scale() < before
         if state.global_step % self._every == 0 and not skipped:
             self._followed(kwargs["model"])(kwargs["model"])
         self._before_evaluation(args, state, control, **kwargs)
@@ -272,7 +285,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         average = self._followed(model)
         bare = getattr(model, "_orig_mod", model)
         if isinstance(bare, PreTrainedModel):
-            with average.ema_scope(model):
+            with _average.averaged(average, model):
                 bare.save_pretrained(folder / "averaged")
             if objects["processing_class"] is not None:
                 objects["processing_class"].save_pretrained(folder / "averaged")
@@ -302,11 +315,9 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take in new parameters before they are stepped, also those of `training_step`."""
+        """Take in the parameters that were unfrozen, or added, since the last step."""
         self.restore()
         self._followed(kwargs["model"])
-
-    on_pre_optimizer_step = on_step_begin
 
     def _load(self, model: nn.Module, folders: list[Path], *, all_of_them: bool = True) -> None:
         """Go on from the averages that were saved beside the weights that the model has.
@@ -329,6 +340,18 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             f"none of {[str(folder) for folder in folders]}; "
             "TrainingArguments(resume_from_checkpoint=...) tells EMACallback the folder"
         )
+
+
+def _scale(optimizer: Any) -> float | None:
+    """The scale of the gradients, for an optimizer whose `step` leaves out a step by itself.
+
+    accelerate says that a step was left out where `step` was not called; that of a fused optimizer
+    always is.
+    """
+    scaler, inner = (getattr(optimizer, name, None) for name in ("scaler", "optimizer"))
+    if scaler is None or not getattr(inner, "_step_supports_amp_scaling", False):
+        return None
+    return float(scaler.get_scale())
 
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:
