@@ -99,6 +99,7 @@ class Sequences(RuleBasedStateMachine):
 
     @rule(wrap=st.sampled_from(WRAPPERS))
     def update(self, wrap: Callable[[Any], Any]) -> None:
+        assume(self.expected)  # an update of nothing is refused
         self.ema(wrap(self.model))
         beta, keys, self.updates = float(self.decay(self.updates)), self.keys(), self.updates + 1
         for name, p in self.model.named_parameters():
