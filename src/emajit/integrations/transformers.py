@@ -208,7 +208,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Remember the scale of gradients, which a step left out makes smaller; follow the model."""
+        """Take in new parameters; remember the scale, which a step left out makes smaller."""
         self._scale = _scale(kwargs["optimizer"])
         self._followed(kwargs["model"])
 
