@@ -837,6 +837,51 @@ class TestUnfreezing:
             rest *= float(DECAY(step))
         assert_close(found, towards + rest * (before - towards), rtol=1e-5, atol=1e-6)
 
+    @pytest.mark.parametrize("accumulated", [1, 2])
+    def test_within_a_batch(self, tmp_path: Path, accumulated: int) -> None:
+        """A `training_step` comes after the callback's hook; validated before the next step."""
+
+        class Unfreezing(Backboned):
+            def training_step(self, batch: Any, batch_idx: int) -> Any:
+                if batch_idx == 2:
+                    self.backbone.requires_grad_(True)
+                return super().training_step(batch, batch_idx)
+
+            def configure_optimizers(self) -> Any:
+                return torch.optim.Adam(self.parameters(), lr=0.05)
+
+        class Seen(Callback):
+            def __init__(self) -> None:
+                self.average: dict[str, Tensor] = {}
+                self.updates = 0
+
+            def on_before_optimizer_step(self, _: Any, module: Any, __: Any) -> None:
+                FromTheUnfreezing.on_train_batch_start(self, _, module)  # type: ignore[arg-type]
+
+            def on_train_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
+                if trainer.global_step > self.updates:
+                    FromTheUnfreezing.on_train_batch_end(self, trainer, module)  # type: ignore[arg-type]
+
+        torch.manual_seed(0)
+        model, callback, seen = Unfreezing(), EMACallback(DECAY), Seen()
+        model.backbone.requires_grad_(False)
+        options = {"val_check_interval": 1, "accumulate_grad_batches": accumulated}
+        trainer_of(tmp_path, callback, seen, max_epochs=1, **options).fit(model, data(), data(2))
+        found = averages(callback, model)
+        assert found.keys() == seen.average.keys() == weights(model).keys()
+        for name, expected in seen.average.items():
+            assert_close(found[name].double(), expected, rtol=1e-6, atol=1e-6)
+
+    def test_another_module_takes_nothing_away(self, tmp_path: Path) -> None:
+        class Wrong(Callback):
+            def on_train_batch_end(self, _: Any, module: Any, *__: Any) -> None:
+                with pytest.raises(ValueError, match="expected every averaged parameter"):
+                    callback.averaged(module.net).__enter__()
+
+        model, callback = Backboned(), EMACallback(DECAY)
+        trainer_of(tmp_path, callback, Wrong(), max_epochs=1).fit(model, data())
+        assert averages(callback, model).keys() == weights(model).keys()
+
     def test_resumed_before_it(self, tmp_path: Path) -> None:
         torch.manual_seed(0)
         whole, uninterrupted = EMACallback(DECAY), Backboned()

@@ -326,7 +326,10 @@ def test_a_wrapped_model_is_the_same_model(wrap: Any) -> None:
     ema(wrapped)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+COPIES = copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))
+
+
+@pytest.mark.parametrize("copied", COPIES)
 def test_a_copy_is_tracked_by_names(copied: Any) -> None:
     model, ema, before = averaged()
     model, ema = copied((model, ema))
@@ -334,6 +337,18 @@ def test_a_copy_is_tracked_by_names(copied: Any) -> None:
     ema.track(model)
     for name, average in before.items():
         assert torch.equal(ema.named_averages()[name], average)
+
+
+def test_new_averages_beside_some_that_were_cast_start_from_the_exact_weights() -> None:
+    """Not from weights rounded to the dtype that the LitEma was built with."""
+    model, ema, _ = averaged(dtype=torch.bfloat16)
+    ema.float()
+    model.layers.append(nn.Linear(3, 3))  # type: ignore[union-attr, operator]
+    model.embedding = grown = resized(model.embedding, 7)  # type: ignore[arg-type]
+    ema.track(model)
+    averages = ema.named_averages()
+    assert torch.equal(averages["layers.3.weight"], model.layers[3].weight)  # type: ignore[index, union-attr]
+    assert torch.equal(averages["embedding.weight"][5:], grown.weight[5:])
 
 
 class TestRefused:
@@ -448,11 +463,15 @@ def test_averages_in_the_model_are_not_averaged(buffers: Any) -> None:
         assert [*ema.m_name2s_name] == expected
 
 
-def test_modules_that_have_moved_are_told_of() -> None:
-    """By its name, the frozen layer in front would be averaged into the first one."""
+@pytest.mark.parametrize("made", [lambda pair: pair, *COPIES])
+def test_modules_that_have_moved_are_told_of(made: Any) -> None:
+    """By its name, the frozen layer in front would be averaged into the first one.
+
+    A copy, or what was pickled, knows the modules of its first use.
+    """
     model: Any = Net()
     model.layers[2].requires_grad_(True)
-    ema = LitEma(model)
+    model, ema = made((model, LitEma(model)))
     model.layers[2].requires_grad_(False)
     ema(model)
     before = ema.named_averages()

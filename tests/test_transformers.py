@@ -650,6 +650,53 @@ class Unfreezes(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 self.average[name] = beta * self.average[name] + (1 - beta) * p.detach().double()
 
 
+def test_what_is_trainable_only_after_a_resume_is_named(tmp_path: Path) -> None:
+    """The averages are those of the weights in the checkpoint, but not of all trainable ones."""
+
+    class Freezing(TrainerCallback):
+        def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
+            kwargs["model"].get_input_embeddings().requires_grad_(False)
+
+    trainer_of(tmp_path, Freezing(), EMACallback(DECAY), **settings("steps")).train()
+    resumed = trainer_of(tmp_path, EMACallback(DECAY), **settings("steps"))
+    with pytest.raises(ValueError, match=r"found \['transformer\.wte\.weight'\] missing"):
+        resumed.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("where", ["training_step", "on_epoch_end"])
+def test_what_is_unfrozen_within_a_step_or_before_an_evaluation(tmp_path: Path, where: str) -> None:
+    """A `training_step` comes after `on_step_begin`; no step comes before the evaluation."""
+    ema = EMACallback(DECAY)
+    before: dict[str, Tensor] = {}
+
+    def unfreeze(model: Any) -> None:
+        embedding = model.get_input_embeddings().requires_grad_(True).weight
+        before.setdefault("weight", embedding.detach().clone())
+
+    class Unfreezing(TrainerCallback):
+        def on_train_begin(self, *_: Any, **kwargs: Any) -> None:  # when the optimizer has it
+            kwargs["model"].get_input_embeddings().requires_grad_(False)
+
+        def on_epoch_end(self, *_: Any, **kwargs: Any) -> None:
+            if where == "on_epoch_end":
+                unfreeze(kwargs["model"])
+
+    trainer = trainer_of(tmp_path, Unfreezing(), ema, **settings("epoch"), num_train_epochs=1)
+    if where == "training_step":
+        step = trainer.training_step
+
+        def training_step(model: Any, *rest: Any) -> Any:
+            unfreeze(model)
+            return step(model, *rest)
+
+        trainer.training_step = training_step
+    trainer.train()
+    (found,) = [a for name, a in averages(ema).items() if name.endswith("wte.weight")]
+    trained_now = trainer.model.get_input_embeddings().weight
+    assert torch.equal(found, before["weight"]) == (where == "on_epoch_end")
+    assert torch.equal(found, trained_now) == (where == "on_epoch_end")
+
+
 @pytest.mark.parametrize("is_best", [False, True])
 def test_what_is_unfrozen_and_added_in_training(tmp_path: Path, is_best: bool) -> None:
     """Each average begins with the step that first trains it; saved, and resumed where frozen."""

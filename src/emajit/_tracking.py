@@ -102,9 +102,7 @@ class Tracking(Controls):
             _untouched={keys[name] for name in untouched},
             _uninitialised=set(),
             _copied={keys[name] for name in copied},
-            _tracked=[
-                (weakref.ref(at), own, names.get(name)) for name, (at, own) in places.items()
-            ],
+            _tracked=_located(places, names),
             _is_updated=False,
             _known=[],
         )
@@ -186,13 +184,16 @@ class Tracking(Controls):
                 "track(model) to average what the model has now"
             )
         if not torch.compiler.is_compiling():
-            was = self._at(_module.places(model, tensors))
+            places = _module.places(model, tensors)
+            was = self._at(places)
             moved = [name for name in partners if was.get(name, partners[name]) != partners[name]]
             if moved:
                 raise ValueError(
                     "model: expected modules in their places, found others at "
                     f"{_paths.few(moved)}; call track(model) to average what the model has now"
                 )
+            if all(at() is None for at, _, _ in self._tracked):  # this is a copy, or was pickled
+                self._tracked = _located(places, partners)
         self._bare = _names.canonical_of(names)
         self._keys = {n: self.m_name2s_name[partners[n]] for n in names if n in partners}
         self._left_out = {name for name, bare in self._bare.items() if not self._chosen.keeps(bare)}
@@ -257,8 +258,17 @@ class Tracking(Controls):
         return tensors
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without weak references and an entered scope, which cannot be pickled."""
-        return {**vars(self), "_seen": None, "_tracked": [], "_swapped": None}
+        """Without weak references and an entered scope, which cannot be pickled.
+
+        The places are those of the first model that a copy is used with, which is matched anew.
+        """
+        return {**vars(self), "_seen": None, "_tracked": [], "_known": [], "_swapped": None}
+
+
+def _located(
+    places: Mapping[str, tuple[nn.Module, str]], names: Mapping[str, str]
+) -> list[tuple[weakref.ref[nn.Module], str, str | None]]:
+    return [(weakref.ref(at), own, names.get(name)) for name, (at, own) in places.items()]
 
 
 def _continued(
@@ -271,7 +281,9 @@ def _continued(
     beside = {(tensors[name].device, tensors[name].dtype): old[name] for name in old}
     for name, start in functional.init(new, dtype=dtype).items():
         like = beside.get((new[name].device, new[name].dtype), start)
-        new[name] = start.to(like.device, like.dtype)
+        if like is not start:  # not a cast of `start`, which may have been rounded
+            start = new[name].detach().to(like.device, like.dtype, copy=True)  # noqa: PLW2901
+        new[name] = start
         if name in old:
             _module.copy_common(new[name], old[name])
     return {name: kept[name] if name in kept else new[name] for name in tensors}

@@ -35,8 +35,8 @@ class EMACallback(Callback):
     outside of the Trainer. Another module, or the same one after it was given other weights, is
     evaluated as it is, and to fit it starts averages anew. A step that a `GradScaler` leaves out is
     one of Lightning's `global_step`, and is averaged as the others. A parameter that is unfrozen in
-    training, as by `BackboneFinetuning`, or added, is averaged from its weights at the next batch
-    on (see `LitEma.track`); one that is frozen keeps its average.
+    training, as by `BackboneFinetuning`, or added, is averaged from its weights at the next step on
+    (see `LitEma.track`); one that is frozen keeps its average.
 
     A checkpoint has both. `checkpoint["state_dict"]` are the weights that `save` says, which are
     what `load_from_checkpoint` loads; resuming goes on bit for bit with either. The averages in
@@ -104,7 +104,7 @@ class EMACallback(Callback):
         self._hook: Callable[[dict[str, Any]], None] | None = None
         self._migrated: dict[str, Any] | None = None
         self._averaged_at = 0
-        self._inside: AbstractContextManager[None] | None = None
+        self._inside: AbstractContextManager[object] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         trained = (None, self._trained[1]) if self._trained else None  # a copy is another module
@@ -138,6 +138,14 @@ class EMACallback(Callback):
                 self._averaged_at = self._loaded["averaged_at"]
                 self._loaded = None
         return self._average
+
+    def _followed(self, pl_module: LightningModule) -> LitEma:
+        """The averages, which in training take in the parameters that were unfrozen, or added."""
+        average = self._of(pl_module)
+        if self._training is not None:
+            with torch.inference_mode(False):
+                self._known = _average.follow(average, pl_module, self._known)
+        return average
 
     def _is_of(self, trainer: Trainer, module: nn.Module) -> bool:
         """Whether there are averages, of the weights that the module has now in all processes."""
@@ -186,25 +194,25 @@ class EMACallback(Callback):
         if not 0 <= trainer.global_step - self._averaged_at < self._every:  # of another run
             self._averaged_at = trainer.global_step
 
-    def on_train_batch_start(
+    def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
     ) -> None:
-        """Take in the parameters that were unfrozen, or added, since the last batch."""
-        self._known = _average.follow(self._of(pl_module), pl_module, self._known)
+        """Take in new parameters before they are stepped, also those of `training_step`."""
+        self._followed(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
     ) -> None:
         """Average, if the optimizer has stepped often enough."""
         if trainer.global_step - self._averaged_at >= self._every:
-            self._of(pl_module)(pl_module)
+            self._followed(pl_module)(pl_module)
             self._averaged_at = trainer.global_step
 
     def _enter(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._leave()
         self._show_no_more(pl_module)
         if self._is_for(trainer, pl_module):
-            self._inside = self.averaged(pl_module)
+            self._inside = _average.averaged(self._followed(pl_module), pl_module)
             self._inside.__enter__()
 
     def _is_for(self, trainer: Trainer, module: nn.Module) -> bool:
@@ -239,7 +247,7 @@ class EMACallback(Callback):
             trained = trainer.strategy.lightning_module_state_dict()
             checkpoint["state_dict"] = {name: value.clone() for name, value in trained.items()}
             self._enter(trainer, pl_module)
-        average = self._of(pl_module)
+        average = self._followed(pl_module)
         state, raw = _average.state_of(average), checkpoint["state_dict"]
         ours = checkpoint[_copies.KEY] = {**state, "averaged_at": self._averaged_at}
         if self._save == "averaged" and _average.has_begun(average):
@@ -265,16 +273,15 @@ class EMACallback(Callback):
                 _warn.warn(
                     "the checkpoint has no averages of EMACallback; its weights stand for them"
                 )
-        elif "raw" in self._loaded:
+            return
+        raw = self._loaded.get("raw")
+        if raw is not None:
             state = pl_module.state_dict()  # as Lightning has loaded it
-            for name, value in self._loaded["raw"].items():
+            for name, value in raw.items():
                 state[name] = _shards.split_as(state.get(name), value)
             pl_module.load_state_dict(state, strict=pl_module.strict_loading)
-        if self._loaded is not None:
-            _copies.warn_of_changes(
-                pl_module, self._loaded.get("raw", checkpoint.get("state_dict", {}))
-            )
-        if self._loaded is not None and self._loaded.get("is_whole"):
+        _copies.warn_of_changes(pl_module, raw or checkpoint.get("state_dict", {}))
+        if self._loaded.get("is_whole"):
             shadow = _copies.averages_in(self._loaded["shadow"], pl_module, self._options)
             self._loaded = {**self._loaded, "shadow": shadow}
 

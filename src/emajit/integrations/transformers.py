@@ -151,8 +151,15 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             raise RuntimeError("expected averages, which train() starts, found none")
         return self._average
 
+    def _followed(self, model: nn.Module) -> LitEma:
+        """The averages, after they have taken in parameters that were unfrozen, or added."""
+        average = self._present()
+        self._known = _average.follow(average, model, self._known)
+        return average
+
     def _enter(self, model: nn.Module) -> None:
         self._was_interrupted = self._was_mixed = False
+        self._followed(model)
         self._evaluation.enter_context(self.averaged(model))
         # No hook comes between the last of several evaluations, or one that raises, and saving or
         # loading.
@@ -201,8 +208,9 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Remember the scale of the gradients, which a step that is left out makes smaller."""
+        """Take in new parameters; remember the scale, which a step left out makes smaller."""
         self._scale = _scale(kwargs["optimizer"])
+        self._followed(kwargs["model"])
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -214,7 +222,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if before is not None:
             skipped |= optimizer.scaler.get_scale() < before
         if state.global_step % self._every == 0 and not skipped:
-            self._present()(kwargs["model"])
+            self._followed(kwargs["model"])(kwargs["model"])
         self._before_evaluation(args, state, control, **kwargs)
 
     def _before_evaluation(
@@ -273,7 +281,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 f"{folder}: expected trained weights, found the averages saved in their place, by "
                 "something that does not call state_dict()"
             )
-        average, model = self._present(), objects["model"]
+        model = objects["model"]
+        average = self._followed(model)
         bare = getattr(model, "_orig_mod", model)
         if isinstance(bare, PreTrainedModel):
             with _average.averaged(average, model):
@@ -308,7 +317,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     ) -> None:
         """Take in the parameters that were unfrozen, or added, since the last step."""
         self.restore()
-        self._known = _average.follow(self._present(), kwargs["model"], self._known)
+        self._followed(kwargs["model"])
 
     def _load(self, model: nn.Module, folders: list[Path], *, all_of_them: bool = True) -> None:
         """Go on from the averages that were saved beside the weights that the model has.
@@ -319,10 +328,11 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             names, of = _saved(file)
             average, known = _average.started(model, self._options, names)
             every = average.named_averages()
-            like = every if all_of_them else {n: every[n] for n in names if n in every}
+            like = {name: every[name] for name in names if name in every}
             if of == _fingerprint([*like], model):
                 shadow, step = checkpoint.load(file, like=like)
-                _average.restore(average, {"shadow": every | shadow, "step": step})
+                others = {} if all_of_them else every  # without which `restore` names them
+                _average.restore(average, {"shadow": others | shadow, "step": step})
                 self._average, self._known = average, known
                 return
         raise ValueError(
