@@ -361,6 +361,15 @@ class TestFolders:
         )
         assert (tmp_path / "merged/adapter_config.json").exists()
 
+    def test_the_command_tells_what_to_average_apart_means(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        paths = [str(path) for path in self.adapters(tmp_path)]
+        arguments = ["emajit", "merge", *paths, "-o", str(tmp_path / "merged")]
+        monkeypatch.setattr(sys, "argv", arguments)
+        assert cli.main() == 0
+        assert "--base MODEL merges the products" in capsys.readouterr().out.replace("\n", " ")
+
     def test_adapters_that_fit_no_base(self, tmp_path: Path) -> None:
         save_file({"other.weight": torch.ones(4, 3)}, tmp_path / "base.safetensors")
         paths = self.adapters(tmp_path)

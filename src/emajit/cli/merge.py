@@ -36,6 +36,14 @@ def merge_checkpoints(
     for source, share in zip(sources, shares, strict=True):
         table.add_row(escape(source.name), f"{share:.6g}")
     console.print(table, highlight=False)
+    if options["base"] is None and any(
+        (source / "adapter_config.json").is_file() for source in sources
+    ):
+        told = (
+            "note: A and B of these adapters are averaged apart, and the product of means is not the "
+            "mean of products; --base MODEL merges the products"
+        )
+        console.print(told, style="yellow", highlight=False, markup=False)
     columns = TextColumn("merging"), BarColumn(), DownloadColumn()
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=None)
