@@ -40,8 +40,8 @@ def merge_checkpoints(
         (source / "adapter_config.json").is_file() for source in sources
     ):
         told = (
-            "note: A and B of these adapters are averaged apart, and the product of means is not the "
-            "mean of products; --base MODEL merges the products"
+            "note: A and B of these adapters are averaged apart, and the product of means is not "
+            "the mean of products; --base MODEL merges the products"
         )
         console.print(told, style="yellow", highlight=False, markup=False)
     columns = TextColumn("merging"), BarColumn(), DownloadColumn()
