@@ -470,8 +470,9 @@ def test_one_kernel_for_all_leaves_of_a_precision(
         return update(shadow, params, n, decay=schedules.warmup(0.9), **options)
 
     kernels = kernels_of(step, shadow, params, torch.tensor(3))
-    assert kernels.count(leaves) == 1
-    assert len(kernels) <= 1 + others
+    most = 1 if _torch.drops_guards() else 2  # torch 2.6 takes a second one for noise
+    assert 1 <= kernels.count(leaves) <= most
+    assert len(kernels) <= most + others
 
 
 @pytest.mark.inductor
