@@ -29,12 +29,13 @@ MOST_DECAY = 0.9
 _told: set[torch.dtype] = set()
 
 
-def warn_of_stall(dtype: torch.dtype, alpha: object) -> None:
-    """Warn, once for each dtype, if many increments of an average are under half an ulp.
+def warn_of_stall(dtype: torch.dtype, alpha: object, *, again: bool = False) -> None:
+    """Warn if many increments of an average are under half an ulp.
 
-    The decay of a schedule is judged at each step, so that it is told once it has grown.
+    Updates warn once for each dtype, at the first decay of a schedule that is high enough; where an
+    average is built, `again` warns each time.
     """
-    if dtype not in NARROW or dtype in _told or not isinstance(alpha, float):
+    if dtype not in NARROW or not isinstance(alpha, float) or (dtype in _told and not again):
         return
     if not MOST_DECAY < 1.0 - alpha < 1.0:
         return

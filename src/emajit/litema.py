@@ -119,7 +119,7 @@ class LitEma(LitEmaState):
         self.track(model)
         if rounding == "nearest":
             for held in {average.dtype for average in self.buffers()}:
-                _warn.warn_of_stall(held, 1.0 - self._written_decay[0])
+                _warn.warn_of_stall(held, 1.0 - self._written_decay[0], again=True)
 
     def forward(self, model: nn.Module) -> None:
         """Update the averages with the parameters of `model`, without a host synchronisation.
