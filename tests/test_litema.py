@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import emajit
-from emajit import LitEma, _controls, _names, _torch, _warn, schedules
+from emajit import LitEma, _controls, _names, _torch, schedules
 from emajit.fused import FusedOptimizer
 from tests import reference
 from tests.counting import Operators
