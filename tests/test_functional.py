@@ -813,6 +813,16 @@ class TestErrors:
         found = emajit.update(torch.zeros(1), torch.ones(1), 0, decay=np.float32(0.25))
         assert found.item() == 0.75
 
+    def test_a_product_of_a_small_step_does_not_overflow(self) -> None:
+        def quadratic(step: Any) -> Any:
+            return 1 - 1 / (2 + step * step / 1e9)  # 4.9e9 is more than an int32 holds
+
+        zero, one = (torch.full((1,), value, dtype=torch.float64) for value in (0.0, 1.0))
+        expected = 1 / (2 + 4.9)
+        for step in (70_000, torch.tensor(70_000, dtype=torch.int32)):
+            found = emajit.update(zero, one, step, decay=quadratic).item()
+            assert found == pytest.approx(expected, rel=1e-6)
+
     def test_what_is_no_tree(self) -> None:
         model = nn.Linear(2, 2)
         shadow = emajit.init(dict(model.named_parameters()))

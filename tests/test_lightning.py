@@ -651,7 +651,8 @@ class TestOfWhichWeights:
         trained = weights(model)
         trainer.fit_loop.max_epochs = 4
         trainer.fit(model, data())
-        trainer.test(model, data(2), ckpt_path=file, verbose=False)
+        with pytest.warns(UserWarning, match="has no averages of EMACallback"):
+            trainer.test(model, data(2), ckpt_path=file, verbose=False)
         assert_equal(model.seen["test"], trained)
 
     @pytest.mark.parametrize("save", ["raw", "averaged"])
@@ -962,6 +963,22 @@ def test_save_weights_only_is_told(tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path, save_weights_only=True)
     with pytest.warns(UserWarning, match="saves the trained weights alone"):
         trainer_of(tmp_path, EMACallback(), saver).fit(model_of(), data())
+
+
+@pytest.mark.parametrize("stage", ["test", "predict"])
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_an_evaluation_of_a_checkpoint_without_averages_is_told(
+    tmp_path: Path, stage: str, is_whole: bool
+) -> None:
+    """Lightning tells no callback of a file with weights alone, also that of the best epoch."""
+    plain, trained = trainer_of(tmp_path), model_of()
+    plain.fit(trained, data())
+    plain.save_checkpoint(tmp_path / "plain.ckpt", weights_only=not is_whole)
+    trainer, model = trainer_of(tmp_path, EMACallback()), model_of(1)
+    with pytest.warns(UserWarning, match="has no averages of EMACallback") as told:
+        getattr(trainer, stage)(model, data(2), ckpt_path=tmp_path / "plain.ckpt")
+    assert sum("no averages" in str(each.message) for each in told) == 1
+    assert_equal(model.seen[stage], weights(trained))
 
 
 def test_nothing_is_averaged_without_training(tmp_path: Path) -> None:

@@ -111,6 +111,17 @@ class TestSchedule:
         assert_close(ema.named_averages(), expected)
         assert ema.num_updates == 4
 
+    def test_a_product_of_the_count_does_not_overflow_in_a_compiled_step(self) -> None:
+        def quadratic(updates: Any) -> Any:
+            return 1 - 1 / (2 + updates * updates / 1e9)  # 4.9e9 is more than an int32 holds
+
+        model = nn.Linear(1, 1, bias=False)
+        ema = LitEma(model, quadratic, init_num_updates=70_000)
+        params = train(model)
+        expected = reference.update(ema.named_averages(), params, 1 - 1 / (2 + 4.9))
+        torch.compile(ema.forward, fullgraph=True, backend="aot_eager")(model)
+        assert_close(ema.named_averages(), expected)
+
     @pytest.mark.parametrize("decay", [torch.tensor(0.75), torch.tensor(0.75).double(), 1])
     def test_a_number_of_another_type(self, decay: Any) -> None:
         ema = LitEma(small(), decay)

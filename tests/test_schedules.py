@@ -269,6 +269,7 @@ def test_integers_of_numpy() -> None:
     assert schedules.every(schedules.constant(0.5), np.int32(2))(0) == 0.25
     warm = schedules.warmup(0.9999)
     assert schedules.every(warm, np.int16(10))(5000) == schedules.every(warm, 10)(5000)
+    assert schedules.every(warm, 10)(np.int16(5000)) == schedules.every(warm, 10)(5000)
     assert schedules.delay(warm, np.uint8(10))(300) == schedules.delay(warm, 10)(300)
     found, expected = (
         emajit.update(torch.zeros(1), torch.ones(1), step, decay=schedules.every(warm, 10))

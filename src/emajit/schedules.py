@@ -411,8 +411,8 @@ def every(schedule: Schedule, interval: int) -> Schedule:
     interval = _integer("interval", interval, 1)
 
     def within(of: Callable[[Step], Decay], step: Step) -> list[Decay]:
-        if isinstance(step, Tensor):
-            step = step.to(torch.int64)  # step * interval may be more than a small type holds
+        if hasattr(step, "dtype"):  # step * interval may be more than a small type holds
+            step = step.to(torch.int64) if isinstance(step, Tensor) else operator.index(step)
         return [of(step * interval + i) for i in range(interval)]
 
     def product(step: Step) -> Decay:

@@ -25,6 +25,8 @@ except ModuleNotFoundError as error:
     message = "emajit.integrations.lightning needs lightning; pip install lightning"
     raise ModuleNotFoundError(message, name=error.name) from None
 
+_NO_AVERAGES = "the checkpoint has no averages of EMACallback; its weights stand for them"
+
 
 class EMACallback(Callback):
     """Averages the weights in training; validates, tests and predicts with the averages.
@@ -42,8 +44,9 @@ class EMACallback(Callback):
     what `load_from_checkpoint` loads; resuming goes on bit for bit with either. The averages in
     their own dtype are `checkpoint["emajit"]["shadow"]`, and beside averaged weights the trained
     ones are `checkpoint["emajit"]["raw"]`; `emajit.checkpoint.read` knows both. Lightning calls no
-    callback for `ModelCheckpoint(save_weights_only=True)`, whose files have the trained weights.
-    A callback of your own that saves after batches belongs behind this one.
+    callback for `ModelCheckpoint(save_weights_only=True)`, whose files have the trained weights: an
+    evaluation of such a file is of these, with a warning. A callback of your own that saves after
+    batches belongs behind this one.
 
     Where the module has an `on_load_checkpoint`, as for a checkpoint from before a change of its
     layers, it is called for each kind of weights, each time with a copy of the checkpoint that has
@@ -214,6 +217,8 @@ class EMACallback(Callback):
         if self._is_for(trainer, pl_module):
             self._inside = _average.averaged(self._followed(pl_module), pl_module)
             self._inside.__enter__()
+        elif trainer.ckpt_path:
+            _warn.warn(_NO_AVERAGES)
 
     def _is_for(self, trainer: Trainer, module: nn.Module) -> bool:
         """Whether there are averages of the module, as there are in a training."""
@@ -269,10 +274,10 @@ class EMACallback(Callback):
         self._migrated, self._loaded_for = None, weakref.ref(pl_module)
         if self._loaded is None:
             self._average = None
-            if trainer.ckpt_path:  # and not one that Lightning has made for itself
-                _warn.warn(
-                    "the checkpoint has no averages of EMACallback; its weights stand for them"
-                )
+            # Not for one that Lightning has made for itself; an evaluation tells when it starts,
+            # since of a file of ModelCheckpoint(save_weights_only=True) no callback is told.
+            if trainer.ckpt_path and trainer.state.fn == "fit":
+                _warn.warn(_NO_AVERAGES)
             return
         raw = self._loaded.get("raw")
         if raw is not None:
