@@ -23,8 +23,8 @@ def warn(message: str, kind: type[Warning] = UserWarning) -> None:
 
 
 NARROW = {torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2}
-# Weights of deviation 0.07 that move by 0.2 in 2000 steps: their averages in bfloat16 are off by
-# 21 % of the way at a decay of 0.99, by 39 % at 0.996.
+# Weights of standard deviation 0.07 that move by 0.2 in 2000 steps: their bfloat16 averages lag by
+# 21 % of that move at a decay of 0.99, by 39 % at 0.996.
 MOST_DECAY = 0.9
 _told: set[torch.dtype] = set()
 
@@ -32,7 +32,7 @@ _told: set[torch.dtype] = set()
 def warn_of_stall(dtype: torch.dtype, alpha: object) -> None:
     """Warn, once for each dtype, if many increments of an average are under half an ulp.
 
-    The decay of a schedule is judged at each step, so that it is told once it has grown.
+    A schedule is checked at each step: it warns once its decay has grown above `MOST_DECAY`.
     """
     if dtype not in NARROW or dtype in _told or not isinstance(alpha, float):
         return
@@ -54,7 +54,7 @@ _told_of: weakref.WeakSet[object] = weakref.WeakSet()
 def warn_of_nonfinite(owner: object, averages: Mapping[str, Tensor]) -> None:
     """Warn, once for each owner, if an average holds a value that is not finite.
 
-    To be called where averages are saved: one sum of each takes a hundredth of the time.
+    Call this where averages are saved: the sums take a hundredth of the time of saving.
     """
     if owner in _told_of:
         return
@@ -62,7 +62,7 @@ def warn_of_nonfinite(owner: object, averages: Mapping[str, Tensor]) -> None:
     if broken is not None:
         _told_of.add(owner)
         warn(
-            f"{broken}: the average holds values that are not finite, and each later one will; "
+            f"{broken}: the average holds values that are not finite, and so will all later ones; "
             "with nonfinite='skip' weights that are not finite are not averaged"
         )
 

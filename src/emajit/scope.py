@@ -228,5 +228,5 @@ def _check_present(averages: list[tuple[Tensor, Tensor]]) -> None:
         if tensor.is_meta and not average.is_meta:
             raise ValueError(
                 f"model: expected parameters with memory, found one of shape {tuple(tensor.shape)} "
-                "on the meta device; load the weights, or remove the hooks that offload them"
+                "on the meta device; load the weights, or remove the hooks that unload them"
             )
