@@ -398,7 +398,7 @@ class TestCheckpoints:
             assert torch.equal(weights[name], found.weights[name].double())
         shown = capsys.readouterr().out
         assert shown.startswith(f"LitEma at model_ema: {len(names)} averages, written into")
-        told = "with 2 that are none: first_stage.weight" in shown
+        told = "with 2 that are not averages: first_stage.weight" in shown
         assert told == (layout != "diffusers-ema")
 
     def test_all_layouts_are_offered(

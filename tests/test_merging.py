@@ -244,7 +244,7 @@ class TestRefused:
         def touch(_: int) -> None:
             os.utime(sources[1], (1, 1))
 
-        with pytest.raises(ValueError, match=r"step-8\.safetensors: expected a file at rest"):
+        with pytest.raises(ValueError, match=r"step-8\.safetensors: expected an unchanged"):
             merging.merge(sources, tmp_path / "out", tell=touch)
         assert not (tmp_path / "out").exists()
 

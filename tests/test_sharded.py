@@ -228,7 +228,7 @@ class TestFolder:
 
     def test_missing_file(self, folder: Path, shadow: dict[str, Tensor]) -> None:
         (folder / "__0_0.distcp").unlink()
-        with pytest.raises(ValueError, match="ema: expected what its index tells"):
+        with pytest.raises(ValueError, match="ema: expected the data that its index lists"):
             checkpoint.load_sharded(folder, shadow)
 
     def test_executes_nothing(self, folder: Path, shadow: dict[str, Tensor]) -> None:

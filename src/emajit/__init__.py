@@ -16,7 +16,7 @@ touches, beside its tests:
     which average is of which parameter    _tracking.py, _names.py
     a device without float64 (MPS)         _devices.py; functional, _compile, _controls, schedules
     a rounding mode                        _rounding.py, _kernels.py, _choose.py, functional.py
-    how a scope is entered and left        scope.py, _exchange.py (what), _context.py (signals)
+    how a scope is entered and left        scope.py, _exchange.py (tensors), _context.py (signals)
 """
 
 from emajit import schedules

@@ -1,4 +1,4 @@
-"""`python -m emajit`, and what torchrun starts."""
+"""`python -m emajit`, also for torchrun."""
 
 import sys
 

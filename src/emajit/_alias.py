@@ -1,4 +1,4 @@
-"""Aliases: which tensors are one view of one memory, and which have bytes in common."""
+"""Aliases: tensors that are the same view of one memory, and tensors that overlap."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def identity(tensor: Tensor) -> Hashable:
-    """A key that two tensors share if they are one tensor, or the same view of one memory.
+    """A key that is equal for one tensor, and for the same view of one memory.
 
-    A tensor without memory of its own (empty, fake, inside a `torch.func` transform) has a key of
-    its own. Inside a trace the key is the tensor: `data_ptr()` and `id()` would become guards.
+    A tensor without an address (empty, fake, inside a `torch.func` transform) has its `id` as
+    key. Inside a trace the key is the tensor: `data_ptr()` and `id()` would become guards.
     """
     if torch.compiler.is_compiling():
         return tensor
@@ -27,7 +27,7 @@ def identity(tensor: Tensor) -> Hashable:
 
 
 def ties(named: Mapping[str, Tensor]) -> dict[str, str]:
-    """For each name of a tied tensor but its first, the first name.
+    """Map each further name of a tied tensor to its first name.
 
     >>> w = torch.ones(1)
     >>> ties({"a": w, "b": torch.ones(1), "c": w.detach()})
@@ -52,7 +52,7 @@ def ranges(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
 
 
 def touching(starts: Sequence[int], stops: Sequence[int], first: int) -> list[tuple[int, int]]:
-    """The pairs of ranges that intersect, at least one of the two among the `first` ones."""
+    """The pairs of ranges that intersect, at least one index of each pair below `first`."""
     pairs: list[tuple[int, int]] = []
     reached: list[int] = []
     for i in sorted(range(len(starts)), key=starts.__getitem__):
@@ -65,7 +65,7 @@ def touching(starts: Sequence[int], stops: Sequence[int], first: int) -> list[tu
 
 
 def overlaps(tensors: Sequence[Tensor], first: int) -> Iterator[tuple[int, int]]:
-    """The pairs of tensors that share a byte, at least one of the two among the `first` ones."""
+    """The pairs of tensors that share a byte, at least one index of each pair below `first`."""
     for i, j in touching(*ranges(tensors), first):
         if tensors[i].device == tensors[j].device and share_memory(
             *map(view, (tensors[i], tensors[j]))
@@ -74,7 +74,7 @@ def overlaps(tensors: Sequence[Tensor], first: int) -> Iterator[tuple[int, int]]
 
 
 def repeats_itself(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether two indices may mean one element: a step does not clear all smaller ones together."""
+    """Whether two indices may be one element: a stride is within the reach of the smaller ones."""
     reach = 0
     for step, n in sorted((step, n) for step, n in zip(strides, shape, strict=True) if n != 1):
         if step <= reach:
@@ -84,7 +84,7 @@ def repeats_itself(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 
 
 def can_be_written(tensor: Tensor) -> bool:
-    """Whether a tensor is dense and has memory of its own for each element."""
+    """Whether a tensor is dense and no two elements share memory."""
     if tensor.layout is not torch.strided:
         return False
     return tensor.is_contiguous() or not repeats_itself(tensor.shape, tensor.stride())
@@ -98,7 +98,7 @@ def view(tensor: Tensor) -> View:
 
 
 def share_memory(a: View, b: View) -> bool:
-    """Whether two views have a byte in common: exact, at the cost of a mask over both."""
+    """Whether two views share a byte: exact, at the cost of a mask over both."""
     start = min(a[0], b[0])
     mask = torch.zeros(max(map(end, (a, b))) - start, dtype=torch.bool, device="cpu")
 

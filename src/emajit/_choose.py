@@ -16,24 +16,24 @@ from emajit._torch import pytree
 
 # Measured on 2 cores of an AMD EPYC with 32 MiB of cache, torch 2.13, 2026-11-22 to 2026-11-29.
 #
-# "auto" compiles what no single operator does: mixed or low precision, nonfinite="skip", an alpha
-# that lives on a device. Milliseconds of update_ on ResNet-50, eager / compiled: float32 3.1 / 3.3,
-# float32 of bfloat16 10 / 3.6, bfloat16 16 / 3.7 (with noise 65 / 10.5, of a form that took 0.4
-# times as long in eager mode as today's and 0.8 times compiled), "skip" 36 / 4.1. Below
-# this many elements a step takes some ms at the most and does not earn back, in 10,000 steps, the
+# "auto" compiles updates that no single operator does: mixed or low precision, nonfinite="skip", an
+# alpha on a device. Milliseconds of update_ on ResNet-50, eager / compiled: float32 3.1 / 3.3,
+# float32 of bfloat16 10 / 3.6, bfloat16 16 / 3.7 (with noise 65 / 10.5, in an older form that took
+# 0.4 times today's time in eager mode and 0.8 times compiled), "skip" 36 / 4.1. Below
+# this many elements a step takes a few ms at most, and 10,000 steps do not earn back the
 # seconds to minutes of a compilation, which grow with the number of leaves. Before torch 2.8 "auto"
-# compiles nothing on a CPU: Inductor does not vectorise 16 bits there, 18 ms in place of 16.
+# compiles nothing on a CPU: Inductor does not vectorise 16-bit dtypes there, 18 ms in place of 16.
 WORTH_COMPILING = 2**20
 WORTH_COMPILING_NOISE = 2**18
-# Several averages of fewer elements than a cache holds are updated one after the other: an operator
-# with a scalar for each leaf takes 1.3 times as long. Of more, each parameter is read once.
+# Several averages that fit into the cache are updated one after the other: an operator with a
+# scalar for each leaf takes 1.3 times as long. For larger averages each parameter is read once.
 READ_ONCE = 2**23
-# A model is compiled in groups of leaves that share a graph, as the blocks of a network do, if each
-# group has so many leaves and elements: a U-Net compiles in 31 s in place of 74. A call of one more
-# graph takes 0.3 ms, 1 % of what so many elements take.
+# A model is compiled in groups of leaves that share a graph, like the blocks of a network, if each
+# group has at least this many leaves and elements: a U-Net compiles in 31 s in place of 74. Calling
+# one more graph takes 0.3 ms, 1 % of the time for this many elements.
 GROUP_LEAVES = 24
 GROUP_ELEMENTS = 2**26
-# With the noise of more leaves in a function, gcc inlines no longer: 9.3 ms become 13.9.
+# With the noise of more leaves in one function gcc stops inlining: 9.3 ms become 13.9.
 NOISY_LEAVES = 32
 
 # Some leaves, a `range` if all of them, and the kernel that averages them.
@@ -94,7 +94,7 @@ def _compilable(update: Update) -> set[int]:
 
 def _is_raw(leaf: Tensor) -> bool:
     # Inductor has no code for complex numbers and overlooks a negation bit; integers are copied.
-    # A graph is made for what a subclass holds beside its numbers, which nothing tells here.
+    # A subclass may hold more than its numbers, which a graph would freeze and our key lacks.
     is_tensor = type(leaf) in (Tensor, torch.nn.Parameter)
     return is_tensor and leaf.is_floating_point() and not leaf.is_neg()
 
@@ -109,11 +109,11 @@ def _worth_compiling(update: Update) -> bool:
 
 
 def _in_graphs(leaves: Sequence[int], update: Update) -> list[Sequence[int]]:
-    """Put all leaves in one graph, or with noise or a large model in groups, many of them alike.
+    """Put all leaves in one graph; with noise or in a large model, in groups, many of them equal.
 
-    Groups that are alike share a graph: the blocks of a network repeat. With n leaves of a form and
+    Equal groups share a graph: the blocks of a network repeat. With n leaves of a form and
     k groups, each group gets n // k; repeat for the remainder. Small leaves come first, before the
-    threads start: behind large leaves they too would keep gcc from inlining.
+    threads start: behind large leaves they would also keep gcc from inlining.
     """
     noisy = update.keys is not None
     if update.shadows[0].device.type != "cpu":
@@ -139,7 +139,7 @@ def _in_graphs(leaves: Sequence[int], update: Update) -> list[Sequence[int]]:
 
 
 def _times(columns: list[tuple[int, list[int]]], elements: int) -> int:
-    """How many groups can be alike, of at least `GROUP_LEAVES` and so many elements each."""
+    """The number of equal groups with at least `GROUP_LEAVES` and `elements` each."""
 
     def suffices(groups: int) -> bool:
         shares = [(size, len(c) // groups) for size, c in columns]

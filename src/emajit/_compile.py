@@ -17,11 +17,11 @@ from emajit._rounding import Keys
 
 
 def kernel(update: Update, backend: str, *, in_place: bool) -> Kernel:
-    """A compiled kernel for updates like this one; the same for all leaves of one layout.
+    """A compiled kernel for updates of this layout, cached.
 
-    With the backend "auto", Inductor's, and single-tensor where that cannot compile, or where the
-    parameter is the nearer end of an average: the first steps of a warm-up do not earn back a graph
-    for both ends.
+    The backend "auto" uses Inductor. It falls back to single-tensor if Inductor cannot compile, or
+    if an alpha is at least 1/2: the first steps of a warm-up do not earn back a graph for both
+    ends.
     """
     return _kernel(layout(update), backend, in_place)
 
@@ -32,7 +32,7 @@ def _kernel(_layout: Hashable, backend: str, in_place: bool) -> Kernel:
 
 
 def layout(update: Update) -> Hashable:
-    """What a graph depends on; whether a parameter is trained is no part of it."""
+    """A key that is equal for updates which share a graph; it ignores `requires_grad`."""
     aliases = alias_pattern([*update.shadows, *update.params])
     alphas = alias_pattern(update.alphas)
     regions = None if update.keys is None else tuple(update.keys.regions)
@@ -41,7 +41,7 @@ def layout(update: Update) -> Hashable:
 
 
 def form(shadow: Tensor, param: Tensor) -> tuple[Hashable, ...]:
-    """What a graph depends on of one leaf."""
+    """The part of the key for one leaf."""
     return shadow.shape, shadow.stride(), shadow.dtype, param.stride(), param.dtype
 
 
@@ -52,17 +52,17 @@ def alias_pattern(objects: Sequence[Any]) -> Hashable:
         i: (place, getattr(x, "device", None)) for place, (i, x) in enumerate(different.items())
     }
     if len(places) == len(objects) and len({device for _, device in places.values()}) == 1:
-        return len(objects), next(iter(places.values()))[1]  # as the leaves mostly are
+        return len(objects), next(iter(places.values()))[1]  # the usual case, shorter
     return tuple([places[id(x)] for x in objects])
 
 
 class CompiledKernel:
     """A kernel as one graph, without Dynamo's guards: our key covers them.
 
-    The guards would take 0.6 us a tensor (1 to 3 % of ResNet-50 to a U-Net). One guard is needed: a
-    tensor marked static, such as a parameter of a compiled optimizer, would become a constant of
-    the graph, and the alignment of a `Parameter` would go unchecked. So a graph is traced with
-    other tensors of the same memory.
+    The guards would take 0.6 us a tensor (1 to 3 % of ResNet-50 to a U-Net). Without them a tensor
+    marked static, such as a parameter of a compiled optimizer, would become a constant of the
+    graph, and the alignment of a `Parameter` would go unchecked. So a graph is traced with detached
+    views of the tensors.
     """
 
     def __init__(self, backend: str, *, in_place: bool) -> None:
@@ -74,7 +74,7 @@ class CompiledKernel:
         self.graphs: dict[int, tuple[Any, Any, bool]] = {}  # for each number of threads
 
     def __call__(self, update: Update) -> Any:
-        """The update; what it raises while compiling is raised before anything is written."""
+        """Run the update; an error while compiling is raised before anything is written."""
         alphas = update.alphas
         is_eager = self.is_auto and any(isinstance(a, float) and a >= 0.5 for a in alphas)
         if is_eager or not self.compiles or _torch.in_dispatch_mode():
@@ -107,7 +107,7 @@ class CompiledKernel:
             raw = {id(leaf): leaf.detach() for leaf in (*shadows, *params)}
             shadows, params = ([raw[id(leaf)] for leaf in leaves] for leaves in (shadows, params))
         numbers: list[Any] = scalars(alphas, shadows[0].device)
-        if self.is_auto:  # at the shadow's end, where a graph takes half of the time to compile
+        if self.is_auto:  # fix the shadow as the nearer end, which halves the time to compile
             rows = zip(alphas, numbers, strict=True)
             numbers = [(False, n) if isinstance(alpha, float) else n for alpha, n in rows]
         return run(shadows, params, numbers, skip, keys)
@@ -134,7 +134,7 @@ def _traced_(
 
 
 def scalars(alphas: Sequence[Alpha], device: torch.device) -> list[Tensor]:
-    """The alphas as 0-d tensors, whose values a graph does not depend on; one object stays one."""
+    """The alphas as 0-d tensors, so that a graph serves any value; one object stays one."""
     tensors: dict[int, Any] = {}
     for alpha in alphas:
         if id(alpha) not in tensors:
@@ -171,12 +171,12 @@ def compiled(
         wanted = {
             # The size asserts repeat what the guards have checked, 0.5 us a tensor.
             "size_asserts": False,
-            # With how many others a leaf is compared, to fuse them: leaves share no more than an
-            # alpha. Of 64, ResNet-50 takes 20 s to compile in place of 15, its AdamW 126 for 76.
+            # Inductor compares a leaf with this many others to fuse them; leaves share only an
+            # alpha. With 64, ResNet-50 compiles in 20 s in place of 15, its AdamW in 126 for 76.
             "max_fusion_buffer_group_pairwise_attempts": 8,
             **inductor,
         }
-        # Of AVX-512 Inductor loads 16 bits as half a register, masked: 2.9 ms in place of 1.7.
+        # With AVX-512 Inductor loads 16-bit numbers by masked half registers: 2.9 ms for 1.7.
         if torch.backends.cpu.get_cpu_capability() == "AVX512":
             wanted["cpp.simdlen"] = 256
         options = _torch.inductor_options(wanted)
@@ -189,7 +189,7 @@ def compiled(
 
 @lru_cache(maxsize=8)
 def can_compile(device: str) -> bool:
-    """Whether Inductor works here for a device; the reason why not is told in one warning."""
+    """Whether Inductor works here for a device; if not, one warning gives the reason."""
     one = [torch.zeros(1, device=device)]
     try:
         kernel(Update(one, one, [0.25]), "inductor", in_place=False)(Update(one, one, [0.25]))
@@ -203,11 +203,11 @@ def can_compile(device: str) -> bool:
 
 
 def aliased_inputs(leaves: Sequence[Tensor]) -> set[int]:
-    """The ids of inputs that share a storage, and that AOTAutograd may take for one.
+    """The ids of inputs that share a storage and that AOTAutograd may take for one input.
 
-    It bakes their offsets into the graph, if they overlap or lie between each other's rows. The
-    graph would be used for any leaves of the same form, in this process and, from its cache on
-    disk, in others: it would write where it was traced (torch 2.11 to 2.13).
+    If inputs overlap or interleave, AOTAutograd bakes their offsets into the graph. Reused for
+    other leaves of the same form, also from its cache on disk, the graph would write at the offsets
+    of its trace (torch 2.11 to 2.13).
     """
     different = [*{id(leaf): leaf for leaf in leaves}.values()]
     by_storage: dict[int, list[Tensor]] = {}

@@ -1,4 +1,4 @@
-"""Contexts that no signal keeps from being left."""
+"""Context managers whose cleanup runs whenever a signal arrives."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ P = ParamSpec("P")
 def contextmanager(
     function: Callable[P, Iterator[None]],
 ) -> Callable[P, AbstractContextManager[None]]:
-    """As `contextlib.contextmanager`, but a signal cannot keep `finally` from running.
+    """Like `contextlib.contextmanager`, but a signal cannot prevent the `finally` block.
 
-    Python runs the handlers of signals, such as that of Ctrl-C, as it enters a function written in
-    Python and after it has called one written in C. The `__exit__` of contextlib is the former: an
-    interrupt at its start leaves the generator where it is. Here everything up to the generator's
-    own `finally` is C, and so the first call of a C function there comes before any interrupt.
+    Python runs signal handlers (Ctrl-C) when it enters a Python function and after it has called a
+    C function. contextlib's `__exit__` is a Python function: an interrupt as it starts skips the
+    generator's `finally`. Here only C code runs before that `finally`, so its first call of a C
+    function is made before any handler can raise.
 
-    The generator is closed, whatever ends the `with`, so that only its `finally` runs.
+    However the `with` ends, the generator is closed: it sees GeneratorExit, not the exception.
     """
 
     @wraps(function)
@@ -32,7 +32,7 @@ def contextmanager(
 
 
 class _Context(ContextDecorator, io.IOBase, AbstractContextManager[None]):
-    """A file to Python, whose `__exit__`, in C, calls `close`; so does its end, if it is lost."""
+    """An `io.IOBase`, for its `__exit__` and finalizer in C: both call `close`."""
 
     def __init__(self, start: Callable[[], Iterator[None]]) -> None:
         self._start = start

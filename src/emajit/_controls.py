@@ -1,4 +1,4 @@
-"""The decay and the number of updates of a `LitEma`: tensors, and what the host knows of them."""
+"""The decay and the number of updates of a `LitEma`: buffers, and their values on the host."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from emajit.functional import Decay, Schedule
 
 @lru_cache
 def decimal(held: float) -> float:
-    """The number of 7 decimals that rounds to this float32, if there is one, else the float32.
+    """The number with 7 decimals that rounds to this float32 if one does, else the float32.
 
     >>> decimal(0.9998999834060669)
     0.9999
@@ -25,7 +25,7 @@ def decimal(held: float) -> float:
 
 
 def float32(number: float) -> float:
-    """The number as float32 has it."""
+    """The number rounded to float32."""
     return float(struct.unpack("f", struct.pack("f", number))[0])
 
 
@@ -44,9 +44,9 @@ def check_every(every: Any) -> None:
 class HostNumber:
     """The number in a 0-d buffer, read back from a device only after somebody else has written it.
 
-    It is known as long as the buffer is the very tensor, at the very version, that was read or
-    written last. A write through `.data` changes no version: on a device it goes unnoticed. Host
-    memory is read each time.
+    The host's number is valid while the buffer is the same tensor at the same version as at the
+    last read or write. A write through `.data` changes no version: on a device it goes unnoticed.
+    Host memory is read each time.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class HostNumber:
         self._number: Any = None
 
     def wrote(self, buffer: Tensor, number: float | None) -> None:
-        """Remember what the buffer has been given; None if only the device knows."""
+        """Remember the number written to the buffer; None if only the device knows it."""
         if not is_on_host(buffer):
             self._seen = None if buffer.is_inference() else (buffer, buffer._version)
             self._number = number
@@ -69,7 +69,7 @@ class HostNumber:
         return self._number
 
     def moved(self, old: Tensor, new: Tensor) -> None:
-        """The number in `old` is in `new` now: where the host knows it, it need not be read."""
+        """Carry the number over from `old` to its copy `new`, without a read from the device."""
         if old.is_meta or new.is_meta:
             return
         if is_on_host(old):
@@ -78,7 +78,7 @@ class HostNumber:
             self.wrote(new, self._number)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HostNumber:
-        """A copy of the buffer has another version: it is read."""
+        """A fresh one: the copied buffer has another version, and is read."""
         return HostNumber()
 
     def __reduce__(self) -> Any:
@@ -86,9 +86,9 @@ class HostNumber:
 
 
 def last_of(averages: dict[str, Tensor], updates: int | Tensor) -> tuple[Tensor, int] | None:
-    """The last average and its version, by which one knows later whether it was written.
+    """The last average and its version, to tell later whether the update has written it.
 
-    None where the number of updates is not known on the host, as in a trace.
+    None where the host does not know the number of updates, as in a trace.
     """
     if isinstance(updates, Tensor) or not averages:
         return None
@@ -104,7 +104,7 @@ _warmup = lru_cache(schedules.warmup)
 
 
 class _Known:
-    """A schedule of which alpha is known, in float32."""
+    """A schedule with a given float32 alpha."""
 
     def __init__(self, alpha: Tensor) -> None:
         self._alpha = alpha
@@ -137,12 +137,12 @@ class Controls(nn.Module):
         self.register_buffer("decay", torch.tensor(first, dtype=torch.float32))
         self.register_buffer("num_updates", torch.tensor(self._first_update, dtype=torch.int32))
 
-    # The decay is the Python number that was given, as long as the buffer holds its float32.
-    # Another float32, from a file, stands for the number of 7 decimals that rounds to it, if there
-    # is one: 1 minus the float32 of 0.9999 is above 1e-4 by 1.7e-4 of itself.
+    # The decay is the Python number from the constructor as long as the buffer holds its float32.
+    # Any other float32, from a file, stands for the number with 7 decimals that rounds to it, if
+    # there is one: 1 minus the float32 of 0.9999 exceeds 1e-4 by a relative 1.7e-4.
 
     def _decay_at(self, updates: int | Tensor) -> Decay | Schedule:
-        """The decay or schedule of the next update, in a Python number where the updates are one.
+        """The decay or schedule of the next update, as a Python number if `updates` is a number.
 
         Python numbers take a tenth of the time of a dozen 0-d tensor operators.
         """
@@ -173,7 +173,7 @@ class Controls(nn.Module):
         return torch.where(self.num_updates < 0, decay, warm)
 
     def _updates(self, device: torch.device) -> int | Tensor:
-        """The number of updates, on the host where it is known there or may be read."""
+        """The number of updates, as an int where the host knows it or may read it."""
         buffer: Tensor = self._buffers["num_updates"]  # type: ignore[assignment]
         if torch.compiler.is_compiling() or buffer.is_meta:
             return buffer
@@ -190,8 +190,8 @@ class Controls(nn.Module):
         return -1
 
     def _count(self, updates: int | Tensor, unless: Tensor | None) -> None:
-        """Count an update; a flag on the device may say that it was left out."""
-        if unless is not None:  # only the device knows, so that is where the updates are counted
+        """Count an update unless the flag `unless`, a tensor on a device, says it was skipped."""
+        if unless is not None:  # only the device knows the flag, so it counts the updates
             self.decay, self.num_updates = (
                 control.to(unless.device) for control in (self.decay, self.num_updates)
             )
@@ -206,7 +206,7 @@ class Controls(nn.Module):
             self._host_updates.wrote(self.num_updates, updates + 1)
 
     def _count_if_written(self, last: tuple[Tensor, int] | None, updates: int | Tensor) -> None:
-        """Count an update that was interrupted after it had written the last average."""
+        """Count an update that was interrupted after it wrote the last average."""
         if last is None or last[0]._version == last[1]:
             return
         if int(self.num_updates) == updates:

@@ -1,4 +1,4 @@
-"""Devices without float64: what is float64 elsewhere is float32 there."""
+"""Devices without float64 compute in float32 instead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The exchange of a module's tensors for their averages, as lists of calls, and its undoing."""
+"""Exchange a module's tensors for their averages, and undo it, as lists of calls."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def calls(
     copy: bool,
     raised: BaseException | None,
 ) -> tuple[list[Call], list[Call], Call]:
-    """The calls that put averages in the place of tensors, those that undo them, and a last one.
+    """The calls that put averages in place of tensors, the calls that undo them, and a last check.
 
-    It is a check that no average was written. `raised` is what was raised before the scope.
+    The check raises if an average was written. `raised` is the exception in flight on entering.
     """
     tensors = [tensor for tensor, _ in averages]
     moved: list[tuple[Tensor, Tensor]] = []
@@ -52,7 +52,7 @@ def calls(
         shards = [shard.detach() for shard in _shards.local(tensor for tensor, _ in copied)]
         values = _shards.local(average for _, average in copied)
         enter.append((_torch.foreach_copy_, shards, values))
-        # What wraps tensors is written in Python, where a signal may come between two of them.
+        # Subclasses that wrap tensors copy in Python, where a signal may come between two tensors.
         written = [inner for shard in shards for inner in within(shard)]
         kept = [inner.clone() for inner in written]
         undo[:0] = [(_shards.reshard, modules[0]), (_torch.foreach_copy_, written, kept)]
@@ -65,7 +65,7 @@ def calls(
 
 
 def _renormed(modules: Iterable[nn.Module]) -> set[int]:
-    """The ids of weights that an embedding writes in each forward, to keep to its `max_norm`."""
+    """The ids of embedding weights that each forward renormalises in place (`max_norm`)."""
     return {
         id(module._parameters.get("weight"))
         for module in modules
@@ -74,9 +74,9 @@ def _renormed(modules: Iterable[nn.Module]) -> set[int]:
 
 
 def _is_shared(tensor: Tensor) -> bool:
-    """Whether others find a tensor at its memory: a process, a tensor that has part of it.
+    """Whether another process or another tensor may share a tensor's memory.
 
-    Memory inside a tensor that wraps others cannot be exchanged either.
+    True also for tensor subclasses that wrap tensors, whose inner memory cannot be exchanged.
     """
     if _torch.wraps(tensor):
         return True
@@ -85,11 +85,11 @@ def _is_shared(tensor: Tensor) -> bool:
     storage = tensor.untyped_storage()
     if storage.nbytes() > tensor.nbytes:
         return True
-    return tensor.is_cpu and storage.is_shared()  # on a GPU it is always
+    return tensor.is_cpu and storage.is_shared()  # True for every storage on a GPU
 
 
 def within(tensor: Any) -> list[Tensor]:
-    """The tensors in a tensor that wraps others, or the tensor itself."""
+    """The innermost tensors of a subclass that wraps tensors, or the tensor itself."""
     if not (_torch.wraps(tensor) and hasattr(tensor, "__tensor_flatten__")):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
@@ -97,25 +97,25 @@ def within(tensor: Any) -> list[Tensor]:
 
 
 def _versions_inside(versions: tuple[int, ...]) -> tuple[int, ...]:
-    """The versions that tensors have inside, and never outside.
+    """Versions for the tensors inside the scope that they never have outside.
 
-    Autograd compares versions, not memory: a graph from inside would otherwise be differentiated
-    with the weights from outside, without an error.
+    Autograd compares versions, not memory: otherwise it would differentiate a graph from inside
+    with the training weights, without an error.
     """
     entered = 2**30 + next(_entered) % 2**14 * 2**16
     return tuple([version + entered for version in versions])
 
 
 def _put_back(modules: list[nn.Module], averages: list[tuple[Tensor, Tensor]]) -> list[Call]:
-    """The calls that give modules the buffers that it has now, and those values.
+    """The calls that restore the modules' buffers: the tensors of now, with the values of now.
 
-    A forward in training mode, or `update_bn`, puts others there, or writes into them.
+    A forward in training mode, or `update_bn`, replaces or writes them.
     """
     exchanged = {id(tensor) for pair in averages for tensor in pair}
     undo: list[Call] = []
     buffers: dict[int, Tensor] = {}
     for module in modules:
-        if module._buffers and isinstance(module._buffers, dict):  # it is none in TorchScript
+        if module._buffers and isinstance(module._buffers, dict):  # TorchScript has no dict
             undo.append((module._buffers.update, dict(module._buffers)))
         for buffer in module._buffers.values():
             if buffer is not None and id(buffer) not in exchanged and _alias.can_be_written(buffer):
@@ -125,22 +125,22 @@ def _put_back(modules: list[nn.Module], averages: list[tuple[Tensor, Tensor]]) -
 
 
 def finish(calls: Iterator[object]) -> None:
-    """Make the calls that are left where one of them has raised."""
+    """Make all remaining calls, even if some raise; then raise the first error."""
     failed: BaseException | None = None
     while True:
         try:
             deque(calls, maxlen=0)
             break
-        except BaseException as error:  # noqa: BLE001, the next are made all the same
+        except BaseException as error:  # noqa: BLE001, go on with the next call
             failed = failed or error
     if failed is not None:
         raise failed
 
 
 def _has_raised(raised: BaseException | None) -> bool:
-    """Whether something was raised inside of a scope that is left now, and before it `raised`."""
+    """Whether the scope ends by an exception; `raised` was in flight when it was entered."""
     error = sys.exception()
-    while isinstance(error, GeneratorExit):  # of a context that is left, as any is
+    while isinstance(error, GeneratorExit):  # closing the generator raises it, see `_context`
         error = error.__context__
     return error is not raised
 
@@ -153,13 +153,13 @@ def _check_read(
     left: list[int],
     raised: BaseException | None,
 ) -> None:
-    """Raise RuntimeError if a parameter was written inside, unless something was raised there.
+    """Raise RuntimeError if a parameter was written inside, unless an exception ends the scope.
 
-    The versions are those that the tracked tensors had after entering and before leaving.
+    `entered` and `left` are the versions of the tracked tensors after entering and before leaving.
     """
     if left == list(entered) or _has_raised(raised):
         return
-    # Less it is of a tensor that was swapped for another.
+    # A lower version means that the tensor was swapped for another.
     changed = {id(t) for t, a, b in zip(tracked, entered, left, strict=True) if a < b}
     averages = {id(tensor) for tensor, _ in moved}
     written = [n for n, p in model.named_parameters() if id(p) in changed & averages]
@@ -167,26 +167,26 @@ def _check_read(
         raise RuntimeError(
             "ema_scope: expected parameters that are only read inside, found some that were "
             f"written: {_paths.few(written)}; the model has its training weights back, and the "
-            "averages hold what was written. With copy=True the end of the scope undoes that"
+            "averages hold the written values. With copy=True the end of the scope undoes the write"
         )
 
 
 def check_parameters(model: nn.Module, before: set[Tensor], raised: BaseException | None) -> None:
-    """Raise RuntimeError if a model has other parameters, unless something was raised inside."""
+    """Raise RuntimeError if the model has other parameters, unless an exception ends the scope."""
     if _has_raised(raised):
         return
     found = parameters_of(modules_of(model))
     if found != before:
         raise RuntimeError(
-            f"ema_scope: expected the model's parameters of before at its end, found "
-            f"{len(found - before)} new and {len(before - found)} missing; those of before have "
-            "their training weights back, new ones may hold averages. Change a module that "
-            "averaged_module gives instead"
+            f"ema_scope: expected the same parameters at its end, found "
+            f"{len(found - before)} new and {len(before - found)} missing; the old ones have "
+            "their training weights back, new ones may hold averages. Change the module that "
+            "averaged_module returns instead"
         )
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
-    """`[*model.modules()]`, without a generator for each level."""
+    """The modules of `model.modules()`, faster: without a generator for each level."""
     found, seen = [model], {model}
     for module in found:
         for child in module._modules.values():

@@ -20,8 +20,8 @@ from emajit import _rounding, _torch
 from emajit._rounding import Keys
 from emajit._shards import Region
 
-# Of an average between a shadow and a parameter: whether the parameter is the nearer end, and the
-# factor of `p - s` from there, `alpha - 1` or `alpha`.
+# The end nearer to the average: whether it is the parameter, and the factor of `p - s` from there,
+# `alpha - 1` from the parameter, `alpha` from the shadow.
 End = tuple[bool | Tensor, float | Tensor]
 Alpha = float | Tensor | End
 Key = tuple[Tensor, Region | None]
@@ -78,9 +78,9 @@ FULL = {(dtype, dtype) for dtype in (torch.float32, torch.float64)}
 def is_one_lerp(
     dtypes: AbstractSet[tuple[torch.dtype, torch.dtype]], alphas: Iterable[Alpha], skip: bool
 ) -> bool:
-    """Whether `_foreach_lerp_` is the whole update of leaves of these (shadow, param) dtypes.
+    """Whether one `_foreach_lerp_` updates leaves of these (shadow, param) dtypes.
 
-    It is not for an alpha that is a tensor, for which it launches one kernel a leaf.
+    Not if alpha is a tensor: it would launch one kernel per leaf.
     """
     return not skip and dtypes <= FULL and set(map(type, alphas)) == {float}
 
@@ -97,7 +97,7 @@ def multi_tensor_(u: Update) -> None:
 
 
 def multi_tensor_by_alpha_(u: Update) -> None:
-    """`multi_tensor_` of one average after the other, each with its alpha; for Ctrl-C one call."""
+    """`multi_tensor_` for one alpha after the other, in one C call that Ctrl-C cannot split."""
     size = len(u.shadows) // len(u.alphas)
     shadows = [u.shadows[i : i + size] for i in range(0, len(u.shadows), size)]
     [*map(_torch.foreach_lerp_, shadows, repeat(u.params[:size]), u.alphas)]
@@ -110,7 +110,7 @@ def blend(shadow: Tensor, param: Tensor, alpha: Alpha, skip: bool, key: Key | No
     """One leaf: `s + alpha (p - s)` in float32 or wider, rounded once to the shadow's dtype.
 
     `torch.lerp` evaluates the equation from the nearer end, as `p - (1 - alpha) (p - s)` where
-    `alpha >= 1/2`: of finite numbers `alpha = 0` gives exactly `s` and `alpha = 1` exactly `p`. An
+    `alpha >= 1/2`: for finite numbers `alpha = 0` gives exactly `s` and `alpha = 1` exactly `p`. An
     integer or bool parameter is copied.
     """
     if not _is_averaged(param):
@@ -147,7 +147,7 @@ def transformed_(u: Update) -> None:
         s.copy_(average)
 
 
-# In multi-tensor operators, which Inductor makes one kernel of on a device that has Triton.
+# In multi-tensor operators: Inductor fuses them into one kernel on a device with Triton.
 
 
 def traced(u: Update) -> list[Tensor]:
@@ -188,7 +188,7 @@ def _view(tensor: Tensor) -> Tensor:
 
 
 def _groups(u: Update) -> Iterable[tuple[list[int], Update]]:
-    """The leaves of each arithmetic precision; those that are copied are in no group."""
+    """The leaves grouped by arithmetic precision, without integer and bool leaves."""
     groups: dict[torch.dtype, list[int]] = {}
     for i, (s, p) in enumerate(zip(u.shadows, u.params, strict=True)):
         if _is_averaged(p):
@@ -199,14 +199,14 @@ def _groups(u: Update) -> Iterable[tuple[list[int], Update]]:
 
 
 def _increments(u: Update) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """The shadows at full precision, and the two terms of each average.
+    """The shadows in the arithmetic precision, and the two terms of each average.
 
     `s + alpha (p - s)` from the nearer end, as `torch.lerp` does: `p + (alpha - 1) (p - s)` where
     `alpha >= 1/2`.
     """
     dtype = precision(u.shadows[0], u.params[0])
     olds = [s if s.dtype == dtype else s.to(dtype) for s in u.shadows]
-    # Operators promote 16 bits to the shadow's precision by themselves, but not 8.
+    # Operators promote 16-bit dtypes to the shadow's precision, but not 8-bit dtypes.
     params = [p if p.dtype.itemsize > 1 else p.to(dtype) for p in u.params]
     differences = _torch.foreach_sub(params, olds)
     if u.skip:
@@ -225,7 +225,7 @@ def _increments(u: Update) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
 
 
 def _base(at_param: bool | Tensor, old: Tensor, param: Tensor, skip: bool) -> Tensor:
-    """The nearer end, the shadow for a parameter that is to be skipped."""
+    """The nearer end; the shadow where the parameter is skipped."""
     if at_param is False:
         return old
     if skip:
@@ -235,7 +235,7 @@ def _base(at_param: bool | Tensor, old: Tensor, param: Tensor, skip: bool) -> Te
 
 
 def _alike(factors: list[Any], device: torch.device, dtype: torch.dtype) -> list[Any]:
-    """All of them numbers, or all of them tensors."""
+    """The factors as they are if all are numbers, else all as tensors."""
     if not any(isinstance(factor, Tensor) for factor in factors):
         return factors
     return [
@@ -261,7 +261,7 @@ def _is_averaged(param: Tensor) -> bool:
 
 
 def _terms(s: Tensor, p: Tensor, alpha: Alpha, skip: bool) -> tuple[Tensor, Tensor]:
-    """The two terms of one average, as `_increments` has them."""
+    """The base and the step of one average, as in `_increments`."""
     at_param, factor = _nearer_end(alpha, s.device, s.dtype.to_real())
     difference = p - s
     if skip:
@@ -272,7 +272,7 @@ def _terms(s: Tensor, p: Tensor, alpha: Alpha, skip: bool) -> tuple[Tensor, Tens
 def _rounded(
     u: Update, averages: list[Tensor], bases: list[Tensor], steps: list[Tensor]
 ) -> list[Tensor]:
-    """The averages, sums of the two terms, in the dtypes of their shadows."""
+    """The averages rounded to their shadows' dtypes, to nearest or at random."""
     rows = zip(averages, bases, steps, u.rows(), strict=True)
     return [
         average.to(s.dtype) if key is None else _at_random(base, step, s.dtype, key)

@@ -1,4 +1,4 @@
-"""The state of a `LitEma`: how its buffers are shown, loaded, saved and cast."""
+"""The state of a `LitEma`: show, load, save and cast its buffers."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ class LitEmaState(Tracking):
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """Yield nothing to a parent module in a process group, once the averages were updated.
+        """Hide from a parent module in a process group, once the averages were updated.
 
-        So `DistributedDataParallel` does not broadcast the averages, except when it is built before
-        the first update: they may still differ then.
+        `DistributedDataParallel` then does not broadcast the averages, except when it is built
+        before the first update: they may still differ between processes then.
         """
         hidden = prefix and self._is_updated and dist.is_available() and dist.is_initialized()
         if not hidden:
             yield from super().named_modules(memo, prefix, remove_duplicate)
 
     def extra_repr(self) -> str:
-        """The decay or schedule, the number of updates, and what the averages are."""
+        """The decay or schedule, the number of updates, and the number and dtypes of averages."""
         decay, count = self._written_decay[0], self._first_update
         if not self.decay.is_meta:
             decay, count = decimal(float(self.decay)), int(self.num_updates)
@@ -44,10 +44,10 @@ class LitEmaState(Tracking):
         return f"decay={self.schedule or decay}{warm_up}, {updates}{held}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LitEmaState:
-        """Keep the controls as they are but for their device, whatever becomes of the averages.
+        """Cast or move the averages; move the controls without a cast.
 
-        What was on the meta device and gets memory starts as it was built: the averages from the
-        model's weights at the next use.
+        Buffers that leave the meta device start anew: the controls from the constructor's values,
+        the averages from the model's weights at the next use.
         """
         decay, num_updates = self.decay, self.num_updates
         on_meta = [key for key, buffer in self._buffers.items() if buffer.is_meta]  # type: ignore[union-attr]
@@ -76,7 +76,7 @@ class LitEmaState(Tracking):
     ) -> None:
         """Save the schedule's decay of the last update, and omit averages without values.
 
-        On the CPU averages that are not finite are told of once.
+        Warns once of averages on the CPU that are not finite.
         """
         if self.schedule is not None and not self.num_updates.is_meta:
             self.decay.fill_(float(self.schedule(max(0, int(self.num_updates) - 1))))
@@ -91,20 +91,19 @@ class LitEmaState(Tracking):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load all of it, or raise and load nothing, also where a signal interrupts it.
+        """Load the whole state, or raise and load nothing; a signal cannot split it.
 
         With `strict=False` averages may be missing: a missing average that was never updated or
         loaded starts from the model at the next use; any other stays. `assign` copies the loaded
-        values too, but keeps their dtype and device. As a part of another module, too, a state with
-        a misfit changes no average; torch reports missing keys only after it has loaded the others.
+        values too, but in their own dtype and on their own device. When a parent module loads its
+        state, a misfit changes no average either, but torch reports missing keys only after it has
+        loaded the others.
 
-        A decay or number of updates that was saved in fewer than 32 bits is left out, with a
-        warning.
+        A decay or number of updates saved in fewer than 32 bits is ignored, with a warning.
 
         Raises RuntimeError for missing and unexpected keys (if `strict`), for a value that is no
-        tensor, has no numbers (on the meta device), or is of another shape, kind of number or
-        placement, for a decay outside [0, 1], and for a number of updates that is no integer from
-        -1 to 2**31 - 1.
+        tensor, is on the meta device, or has another shape, kind of number or placement, for a
+        decay outside [0, 1], and for a number of updates that is no integer from -1 to 2**31 - 1.
         """
         if strict and isinstance(state_dict, Mapping):
             known = self.state_dict().keys() | self._uninitialised
@@ -158,7 +157,7 @@ class LitEmaState(Tracking):
             if prefix + key in state and (assign or not buffer.is_meta)  # type: ignore[union-attr]
         }
         values: dict[str, Tensor] = {key: state[prefix + key].detach() for key in buffers}
-        # torch, which would load one after the other, loads the rest, and finds what is missing.
+        # torch would load one tensor after the other: it loads the rest, and finds missing keys.
         loaded = {prefix + key for key in buffers}
         rest = {key: value for key, value in state.items() if key not in loaded}
         super()._load_from_state_dict(
@@ -188,12 +187,12 @@ class LitEmaState(Tracking):
 
 
 def _own(value: Tensor, like: Tensor) -> Tensor:
-    """A copy of a loaded value in memory of its own, in the dtype of `like`."""
+    """A fresh copy of a loaded value, in the dtype of `like`."""
     return torch.empty_like(value, dtype=like.dtype, requires_grad=False).copy_(value)
 
 
 def _misfit(key: str, value: object, buffer: Any) -> str:
-    """What is wrong with a value that is to be loaded into a buffer; nothing if it fits."""
+    """Why a value cannot be loaded into a buffer; "" if it can."""
     if not isinstance(value, Tensor):
         return f"expected a tensor, found {type(value).__qualname__}"
     if value.shape != buffer.shape or value.layout is not torch.strided:

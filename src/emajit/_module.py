@@ -1,4 +1,4 @@
-"""What a `LitEma` reads and writes of a module: parameters and buffers."""
+"""Read and write the parameters and buffers of a module for a `LitEma`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def averaged(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The trainable parameters and the buffers to be averaged.
 
-    Raises ValueError for a parameter that is not there.
+    Raises ValueError for a parameter whose values are elsewhere (ZeRO 3, accelerate's offloading).
     """
     _shards.reshard(model)
     params: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -55,7 +55,7 @@ def _bare_names(model: nn.Module) -> dict[str, str]:
 def check_filter(model: nn.Module, chosen: _names.Filter) -> None:
     """Raise ValueError where a pattern matches no name, or no trainable parameter is left.
 
-    A model without trainable parameters may still get some.
+    A model without trainable parameters passes: it may get some later.
     """
     bare = _bare_names(model)
     trainable = [bare[name] for name, p in model.named_parameters() if p.requires_grad]
@@ -68,9 +68,9 @@ def check_filter(model: nn.Module, chosen: _names.Filter) -> None:
 
 
 def held_buffers(model: nn.Module, policy: Policy) -> dict[str, Tensor]:
-    """The buffers that a `state_dict` of `model` has, by name; none with "ignore".
+    """The persistent buffers of `model` by name; none with "ignore".
 
-    Raises ValueError for another policy.
+    Raises ValueError for an unknown policy.
     """
     check_policy(policy)
     if policy == "ignore":
@@ -84,13 +84,13 @@ def held_buffers(model: nn.Module, policy: Policy) -> dict[str, Tensor]:
 
 
 def copied(buffers: Mapping[str, Tensor], policy: Policy, names: Collection[str]) -> list[str]:
-    """The names of those of these buffers that an average copies: all, with "copy".
+    """The names of the buffers that are copied, not averaged: all, with "copy".
 
-    With "average" those whose mean has no meaning beside the others of these `names`: u and v of a
-    `spectral_norm` are unit vectors, whose signs may flip between two updates, so that means of
-    them give the weight any norm (measured: 4 to 119, with copies 1.000 to 1.003); the mask of a
-    pruned weight is 0 or 1; the scale of a quantised tensor goes with its zero point, an integer;
-    and inf - inf, of a mask or of an observer that has seen nothing, is nan.
+    With "average", the buffers whose mean has no meaning: u and v of a `spectral_norm` are unit
+    vectors whose signs may flip between two updates, so that their means give the weight any
+    norm (measured: 4 to 119, with copies 1.000 to 1.003); the mask of a pruned weight is 0 or 1;
+    the scale of a quantised tensor belongs to its zero point, an integer; and inf - inf, of a mask
+    or of an observer without data, is NaN. `names` tell the first three.
     """
     if policy == "copy":
         return [*buffers]
@@ -105,7 +105,7 @@ def copied(buffers: Mapping[str, Tensor], policy: Policy, names: Collection[str]
     ]
 
 
-# The ends of names of buffers that are copied where others have these ends.
+# The ends of names of copied buffers, and the ends of names that must exist beside them.
 _COPIED = {
     "_u": ("_v",),
     "_v": ("_u",),
@@ -121,10 +121,10 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def named_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """`dict(model.named_parameters())`, in about half of the time where that is torch's own.
+    """`dict(model.named_parameters())`, in about half the time unless it is overridden.
 
-    That goes through a generator for each level, and asks of each parameter whether it was there
-    before; here ties are looked for once.
+    torch's own uses a generator for each level and checks each parameter for a tie; here ties are
+    looked for once.
     """
     params: dict[str, Tensor] = {}
     is_plain = getattr(model.named_parameters, "__func__", None) is nn.Module.named_parameters
@@ -137,7 +137,7 @@ def named_parameters(model: nn.Module) -> dict[str, Tensor]:
 def _gather(
     module: nn.Module, prefix: str, params: dict[str, Tensor], seen: set[nn.Module]
 ) -> bool:
-    """Collect the parameters below a module; False where one lists its modules in its own way."""
+    """Collect the parameters below a module; False if one overrides `named_modules`."""
     if module in seen:
         return True
     seen.add(module)
@@ -155,7 +155,7 @@ def _gather(
 def listed(
     use: str, parameters: Iterable[Tensor], seen: Callable[[], nn.Module | None] | None
 ) -> list[Tensor]:
-    """The parameters; the shards of the model `seen` last, where a forward left them whole."""
+    """The parameters as a list, after the model `seen` last was resharded."""
     model = seen() if seen is not None else None
     if model is not None:
         _shards.reshard(model)
@@ -174,12 +174,12 @@ def listed(
 
 
 def at_once(*calls: tuple[Any, ...]) -> None:
-    """Call functions of C, each with its arguments; no signal is handled between two of them."""
+    """Call C functions, each with its arguments; no signal is handled between two calls."""
     deque(starmap(operator.call, calls), maxlen=0)
 
 
 def copying(params: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Any, ...]:
-    """A function of C that copies values into parameters, and its arguments, for `at_once`.
+    """A C function that copies values into parameters, and its arguments, for `at_once`.
 
     Raises ValueError before anything is written.
     """
@@ -196,13 +196,13 @@ def copying(params: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Any, ..
             raise ValueError(f"parameter {i}: expected one on {expected}, found {found}")
     scope.prepare_to_write()
     alike = [v.to(p.device, p.dtype) for p, v in zip(params, values, strict=True)]
-    if not alike:  # which the operator refuses
+    if not alike:  # the operator refuses an empty list
         return (tuple,)
     return (_torch.foreach_copy_, [p.data for p in params], alike)
 
 
 def places(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, tuple[nn.Module, str]]:
-    """The module that has each of the tensors, and the name it has there."""
+    """For each tensor, the module that has it and its name in that module."""
     found: dict[int, tuple[nn.Module, str]] = {}
     for module in model.modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -223,9 +223,9 @@ def check_shapes(averages: Mapping[str, Tensor], params: Mapping[str, Tensor]) -
 
 
 def copy_common(average: Tensor, old: Tensor) -> None:
-    """Copy the block of `old`, from index 0 in each dimension, that a grown or cut average has.
+    """Copy the common block of `old`, from index 0 in each dimension, into a resized average.
 
-    Nothing where neither shape contains the other, and of shards.
+    Copies nothing if neither shape contains the other, or for shards.
     """
     common = tuple(map(min, average.shape, old.shape))
     one_contains = average.dim() == old.dim() and common in (average.shape, old.shape)
@@ -235,7 +235,7 @@ def copy_common(average: Tensor, old: Tensor) -> None:
 
 
 def check_stored(stored: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
-    """Raise ValueError unless the parameters have the shapes of those that were stored."""
+    """Raise ValueError unless the parameters have the number and shapes of the stored ones."""
     if len(stored) != len(parameters):
         raise ValueError(f"restore: expected {len(stored)} parameters, found {len(parameters)}")
     for i, (old, p) in enumerate(zip(stored, parameters, strict=True)):
@@ -252,7 +252,7 @@ def copied_buffers(model: nn.Module) -> dict[str, Tensor]:
 def overwritten_beside(
     overwritten: Iterable[tuple[nn.Module, dict[str, Tensor]]], parameters: Iterable[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The buffers of those models that have these parameters, and what the buffers held before."""
+    """The buffers of overwritten models with these parameters, and the buffers' old values."""
     passed = {*map(_alias.identity, _shards.local(parameters))}
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for model, values in overwritten:

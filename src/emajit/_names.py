@@ -27,10 +27,10 @@ def canonical(name: str) -> str:
 
 
 def unwrapped(names: Collection[str]) -> dict[str, str]:
-    """Each name without the components that wrappers add, for a bare model's `state_dict`.
+    """Map each name to the name without the components of wrappers, for an unwrapped model.
 
-    `module.`, which may be a name of the model's own, goes only where all names begin with it. A
-    name stays as it is where two would become the same.
+    `module.` may be the model's own name: it is removed only if all names begin with it. Names
+    that would become equal stay as they are.
 
     >>> unwrapped(["module._orig_mod.a.w", "module.module.b"])
     {'module._orig_mod.a.w': 'a.w', 'module.module.b': 'module.b'}
@@ -46,7 +46,7 @@ def unwrapped(names: Collection[str]) -> dict[str, str]:
 
 
 def canonical_of(names: Collection[str]) -> dict[str, str]:
-    """The `canonical` name of each name, or the name itself where two would become the same.
+    """Map each name to its `canonical` name, or to itself if two would become equal.
 
     >>> canonical_of(["_orig_mod.a", "b", "module.b"])
     {'_orig_mod.a': 'a', 'b': 'b', 'module.b': 'module.b'}
@@ -57,9 +57,9 @@ def canonical_of(names: Collection[str]) -> dict[str, str]:
 
 
 def named(model: Any, kind: str, *, twice: bool = False) -> dict[str, Any]:
-    """The "parameters" or "buffers" of a module by name; with `twice` tied ones under each name.
+    """The "parameters" or "buffers" of a module by name; with `twice` also the names of ties.
 
-    An override of `named_parameters` need not know `remove_duplicate`, which torch has since 2.0.
+    An override of `named_parameters` may lack the argument `remove_duplicate`.
     """
     ask = getattr(model, f"named_{kind}")
     if twice and "remove_duplicate" in signature(ask).parameters:
@@ -68,7 +68,7 @@ def named(model: Any, kind: str, *, twice: bool = False) -> dict[str, Any]:
 
 
 def _grouped(pairs: Mapping[str, str]) -> dict[str, list[str]]:
-    """The keys of each value. Dynamo of torch 2.6 cannot trace a `Counter`."""
+    """Map each value to its keys. Dynamo of torch 2.6 cannot trace a `Counter`."""
     found: dict[str, list[str]] = {}
     for key, value in pairs.items():
         found.setdefault(value, []).append(key)
@@ -76,7 +76,7 @@ def _grouped(pairs: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def below(prefix: str, held: Mapping[str, T]) -> dict[str, T]:
-    """What has a name that begins with `prefix`, under the rest of it.
+    """The items whose names begin with `prefix`, without the prefix.
 
     >>> below("ema.", {"ema.w": 1, "w": 2})
     {'w': 1}
@@ -87,7 +87,7 @@ def below(prefix: str, held: Mapping[str, T]) -> dict[str, T]:
 def match(names: Collection[str], others: Collection[str]) -> dict[str, str]:
     """Match each name in `others` with the name in `names` of the same parameter.
 
-    The same name matches first, else the same name without the components that wrappers add. Names
+    Equal names match first, then names that are equal without the components of wrappers. Names
     in `others` without a partner are left out. Raises ValueError where more than one match exists.
 
     >>> match(["a.weight", "b.weight"], ["_orig_mod.a.weight", "c.weight"])
@@ -115,7 +115,7 @@ def match(names: Collection[str], others: Collection[str]) -> dict[str, str]:
 
 
 class Filter(NamedTuple):
-    """Which parameters are averaged: the included ones (by default all) but the excluded.
+    """Chooses the averaged parameters: all included names (by default all) except the excluded.
 
     >>> [name for name in ("a.weight", "a.bias", "b.bias") if Filter("a.*", "*.bias").keeps(name)]
     ['a.weight']
@@ -129,7 +129,7 @@ class Filter(NamedTuple):
         return included and not (self.exclude is not None and _matches(self.exclude, name))
 
     def check(self, names: Collection[str]) -> None:
-        """Raise TypeError for another type, ValueError for a pattern of none of the `names`."""
+        """Raise TypeError for another type, ValueError for a pattern that matches no name."""
         for option, patterns in self._asdict().items():
             if patterns is None or callable(patterns):
                 continue
@@ -155,10 +155,10 @@ def _listed(option: str, patterns: Any) -> Sequence[str]:
 
 
 def flat_keys(names: Collection[str], is_taken: Callable[[str], bool]) -> dict[str, str]:
-    """For each parameter name the key of its buffer in LitEma: the name with its dots removed.
+    """Map each parameter name to the key of its buffer in LitEma: the name without its dots.
 
-    Where that key is not unique among `names`, or `is_taken` by something else, dots become
-    slashes instead, with as many slashes behind as it takes to be unique.
+    If that key is not unique among `names`, or `is_taken` by another attribute, dots become
+    slashes instead, and slashes are appended until the key is unique.
 
     >>> flat_keys(["a.weight", "a.bias"], lambda key: False)
     {'a.weight': 'aweight', 'a.bias': 'abias'}
@@ -180,9 +180,9 @@ def flat_keys(names: Collection[str], is_taken: Callable[[str], bool]) -> dict[s
 
 
 def unwrap_flat_keys(state: Mapping[str, T], keys: Collection[str]) -> dict[str, T]:
-    """`state`, with keys that a wrapped model has put there renamed to the ones among `keys`.
+    """`state`, with the keys of a wrapped model renamed to the matching `keys`.
 
-    In a flat key the name of a wrapper stands without its dots. A key is renamed only where that is
+    A flat key contains the names of wrappers without dots. A key is renamed only if the match is
     unambiguous.
 
     >>> unwrap_flat_keys({"ema._orig_modaweight": 1, "ema.decay": 2}, ["ema.aweight", "ema.decay"])
@@ -198,7 +198,7 @@ def unwrap_flat_keys(state: Mapping[str, T], keys: Collection[str]) -> dict[str,
 
 
 def bare(key: str) -> str:
-    """A flat key without the names of wrappers, which stand in it without their dots."""
+    """A flat key without the names of wrappers, which it contains without dots."""
     prefix, dot, flat = key.rpartition(".")
     for wrapper in _WRAPPERS - {"module"}:
         flat = flat.replace(wrapper, "")

@@ -1,4 +1,4 @@
-"""The step of an optimizer of `torch.optim`, in the form for a graph with an average."""
+"""The step of an optimizer of `torch.optim`, compiled into one graph with an average."""
 
 from __future__ import annotations
 
@@ -45,28 +45,28 @@ def compiled_step(
     return _compile.compiled(
         _compile.with_own_code(run),
         "inductor" if backend == "auto" else backend,
-        # A 16-bit parameter is averaged as it was rounded, not as it was before.
+        # Average a 16-bit parameter after it is rounded, not before.
         emulate_precision_casts=True,
         post_grad_custom_post_pass=_hoist(),
-        # Else the optimizer's operators of single tensors would be a launch each: 322 are 42.
+        # Otherwise each single-tensor operator of the optimizer is a launch: 322 in place of 42.
         **({} if device.type == "cpu" else _COMBINED),
     )
 
 
 _COMBINED = {
     "combo_kernels": True,
-    # torch 2.13 takes the outputs for new memory, of which it would combine only so much.
+    # torch 2.13 counts the outputs as new memory, and would limit combining by this threshold.
     "combo_kernel_peak_memory_pct_threshold": None,
 }
 
 
 @cache
 def _hoist() -> Any:
-    """A pass of Inductor's that computes each 0-d result once, not beside each element.
+    """A pass of Inductor's that computes each 0-d result once, not again for each element.
 
-    Inductor would write the whole formula of one into the loops of the larger tensors on the CPU
-    that are computed with it. That of Adam's bias corrections has two powers: AdamW of 12.6M
-    parameters took 11.9 ms, and takes 4.1 (2 cores of an AMD EPYC, torch 2.13).
+    On a CPU Inductor inlines the formula of a 0-d result into the loops over the tensors that use
+    it. Adam's bias corrections have two powers: AdamW of 12.6M parameters took 11.9 ms, and takes
+    4.1 (2 cores of an AMD EPYC, torch 2.13).
     """
     passes = _torch.graph_passes()
     if passes is None:
@@ -79,7 +79,7 @@ def _hoist() -> Any:
                 larger = [user for user in node.users if _cpu_ndim(user)]
                 if larger and _torch.computes(node.target) and _cpu_ndim(node) == 0:
                     with graph.inserting_after(node):
-                        # It has no lowering but on memory.
+                        # Lowering `as_strided` forces its input into memory.
                         operator = torch.ops.aten.as_strided.default
                         held = graph.call_function(operator, (node, [], []))
                     held.meta = dict(node.meta)
@@ -87,7 +87,7 @@ def _hoist() -> Any:
                         user.replace_input_with(node, held)
 
         def uuid(self) -> bytes:
-            """What the pass does, for the cache of graphs on disk."""
+            """The identity of the pass, for the key of the graph cache on disk."""
             return hash_of_files((__file__,))  # type: ignore[no-any-return]
 
     return Hoist()
@@ -100,11 +100,11 @@ def _cpu_ndim(node: Any) -> int | None:
 
 @contextmanager
 def traceable_groups(optimizer: torch.optim.Optimizer, rates: list[Tensor]) -> Iterator[None]:
-    """Inside, the groups ask for the form of the step that a graph is made of.
+    """A context in which the groups' options choose the single-tensor step, for a trace.
 
-    Learning rates are tensors, whose values a graph does not depend on; in float64, as Python
-    numbers are, since in float32 `1 - lr * weight_decay` is off. Inductor fuses the operators
-    of single tensors, and nothing with the kernels of `foreach` and `fused`.
+    Learning rates are tensors, so that a graph serves any value; in float64, like Python numbers,
+    since in float32 `1 - lr * weight_decay` is inexact. Inductor fuses the single-tensor
+    operators, but not the kernels of `foreach` and `fused`.
     """
     groups = optimizer.param_groups
     names = "lr", "foreach", "fused"
@@ -123,7 +123,7 @@ def traceable_groups(optimizer: torch.optim.Optimizer, rates: list[Tensor]) -> I
 
 
 def steps_on_its_own(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether `step` is that of the class, within no wrappers but torch's and a scheduler's."""
+    """Whether `step` is the class's own, wrapped by nothing but torch and schedulers."""
     own: Any = type(optimizer).step
     replaced = vars(optimizer).get("step", own)
     if replaced is not own and not (

@@ -1,4 +1,4 @@
-"""The tensors of a module and their averages, matched by name."""
+"""Match the tensors of a module with their averages by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _VALUES = (Tensor, type(None), Mapping)
 
 
 def pairs(model: nn.Module, shadow: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
-    """Each parameter and buffer of the model that has an average, once, with that average."""
+    """Each averaged parameter and buffer of the model once, with its average."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, found {type(model).__qualname__}")
     shadow = _flat(shadow)
@@ -38,7 +38,7 @@ def pairs(model: nn.Module, shadow: Mapping[str, Any]) -> list[tuple[Tensor, Ten
         first, known = averages.setdefault(tensor, (name, average))
         if known is not average and not _same_values(known, average):
             raise ValueError(
-                f"shadow[{name!r}]: expected the average of {first!r}, to which the model ties it, "
+                f"shadow[{name!r}]: expected the average of {first!r}, its tied parameter, "
                 "found another"
             )
     missing = [name for name, p in params.items() if p.requires_grad and p not in averages]
@@ -51,7 +51,7 @@ def pairs(model: nn.Module, shadow: Mapping[str, Any]) -> list[tuple[Tensor, Ten
 
 
 def _flat(shadow: object) -> dict[str, Tensor | None]:
-    """The averages by the names of parameters, which a nested mapping gives in parts."""
+    """The averages by full names: the keys of nested mappings joined with dots."""
     if not isinstance(shadow, Mapping):
         found = type(shadow).__qualname__
         hint = "; a LitEma has a scope of its own" if isinstance(shadow, nn.Module) else ""

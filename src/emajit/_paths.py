@@ -1,4 +1,4 @@
-"""Where leaves stand in a tree, and the errors that say so."""
+"""The paths of leaves in a tree, and the errors that name them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def is_flat(tree: PyTree) -> bool:
 
 def paths(tree: PyTree) -> list[str]:
     """The path of each leaf, as one would write it in Python."""
-    if is_flat(tree):  # in a tenth of the time
+    if is_flat(tree):  # takes a tenth of the time
         return [f"[{name!r}]" for name in tree]
     try:
         return [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(tree)[0]]
@@ -55,7 +55,7 @@ def named_leaves(which: str, tree: PyTree) -> list[tuple[str, str, Tensor]]:
 
 
 def _word(entry: Any) -> str:
-    """One step of a path, an object of one of pytree's three classes for it."""
+    """The word for one entry of a path, which is of one of pytree's three key classes."""
     return str(next(getattr(entry, a) for a in ("key", "idx", "name") if hasattr(entry, a)))
 
 
@@ -80,7 +80,7 @@ def _not_a_leaf(which: str, tree: PyTree, index: int, leaf: object) -> str:
 
 
 def not_a_pair(shadow: PyTree, index: int, s: object, p: object) -> Exception:
-    """The error for a leaf of which one side is a tensor and the other is not."""
+    """The error for a leaf that is a tensor in only one of the two trees."""
     for which, leaf in (("shadow", s), ("params", p)):
         if not (leaf is None or isinstance(leaf, Tensor) or not _torch.is_leaf(leaf)):
             return TypeError(_not_a_leaf(which, shadow, index, leaf))
@@ -97,7 +97,7 @@ class DeviceError(ValueError):
 
 
 def leaf_differs(shadow: PyTree, index: int, s: Tensor, p: Tensor) -> ValueError:
-    """The error for two tensors that are no shadow and parameter."""
+    """The error for two tensors that differ in shape, device, layout or kind of number."""
     if s.shape != p.shape:
         expected, found = f"shape {tuple(s.shape)} as in shadow", str(tuple(p.shape))
     elif s.device != p.device:
@@ -141,7 +141,7 @@ def some(names: list[str]) -> str:
 
 
 def few(names: list[str]) -> str:
-    """The same as a list, as Python writes it."""
+    """As `some`, written as a Python list."""
     return f"{names[:5]}{_more(names)}"
 
 

@@ -35,16 +35,16 @@ class Plan(NamedTuple):
     groups: list[Group]
     slots: Sequence[int | None]
     skip: bool
-    # For stochastic rounding, the part of the hash keys that no step changes.
+    # For stochastic rounding, the hash keys of the paths, without the step.
     keys: Keys | None
-    # The dtypes narrower than float32 in which averages are rounded to nearest, each with the index
-    # of its alpha.
+    # The dtypes of averages rounded to nearest in less than float32, each with the index of its
+    # alpha.
     low_precision: list[tuple[torch.dtype, int]]
     # How many averages each parameter has.
     several: int
-    # For a cache hit: the indices of the distinct leaves (None if all are), the pairs of indices
-    # that are one object, the check of the forms of the distinct leaves, and the first leaf of each
-    # pair, where leaves are tied.
+    # For a cache hit: the indices of the distinct leaves (None if all are distinct), the pairs of
+    # indices of one object, the check of shapes, strides, dtypes and devices, and the first leaf of
+    # each pair if leaves are tied.
     unique: list[int] | None = None
     duplicates: Sequence[tuple[int, int]] = ()
     fits: Callable[..., bool] | None = None
@@ -52,7 +52,7 @@ class Plan(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A plan, and the leaves that it is for."""
+    """A plan, and the leaves of this update."""
 
     plan: Plan
     shadows: list[Tensor]
@@ -84,7 +84,7 @@ class Found(NamedTuple):
         return [_tree.rebuild(t, averages, own) for t, own in zip(shadows, each, strict=True)]
 
     def update(self, alphas: Sequence[Alpha], step: Any) -> Update:
-        """The update that the kernels get; warns of averages that stall."""
+        """The arguments of the kernels; warns of averages that stall."""
         plan, shadows, params = self
         for dtype, i in plan.low_precision:
             _warn.warn_of_stall(dtype, alphas[i])
@@ -104,9 +104,9 @@ def _interleaved(
 
 
 def _laid_out_as(shadow: Tensor, average: Tensor) -> Tensor:
-    """The average in the strides that `empty_like` gives it: the shadow's, if that is dense.
+    """The average with the strides of `empty_like(shadow)`: the shadow's own, if it is dense.
 
-    Inductor takes the parameter's where the two differ. A trace goes without.
+    Where strides differ, Inductor's result has the parameter's. A trace keeps them.
     """
     if average.stride() == shadow.stride() or torch.compiler.is_compiling():
         return average
@@ -131,11 +131,11 @@ def find(
 ) -> Found:
     """The plan for an update of these shadows, each with its alpha, and the leaves in its order.
 
-    The cache's key has the address of each leaf of the shadows and of the params, the options, the
-    types of the alphas, with stochastic rounding the names of the leaves, and the placements of
+    The cache key holds the addresses of all leaves of shadows and params, the options, the types
+    of the alphas, with stochastic rounding the names of the leaves, and the placements of
     DTensors. A hit also needs the shape, the strides, the dtype and the device of each leaf to be
-    unchanged. A miss and an update that is not in place check everything. A trace checks everything
-    but the memory of the leaves and the backend; so does an update that derivatives go `through`.
+    unchanged. A miss and an update that is not in place check everything. A trace, and an update
+    with derivatives (`through`), check everything but the memory of the leaves and the backend.
 
     Raises ValueError and TypeError as `emajit.update_` says, before anything is written.
     """
@@ -176,7 +176,7 @@ def _addresses(flat: Leaves) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
 
 
 def _hit(key: Hashable, flat: Leaves) -> Found | None:
-    """The plan for the leaves at these addresses, if they have the same forms as then."""
+    """The cached plan for the leaves at these addresses, if their forms are unchanged."""
     plan = _plans.get(key)
     if plan is None or plan.fits is None:
         return None
@@ -196,7 +196,7 @@ def _hit(key: Hashable, flat: Leaves) -> Found | None:
 
 
 def _remembered(plan: Plan, flat: Leaves) -> Plan:
-    """The plan, with what a later call needs to know whether it fits."""
+    """The plan, completed by the checks for a later cache hit."""
     leaves = flat.shadows + flat.params
     places: dict[int, int] = {}
     duplicates = [

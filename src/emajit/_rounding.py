@@ -1,10 +1,10 @@
 r"""Stochastic rounding to 16 bits: up or down at random, so that the mean is the number itself.
 
 A number between two neighbours $a < x < b$ becomes $b$ with probability $(x - a) / (b - a)$, right
-to $2^{-32}$. The number is a sum that is never taken in float32 alone: what that loses counts too.
-The noise is a hash of the step, the leaf's path and the element's index, in row-major order: the
-same on every device, eager or compiled, in one piece or in shards. So are the results, but for a
-few elements in a million, where a compiler joins a product and a sum into one operation.
+to $2^{-32}$. The number is a sum of two terms; the part that float32 rounds away counts too.
+The noise is a hash of the step, the leaf's path and the element's row-major index: the same on
+every device, eager or compiled, whole or in shards. The results are the same too, except for a
+few elements in a million where a compiler fuses a product and a sum into one operation (FMA).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def stochastic(
 ) -> Tensor:
     """Round `base + step`, of a leaf or a `region` of it, to `dtype` of `SUPPORTED`, at random.
 
-    What `dtype` holds exactly stays, and so do infinities and NaN. Rounding is to nearest beyond
-    the largest finite number, where there is no second neighbour, and in bfloat16 above 2^110 and
-    below 2^-126.
+    Sums that `dtype` holds exactly do not change, nor do infinities and NaN. Rounding is to nearest
+    beyond the largest finite number, which has no second neighbour, and in bfloat16 above 2^110
+    and below 2^-126.
     """
     if dtype.is_complex:
         base, step = torch.view_as_real(base), torch.view_as_real(step)
@@ -40,11 +40,11 @@ def stochastic(
     side, drawn = _side_and_number(x, key, region, _DROPPED[dtype] - 1)
     nearest = _nearest(x, dtype)
     ulp = _ulp(nearest * side, dtype)
-    # A neighbour on either side is tried with probability 1/2, and is at most half an ulp away from
-    # the middle: it is taken if it is on the side of the rest, with 2 |rest| / ulp.
+    # Each side is drawn with probability 1/2, and |rest| is at most half an ulp: the neighbour on
+    # the drawn side is taken with probability 2 |rest| / ulp if the rest points there, else never.
     rest = (base - nearest).add_(step).to(torch.float32).mul_(side)
     is_taken = drawn * ulp < rest
-    del drawn, rest  # at most 80 bytes are held for a number
+    del drawn, rest  # keeps the peak at 80 bytes an element
     neighbour = torch.add(nearest, ulp.mul_(side), alpha=2.0 ** _DROPPED[dtype])
     del side, ulp
     rounded = torch.where(is_taken, neighbour, nearest)
@@ -52,17 +52,17 @@ def stochastic(
     return torch.where(nearest.add_(rounded).abs_() <= limit, rounded, x).to(dtype)
 
 
-# In floating point: to look at the bits of a float, Inductor takes a vector apart on a CPU, and to
-# convert integers, too. What is in place here is on tensors of these functions' own: it halves the
-# time in eager mode. By the methods, since `functionalize` does not know `&=` and `^=`.
+# These use floating-point arithmetic: on a CPU Inductor does not vectorise a bit view of a float
+# or a conversion from integers. In-place methods write only tensors made here, which halves the
+# time in eager mode; they are methods because `functionalize` does not support `&=` and `^=`.
 
-_DROPPED = {torch.bfloat16: 16, torch.float16: 13}  # the last bits of a float32
+_DROPPED = {torch.bfloat16: 16, torch.float16: 13}  # mantissa bits of float32 that rounding drops
 
 
 def _nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The number of `dtype` next to `x`, in float32: Veltkamp's splitting; NaN if that overflows.
+    """`x` rounded to nearest in `dtype`, as float32, by Veltkamp's splitting; NaN on overflow.
 
-    Not by a product alone, which a compiler would join to one of the differences.
+    `x + c x` and not a product, which a compiler would fuse with one of the differences.
     """
     scaled = torch.add(x, x, alpha=2.0 ** _DROPPED[dtype])
     nearest = scaled.sub_(scaled - x)
@@ -72,8 +72,8 @@ def _nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The distance of `x` to the next number of `dtype` above it, without the dropped bits."""
-    size = x.abs().mul_(2**-24 * (1 + 2**-20))  # over half of an ulp of float32, and below one
+    """The ulp of `x` in float32, which is its ulp in `dtype` by 2^-dropped."""
+    size = x.abs().mul_(2**-24 * (1 + 2**-20))  # between half an ulp of float32 and one
     if dtype == torch.float16:
         size = size.clamp(min=2**-37)
     return size.add_(x).sub_(x)
@@ -88,9 +88,9 @@ def _side_and_number(
 
 
 def _uniform(noise: Tensor, exponent: int) -> Tensor:
-    """The lower 31 bits as a number in (0, 2^exponent), near 0 by steps of 2^(exponent - 30).
+    """The lower 31 bits as a number in (0, 2^exponent), spaced by 2^(exponent - 30) near 0.
 
-    Of two parts, 23 bits and 8, in the mantissas of two floats whose sum is rounded once.
+    The bits are put, 23 and 8, into the mantissas of two floats, whose sum is rounded once.
     """
     first, second = 2.0**exponent, 2.0 ** (exponent - 8)
     upper = _as_float(noise >> 8, 0x7FFFFF, first)
@@ -98,7 +98,7 @@ def _uniform(noise: Tensor, exponent: int) -> Tensor:
 
 
 def _as_float(noise: Tensor, mask: int, number: float) -> Tensor:
-    """The bits of a float32, with some of the noise."""
+    """The float32 `number` with the masked bits of the noise set in it."""
     return (noise & mask).bitwise_or_(_bits(number)).view(torch.float32)
 
 
@@ -118,14 +118,14 @@ class Keys(NamedTuple):
         return Keys(words, [self.regions[i] for i in leaves])
 
     def at(self, step: int | Tensor) -> Keys:
-        """The keys of one step, of those of the paths."""
+        """The keys of one step: the paths' keys xor the hash of the step."""
         device = self.words.device
         is_traced = torch.compiler.is_compiling() or _torch.in_transform()
         if device.type == "cpu" or is_traced or (isinstance(step, Tensor) and not step.is_cpu):
             mixed = _mixed(step, device)
         else:  # the host knows the step: hash it there, without a launch for each operator
             words = _mixed(step, torch.device("cpu")).tolist()
-            # `tensor` would copy them from the host.
+            # `torch.tensor` would copy from the host to the device.
             each = [torch.full((), w, dtype=torch.int32, device=device) for w in words]
             mixed = torch.stack(each)
         if _torch.is_capturing(device):
@@ -133,18 +133,18 @@ class Keys(NamedTuple):
         return Keys(self.words ^ mixed, self.regions)
 
 
-# What a captured graph reads at each replay, as long as it may be replayed.
+# Keeps alive the tensors that a captured graph reads at each replay.
 _captured: list[Tensor] = []
 
 
 def of_paths(paths: Sequence[str], regions: Sequence[Region | None], device: torch.device) -> Keys:
-    """The part of the keys that no step changes."""
+    """The keys of the paths, before the step is hashed in."""
     words = torch.tensor([_digest(path) for path in paths], dtype=torch.int32, device=device)
     return Keys(words.view(len(paths), 2), regions)
 
 
 def _mixed(step: int | Tensor, device: torch.device) -> Tensor:
-    """Two words, of which each bit depends on all of the step."""
+    """Two hash words of the step."""
     if not isinstance(step, Tensor):
         step = torch.full((), step, dtype=torch.int64, device=device)
     step = step.to(device, torch.int64)
@@ -160,12 +160,12 @@ def _digest(path: str) -> list[int]:
 
 
 def _noise(x: Tensor, key: Tensor, region: Region | None) -> Tensor:
-    """32 random bits for each element of `x`, the upper ones the better."""
+    """32 random bits for each element of `x`; the upper bits are the best mixed."""
     return _multiplied(_index(x, region) ^ key[0], key[1])
 
 
 def _index(x: Tensor, region: Region | None) -> Tensor:
-    """The index of each element in the row-major order of the leaf, its lower 32 bits."""
+    """The lower 32 bits of each element's row-major index in the whole leaf."""
     if region is None:
         counter = torch.int32 if x.numel() < 2**31 else torch.int64
         return torch.arange(x.numel(), dtype=counter, device=x.device).to(torch.int32).view(x.shape)
@@ -183,9 +183,9 @@ def _hash(x: Tensor) -> Tensor:
 
 
 def _multiplied(x: Tensor, key: Tensor | int) -> Tensor:
-    """Fold and multiply `x` twice, a key in between.
+    """Fold and multiply `x` twice, and add a key in between.
 
-    In int32, whose shifts repeat the sign: without the masks the result is visibly not uniform.
+    The masks undo the sign extension of int32 shifts; without them the bits are not uniform.
     """
     x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
     x *= 0x7FEB352D

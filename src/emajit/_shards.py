@@ -1,4 +1,4 @@
-"""DTensors: the shard that this process holds, and where it lies in the whole."""
+"""DTensors: the shard that this process holds, and its place in the whole tensor."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Region(NamedTuple):
 
 
 def _kind() -> Any:
-    """The class of DTensors, or of nothing: while its module is not loaded there are none."""
+    """The class of DTensors; () while its module is not loaded, since there are none then."""
     module = sys.modules.get("torch.distributed.tensor")
     return () if module is None else module.DTensor
 
@@ -45,9 +45,9 @@ def local(leaves: Iterable[Any]) -> list[Any]:
 
 
 def placed(leaves: Iterable[Any]) -> list[Any]:
-    """The whole shapes, meshes, placements and places in the mesh of DTensors, else nothing.
+    """The whole shape, mesh, placements and place in the mesh of each DTensor; None for others.
 
-    Two meshes are equal also where one was unpickled from the file of another process.
+    The place is needed: a mesh unpickled from another process's file equals our own.
     """
     kind = _kind()
     return [
@@ -59,19 +59,19 @@ def placed(leaves: Iterable[Any]) -> list[Any]:
 
 
 def _place(leaf: Any) -> tuple[int, ...]:
-    """The place of this process in the mesh of a DTensor: a list in torch 2.6, None outside."""
+    """The coordinates of this process in the mesh of a DTensor; () outside the mesh."""
     return tuple(leaf.device_mesh.get_coordinate() or ())
 
 
 def misplaced(found: Any, expected: Any) -> str:
-    """How a tensor is placed otherwise than expected; nothing if it is not."""
+    """How the placement of a tensor differs from the expected one; "" if it does not."""
     if not are_in([found, expected]) or placed([found]) == placed([expected]):
         return ""
     return f"expected {described(expected)}, found {described(found)}"
 
 
 def reshard(model: Any) -> None:
-    """Make the parameters of FSDP2 shards again, where a forward has left them whole.
+    """Reshard the parameters of FSDP2, which a forward may have left whole.
 
     Raises ValueError for the older FSDP, which gathers its parameters from memory of its own.
     """
@@ -109,7 +109,7 @@ def described(leaf: Any) -> str:
 
 
 def like(leaf: Any, shard: Tensor) -> Any:
-    """`shard` as a DTensor that is placed as `leaf` is, if that is one."""
+    """`shard` as a DTensor placed like `leaf`, if `leaf` is a DTensor."""
     if not is_one(leaf):
         return shard
     return type(leaf.data).from_local(
@@ -123,13 +123,13 @@ def like(leaf: Any, shard: Tensor) -> Any:
 
 
 def whole(tensor: Any) -> Tensor:
-    """A DTensor, gathered by all processes together into the memory of the host; others as is."""
+    """A DTensor gathered into host memory, which all processes must call; others unchanged."""
     gathered: Tensor = tensor.full_tensor().cpu() if is_one(tensor) else tensor
     return gathered
 
 
 def split_as(leaf: Any, tensor: Tensor) -> Any:
-    """A whole tensor, placed as `leaf` is if that is a DTensor; each process takes its shard."""
+    """A whole tensor, split and placed like `leaf` if `leaf` is a DTensor."""
     if not is_one(leaf) or is_one(tensor):
         return tensor
     from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415, as in `_computed_region`
@@ -140,7 +140,7 @@ def split_as(leaf: Any, tensor: Tensor) -> Any:
 
 
 def region(leaf: Any) -> Region | None:
-    """Where the shard of a DTensor lies; nothing for a tensor that is whole."""
+    """The region of a DTensor's local shard; None for a whole tensor."""
     if not is_one(leaf):
         return None
     found: Region = _region(leaf.shape, leaf.device_mesh, leaf.placements)
@@ -161,7 +161,7 @@ def _computed_region(shape: torch.Size, mesh: Any, placements: tuple[Any, ...]) 
             for j in range(i + 1, mesh.ndim)
             if getattr(placements[j], "dim", None) == getattr(placement, "dim", None)
         ]
-        if parts not in (None, math.prod(later)):  # of FSDP upon tensor parallelism it is that
+        if parts not in (None, math.prod(later)):  # equal for FSDP upon tensor parallelism
             raise ValueError(f"expected shards that are blocks of the whole, found {placements}")
     strides = tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
     offsets = _torch.shard_offsets(shape, mesh, placements)

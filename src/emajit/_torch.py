@@ -1,8 +1,8 @@
-"""Every private or version-bound name of torch, each with what is done where it does not exist.
+"""Every private or version-bound name of torch, each with its fallback.
 
-Whether a name exists is asked once, when this module is imported, or when a part of torch that
-emajit does not import by itself is first used. Without a name the numbers stay the same; what is
-lost stands beside it. Other modules call these functions through the module.
+Each name is looked up once, when this module is imported, or at the first use of a part of torch
+that emajit does not import by itself. Without a name the numbers stay the same; each docstring
+says what is lost. Other modules call these functions through the module.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["pytree"]  # and the functions below
 
 
 def is_leaf(tree: Any) -> bool:
-    """Whether a tree is a leaf: no container that pytrees know."""
+    """Whether a tree is a leaf, not a registered pytree container."""
     ask = getattr(pytree, "tree_is_leaf", None)  # not in torch 2.6
     if ask is not None:
         return bool(ask(tree))
@@ -32,14 +32,14 @@ def is_leaf(tree: Any) -> bool:
 
 
 def _find(path: str) -> Any:
-    """The object of that dotted path, of modules that are imported already; None without it."""
+    """The object at a dotted path in modules already imported; None if there is none."""
     found: Any = sys.modules.get("torch")
     for name in path.split(".")[1:]:
         found = getattr(found, name, None)
     return found
 
 
-# The multi-tensor operators. Without one of them: the same operator, tensor by tensor.
+# The multi-tensor operators. Fallback: the single-tensor operator, tensor by tensor.
 
 
 def _each(operator: Callable[..., Any], tensors: Any, *others: Any) -> list[Tensor]:
@@ -61,14 +61,14 @@ foreach_lerp = _foreach("lerp", torch.lerp)
 foreach_lerp_ = _foreach("lerp_", Tensor.lerp_)
 
 
-# Which code runs now.
+# The state of the running code.
 
 _transforms_are_active = _find("torch._C._are_functorch_transforms_active")
 _transform_level = _find("torch._C._functorch.maybe_current_level")
 
 
 def in_transform() -> bool:
-    """Whether a `torch.func` transform is active, or derivatives are taken forward.
+    """Whether a `torch.func` transform or forward-mode differentiation is active.
 
     The tensors of a transform have no addresses, and `no_grad` lets tangents through.
     """
@@ -85,30 +85,30 @@ _dispatch_modes = _find("torch._C._len_torch_dispatch_stack")
 
 
 def in_dispatch_mode() -> bool:
-    """Whether a `TorchDispatchMode` is on: Dynamo runs no graph inside of one, but raises.
+    """Whether a `TorchDispatchMode` is on: Dynamo raises inside one instead of running a graph.
 
-    Without the name compiled updates cannot run inside of such a mode.
+    Without the name compiled updates raise inside such a mode.
     """
     return _dispatch_modes is not None and _dispatch_modes() > 0
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether the current stream of a device records a graph, which reads nothing back."""
+    """Whether the current stream of a device records a graph; then the host must read nothing."""
     module = None if device.type == "cpu" else getattr(torch, device.type, None)
     asked = getattr(module, "is_current_stream_capturing", None)
     return asked is not None and bool(asked())
 
 
-# What tensors are.
+# Properties of tensors.
 
 _TensorGuards = _find("torch._C._dynamo.guards.TensorGuards")
 
 
 def forms(tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """A function that tells whether as many tensors still have these forms; it keeps none alive.
+    """A function that checks whether as many tensors have the same forms; it keeps none alive.
 
-    By Dynamo's guards, in C++, 35 ns a tensor; they take no tensor twice. Without them a comparison
-    in Python takes 2 us a tensor.
+    Dynamo's guards, in C++, take 35 ns a tensor; no tensor may occur twice. Without the name a
+    comparison in Python takes 2 us a tensor.
     """
     if _TensorGuards is not None:
         guards = _TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
@@ -126,7 +126,7 @@ _overlapping = _find("torch._C._dynamo.guards.compute_overlapping_tensors")
 
 
 def overlapping(tensors: list[Tensor]) -> Iterable[int]:
-    """Which of these tensors of one storage AOTAutograd takes for one input; else all of them."""
+    """The indices of tensors of one storage that AOTAutograd merges; without the name, all."""
     if _overlapping is None:
         return range(len(tensors))
     return _overlapping(tensors, symbolic=False)  # type: ignore[no-any-return]
@@ -136,7 +136,7 @@ _set_version = _find("torch._C._autograd._unsafe_set_version_counter")
 
 
 def setting_versions(tensors: Sequence[Tensor], versions: Sequence[int]) -> list[tuple[Any, ...]]:
-    """The calls that give tensors these versions, by which autograd knows what was written.
+    """The calls that set the version counters of tensors, by which autograd notices writes.
 
     Without the name a graph that crosses the boundary of an `ema_scope` goes unnoticed.
     """
@@ -144,13 +144,13 @@ def setting_versions(tensors: Sequence[Tensor], versions: Sequence[int]) -> list
         return []
     try:
         _set_version((), ())
-    except TypeError:  # torch 2.6 takes one
+    except TypeError:  # torch 2.6 takes one tensor a call
         return [(_set_version, *row) for row in zip(tensors, versions, strict=True)]
     return [(_set_version, tuple(tensors), tuple(versions))]
 
 
 def parametrized() -> dict[Any, Any]:
-    """The weights that `parametrize.cached` keeps; without the name they would be used on."""
+    """The weights that `parametrize.cached` keeps; without the name they stay in use, stale."""
     held: dict[Any, Any] | None = _find("torch.nn.utils.parametrize._cache")
     return {} if held is None else held
 
@@ -161,14 +161,14 @@ FLOATS_WITHOUT_ARITHMETIC = {  # without a sign, and two to an element
 
 
 def lasting_buffers(module: nn.Module) -> Iterable[str]:
-    """The names of a module's own buffers that a `state_dict` has; without the name, of all."""
+    """The names of a module's own persistent buffers; without the name, of all its buffers."""
     return module._buffers.keys() - getattr(module, "_non_persistent_buffers_set", set())
 
 
 def wraps(tensor: Tensor) -> bool:
-    """Whether a tensor is of a subclass that holds others, to which `.data =` does not reach.
+    """Whether a tensor is of a subclass that wraps tensors, which `.data =` does not exchange.
 
-    Such are DTensors, and the quantised weights of torchao. Without the name: any subclass.
+    DTensors and the quantised weights of torchao wrap tensors. Without the name: any subclass.
     """
     if type(tensor) in (Tensor, nn.Parameter):
         return False
@@ -177,14 +177,14 @@ def wraps(tensor: Tensor) -> bool:
 
 
 def shard(tensor: Any) -> Any:
-    """The part of a DTensor that this process holds, the very tensor."""
+    """The local shard of a DTensor, the tensor itself."""
     held = getattr(tensor, "_local_tensor", None)
     return tensor.to_local() if held is None else held
 
 
 def shard_offsets(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> Sequence[int]:
-    """The index in the whole of the first element of this process's shard."""
-    from torch.distributed import tensor  # noqa: PLC0415, who has DTensors has it
+    """The index of the first element of this process's shard in the whole tensor."""
+    from torch.distributed import tensor  # noqa: PLC0415, loaded already if there are DTensors
 
     compute = getattr(
         getattr(tensor, "_utils", None), "compute_local_shape_and_global_offset", None
@@ -204,13 +204,13 @@ def shard_offsets(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) ->
 
 
 def constant_in_traces(function: Any) -> Any:
-    """`torch.compiler.assume_constant_result`, which would import all of Dynamo for this mark."""
+    """`torch.compiler.assume_constant_result` without its import of all of Dynamo."""
     function._dynamo_marked_constant = True
     return function
 
 
 def compile_errors() -> tuple[type[Exception], ...]:
-    """What `torch.compile` raises before the function has run."""
+    """The errors that `torch.compile` raises before the function has run."""
     errors = _find("torch._dynamo.exc.TorchDynamoException")
     return (errors or RuntimeError, OSError)  # OSError: of its cache on disk
 
@@ -219,22 +219,22 @@ _cache_entries = _find("torch._C._dynamo.eval_frame._debug_get_cache_entry_list"
 
 
 def has_no_graph(code: Any) -> bool:
-    """Whether Dynamo has not traced this code yet, or has forgotten it since.
+    """Whether Dynamo has no graph of this code, or has dropped it.
 
-    Without the name it is never known to be traced, which costs a view of each tensor at each call.
+    Without the name always true, which costs a view of each tensor at each call.
     """
     return _cache_entries is None or not _cache_entries(code)
 
 
 def drops_guards() -> bool:
-    """Whether a graph need have no guards; not before torch 2.8."""
+    """Whether guards can be dropped; not before torch 2.8."""
     from torch._dynamo.hooks import Hooks  # noqa: PLC0415, heavy
 
     return hasattr(Hooks, "guard_filter_fn")
 
 
 def without_guards() -> dict[str, Any]:
-    """The option by which a graph has no guards; none where all guards are kept."""
+    """The option that drops all guards of a graph; none where they cannot be dropped."""
     if not drops_guards():
         return {}
     skip_all: Any = _find("torch.compiler.skip_all_guards_unsafe")
@@ -242,7 +242,7 @@ def without_guards() -> dict[str, Any]:
 
 
 def inductor_options(wanted: dict[str, Any]) -> dict[str, Any]:
-    """The wanted options of Inductor that this torch has; none where it does not tell."""
+    """The wanted options of Inductor that this torch has; none if it does not list them."""
     import_module("torch._inductor")  # heavy
     tell = _find("torch._inductor.list_options")
     known = {*tell()} if tell else set()
@@ -250,7 +250,7 @@ def inductor_options(wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 def graph_passes() -> tuple[type, Callable[..., Any]] | None:
-    """The class of Inductor's passes over a graph, and its hash of files; without them no pass."""
+    """Inductor's class for graph passes, and its hash of files; None if one is missing."""
     import_module("torch._inductor.custom_graph_pass")  # heavy
     found = _find("torch._inductor.custom_graph_pass")
     pass_class = getattr(found, "CustomGraphPass", None)
@@ -259,14 +259,14 @@ def graph_passes() -> tuple[type, Callable[..., Any]] | None:
 
 
 def computes(operator: Any) -> bool:
-    """Whether an operator of a graph makes a new tensor: it is no view and writes nothing."""
+    """Whether an operator of a graph makes a new tensor: not a view and not a write."""
     if not isinstance(operator, torch._ops.OpOverload):
         return False
     return not (operator.is_view or operator._schema.is_mutable)
 
 
 def step_hooks(optimizer: torch.optim.Optimizer) -> list[Any]:
-    """The hooks that `optimizer.step` calls; without the names, one that nobody knows."""
+    """The hooks that `optimizer.step` calls; None among them if names are missing."""
     from torch.optim import optimizer as module  # noqa: PLC0415
 
     every = [
@@ -281,12 +281,12 @@ def step_hooks(optimizer: torch.optim.Optimizer) -> list[Any]:
 
 
 def mark_stepped(optimizer: Any) -> None:
-    """Tell that it has stepped: learning-rate schedulers warn if it has not."""
+    """Mark an optimizer as stepped: learning-rate schedulers warn if it is not."""
     optimizer._opt_called = True
 
 
 def has_been_unscaled(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the GradScaler that calls has unscaled this optimizer; False without the names."""
+    """Whether the calling GradScaler has unscaled this optimizer; False without the names."""
     frame, code = sys._getframe(1).f_back, torch.amp.GradScaler.step.__code__
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
@@ -295,5 +295,5 @@ def has_been_unscaled(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def is_of_a_scheduler(step: Any) -> bool:
-    """Whether a scheduler has wrapped this `step`, only to know that it was called."""
+    """Whether a learning-rate scheduler has wrapped this `step` to notice calls."""
     return hasattr(step, "_wrapped_by_lr_sched")

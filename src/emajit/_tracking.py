@@ -1,4 +1,4 @@
-"""Which average of a `LitEma` is of which tensor of a model, also after the model has changed."""
+"""Map the tensors of a model to the averages of a `LitEma`, also after the model has changed."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Tracking(Controls):
         # Every attribute is set before the keys are chosen, so that no average takes its name.
         self.m_name2s_name: dict[str, str] = {}
         self._chosen, self._policy, self._dtype = chosen, policy, dtype
-        # The places of parameters and buffers in the model that was tracked, each with the name of
-        # its average. A weak reference to a tensor would keep torch from swapping it.
+        # Where the tracked model has its parameters and buffers (module and attribute), with the
+        # names of their averages. A weak reference to a tensor would keep torch from swapping it.
         self._tracked: list[tuple[weakref.ref[nn.Module], str, str | None]] = []
         self._is_updated = False
-        # What `store` keeps; models that `copy_to` has written since, and their buffers before.
+        # The copies of `store`; the models that `copy_to` wrote since, with their old buffers.
         self.collected_params: list[Tensor] = []
         self._overwritten: list[tuple[nn.Module, dict[str, Tensor]]] = []
-        # Whether the model seen last has shards, and then that model.
+        # Whether the last model has shards; if so, that model.
         self._is_sharded = False
         self._seen: weakref.ref[nn.Module] | None = None
         # Keys of averages that were neither updated nor loaded. The averages in `_uninitialised`,
@@ -45,9 +45,9 @@ class Tracking(Controls):
         self._uninitialised: set[str] = set()
         # Keys of buffers that are copied.
         self._copied: set[str] = set()
-        # What was matched last: `m_name2s_name`, of which callers know that it can be replaced.
+        # The `m_name2s_name` matched last: callers of the original class may replace the dict.
         self._matched = self.m_name2s_name
-        # Of the model seen last the names of its tensors, those without the prefixes of wrappers,
+        # For the last model: the names of its tensors, the same names without wrapper prefixes,
         # the keys of their averages, and the names that the filter leaves out.
         self._known: list[str] = []
         self._bare: dict[str, str] = {}
@@ -55,20 +55,20 @@ class Tracking(Controls):
         self._left_out: set[str] = set()
 
     def track(self, model: nn.Module) -> None:
-        """Average the trainable parameters that `model` has now: to be called after it has changed.
+        """Average the trainable parameters that `model` has now; call this after it has changed.
 
-        New and unfrozen parameters, and buffers by the option, start from their values. All others
-        keep their averages, also where their module has moved and they have another name; a
-        parameter of that name in another module counts as the same. One that has grown or was cut,
-        as embeddings by `resize_token_embeddings`, keeps the average of the block that begins at
-        index 0 in each dimension. To start a parameter anew, track the model without it in between.
-        Averages without a parameter are dropped, of tied parameters all but the first. The number
-        of updates goes on: no parameter has a warm-up of its own.
+        New and unfrozen parameters (and buffers, by the option) start from their values. All others
+        keep their averages, also where their module has moved and they have another name. A
+        parameter of the same name in another module counts as the same parameter. A resized
+        parameter (`resize_token_embeddings`) keeps the average of the block that begins at index 0
+        in each dimension. To start a parameter anew, track the model without it in between.
+        Averages without a parameter are dropped; tied parameters keep only the first average. The
+        number of updates goes on: no parameter has a warm-up of its own.
 
-        The state is that of a `LitEma` which is built on the changed model, and loads into one.
+        The state loads into a `LitEma` built on the changed model, and the other way round.
 
-        Raises RuntimeError inside of a scope and between `store` and `restore`, and ValueError for
-        parameters that are not there or that were sharded meanwhile; nothing is changed then.
+        Raises RuntimeError inside a scope and between `store` and `restore`, and ValueError for
+        parameters that are missing or were sharded meanwhile; nothing is changed then.
         """
         if self.collected_params:
             raise RuntimeError(
@@ -111,7 +111,7 @@ class Tracking(Controls):
     def _taken(
         self, model: nn.Module, tensors: Mapping[str, Tensor], partners: Mapping[str, str]
     ) -> tuple[dict[str, Tensor], list[str]]:
-        """The tensors that are averaged, but for averages in the model, and the names of copies."""
+        """The tensors to average, without a LitEma's own, and the names of buffers to copy."""
         params, buffers = _module.averaged(model, self._policy, self._chosen)
         inside = {
             id(buffer)
@@ -127,7 +127,7 @@ class Tracking(Controls):
     def _partners(
         self, tensors: Mapping[str, Tensor], places: Mapping[str, tuple[nn.Module, str]]
     ) -> dict[str, str]:
-        """For each tensor that is averaged the name it had, by its module, else by its name."""
+        """The old name of each averaged tensor, found by its module, else by its name."""
         same = self._at(places)
         found = set(same.values())
         left = [name for name in self.m_name2s_name if name not in found]
@@ -135,12 +135,12 @@ class Tracking(Controls):
         return by_name | {name: partner for name, partner in same.items() if partner is not None}
 
     def _at(self, places: Mapping[str, tuple[nn.Module, str]]) -> dict[str, str | None]:
-        """The names of the averages of what was in those places when the model was tracked."""
+        """The names of the averages that tensors at these places had in `track`."""
         tracked = {(at(), own): name for at, own, name in self._tracked}
         return {name: tracked[place] for name, place in places.items() if place in tracked}
 
     def _names_of(self, taken: Mapping[str, Tensor], partners: Mapping[str, str]) -> dict[str, str]:
-        """The names of averages: those they had, whatever wraps the model, else the model's."""
+        """The names of averages: the old names, whatever wraps the model, else the model's."""
         old = self.m_name2s_name
         is_bare = bool(old) and all(_names.canonical(name) == name for name in old)
         names = _names.canonical_of(taken) if is_bare else {name: name for name in taken}
@@ -150,12 +150,12 @@ class Tracking(Controls):
         return names if len({*names.values()}) == len(names) else {name: name for name in taken}
 
     def named_averages(self) -> dict[str, Tensor]:
-        """The averages themselves, under the names that the parameters have in the bare model.
+        """The averages themselves, by the parameters' names in the unwrapped model.
 
-        A shadow for `emajit.ema_scope`, for `torch.func.functional_call` and to save.
+        Pass them to `emajit.ema_scope` or `torch.func.functional_call`, or save them.
 
-        Raises RuntimeError after a load without some of them, which start from the model's weights
-        at the next use of the model.
+        Raises RuntimeError if a loaded state lacked averages that have not started from the model
+        yet.
         """
         if self._uninitialised:
             raise RuntimeError(
@@ -200,9 +200,9 @@ class Tracking(Controls):
         self._known, self._matched = names, self.m_name2s_name
 
     def _pairs(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The averages and the parameters of `model` that they are of, under its names."""
+        """The averages and their parameters, both by the names in `model`."""
         params = self._tensors_of(model)
-        # Dynamo of torch 2.6 does not know that a dict is itself.
+        # Under Dynamo (torch 2.6) `is` fails for one and the same dict.
         is_other = self._matched is not self.m_name2s_name and not torch.compiler.is_compiling()
         if list(params) != self._known or is_other:
             self._match(model, params)
@@ -218,7 +218,7 @@ class Tracking(Controls):
                     f"{new[0]}: expected no trainable parameter beside the averaged ones, found "
                     f"{found} grad; call track(model) to average what the model has now"
                 )
-        if self._uninitialised:  # what a loaded state did not have starts from the weights
+        if self._uninitialised:  # averages that a loaded state lacked start from the weights
             _module.check_shapes(averages, params)
             for name, key in self._keys.items():
                 if key in self._uninitialised:
@@ -227,10 +227,10 @@ class Tracking(Controls):
         return averages, params
 
     def _check_trained(self, averages: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
-        """Raise an error where parameters are not those of a training, or there are none.
+        """Raise an error unless the parameters hold training weights and some are averaged.
 
         RuntimeError where `copy_to` has written averages into them since `store`; ValueError where
-        no average is, nor was before the names of all were removed.
+        the LitEma has no averages.
         """
         ids = {*map(id, params.values())}
         if any(id(p) in ids for model, _ in self._overwritten for p in model.parameters()):
@@ -245,7 +245,7 @@ class Tracking(Controls):
             )
 
     def _tensors_of(self, model: nn.Module) -> dict[str, Tensor]:
-        """The parameters of a model outside of a scope, and its buffers if some are averaged."""
+        """The parameters of a model, and its buffers by the option; raises inside a scope."""
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a module, found {type(model).__qualname__}")
         if self._is_sharded:
@@ -260,7 +260,7 @@ class Tracking(Controls):
     def __getstate__(self) -> dict[str, Any]:
         """Without weak references and an entered scope, which cannot be pickled.
 
-        The places are those of the first model that a copy is used with, which is matched anew.
+        A copy matches the first model that it is used with anew.
         """
         return {**vars(self), "_seen": None, "_tracked": [], "_known": [], "_swapped": None}
 
@@ -274,7 +274,7 @@ def _located(
 def _continued(
     old: Mapping[str, Tensor], tensors: Mapping[str, Tensor], dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """The average of each tensor: the old one, or a new one with what the old one has of it."""
+    """The average of each tensor: the old average, or if resized a new one with the old block."""
     kept = {name: average for name, average in old.items() if average.shape == tensors[name].shape}
     _module.check_shapes(kept, tensors)
     new = {name: tensor for name, tensor in tensors.items() if name not in kept}

@@ -49,9 +49,9 @@ def flatten(shadows: Sequence[PyTree], params: PyTree) -> Leaves | None:
 
 
 class Pairs(NamedTuple):
-    """Shadows and the params that they average: a tie is one pair, a DTensor the shard held here.
+    """Shadows and their params; tied leaves are one pair, and a DTensor is its local shard.
 
-    `slots` has the index of its pair for each leaf of each tree, None for a leaf that is None.
+    `slots` maps each leaf of each tree to the index of its pair, a None leaf to None.
     """
 
     shadows: list[Tensor]
@@ -70,11 +70,11 @@ def pair(
 ) -> Pairs:
     """Pair each leaf of the shadows with the leaf of `params` at the same path.
 
-    Dicts are matched by key, whatever their order. Leaves of a shadow that are one tensor, or the
+    Dicts are matched by key, in any order. Leaves of a shadow that are one tensor, or the
     same view of the same memory, are tied: they make one pair. `flat` has the leaves already.
 
     Raises:
-        ValueError: the structure, a shape, a device (if it is to be the same), the kind of number
+        ValueError: the structure, a shape, a device (with `same_device`), the kind of number
             or the placement of a DTensor differs; leaves are tied in a shadow and not in `params`;
             or two shadows share a tensor or are not tied alike.
         TypeError: a leaf is neither a tensor nor None.
@@ -93,7 +93,7 @@ def pair(
 
 
 def _joined(shadows: Sequence[PyTree], pairs: list[Pairs]) -> Pairs:
-    """The pairs of several shadows, which must be tied alike and share nothing."""
+    """The pairs of several shadows, which must be tied alike and share no tensor."""
     owners: dict[Hashable, tuple[int, int]] = {}
     for i, (tree, own) in enumerate(zip(shadows, pairs, strict=True)):
         for slot, s in enumerate(own.shadows):
@@ -125,7 +125,7 @@ def _joined(shadows: Sequence[PyTree], pairs: list[Pairs]) -> Pairs:
 
 
 def _fit(shadows: list[Any], params: list[Any]) -> bool:
-    """Whether all leaves are plain tensors that fit each other and none is tied, in bulk."""
+    """Whether all leaves are plain tensors that match pairwise, without ties; checked in bulk."""
     if torch.compiler.is_compiling() or _shards.are_in(chain(shadows, params)):
         return False
     try:
@@ -182,14 +182,14 @@ def _pair_leaf_by_leaf(shadow: PyTree, params: PyTree, *, same_device: bool) -> 
 
 
 def _kind(tensor: Tensor) -> int:
-    """Each kind of number can hold the ones below it; `torch.can_cast`, which cannot be traced."""
+    """The rank of a kind of number: each holds the lower ones. `can_cast` cannot be traced."""
     if tensor.is_complex():
         return 3
     return 2 if tensor.is_floating_point() else int(tensor.dtype is not torch.bool)
 
 
 def check_averages(shadows: Sequence[PyTree]) -> None:
-    """Raise ValueError if a leaf requires grad, as if the params came first."""
+    """Raise ValueError if a leaf requires grad: the params were probably given first."""
     for i, tree in enumerate(shadows):
         for index, leaf in enumerate(pytree.tree_leaves(tree)):
             if leaf is not None and leaf.requires_grad:
@@ -221,7 +221,7 @@ def check_writable(pairs: Pairs, shadows: Sequence[PyTree]) -> None:
                 f"{where(k)}: expected a tensor that can be written here, found one that was made "
                 "in torch.inference_mode()"
             )
-        if s.is_neg():  # which foreach refuses after others were written
+        if s.is_neg():  # foreach would refuse it after it has written other leaves
             raise ValueError(
                 f"{where(k)}: expected a tensor that can be written, found a negated view; pass "
                 "its resolve_neg()"
@@ -234,9 +234,9 @@ def check_writable(pairs: Pairs, shadows: Sequence[PyTree]) -> None:
 
 
 def rebuild(tree: PyTree, tensors: Sequence[Tensor], slots: Sequence[int | None]) -> PyTree:
-    """The tree with the tensor of each slot as leaf; for DTensors with shards, placed as they are.
+    """The tree with the tensor of each slot as leaf; a shard becomes a DTensor placed as before.
 
-    Leaves of one slot, which are tied, become one object.
+    Tied leaves, which have one slot, become one object.
     """
     olds, spec = pytree.tree_flatten(tree)
     leaves = [None if slot is None else tensors[slot] for slot in slots]
@@ -250,7 +250,7 @@ def rebuild(tree: PyTree, tensors: Sequence[Tensor], slots: Sequence[int | None]
 
 
 def check_dtype(dtype: Any) -> None:
-    """Raise ValueError for what is neither None nor a real floating-point dtype."""
+    """Raise ValueError unless `dtype` is None or a real floating-point dtype."""
     is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
     if not (dtype is None or is_float) or dtype in _torch.FLOATS_WITHOUT_ARITHMETIC:
         raise ValueError(f"dtype: expected a floating-point dtype, found {dtype}")
@@ -265,7 +265,7 @@ def copy(params: PyTree, dtype: torch.dtype | None) -> PyTree:
 
 
 def copy_dtype(leaf: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of the average of a leaf: its own, or the floating-point one that is wanted."""
+    """The dtype of a leaf's average: its own; for a floating-point or complex leaf `dtype`."""
     if dtype is None:
         return leaf.dtype
     if leaf.is_complex():
@@ -274,7 +274,7 @@ def copy_dtype(leaf: Tensor, dtype: torch.dtype | None) -> torch.dtype:
 
 
 def interleave(tensors: list[T], parts: int) -> list[T]:
-    """From one shadow after the other to one parameter after the other.
+    """Reorder tensors from shadow by shadow to parameter by parameter.
 
     >>> interleave(["a0", "b0", "a1", "b1"], 2)
     ['a0', 'a1', 'b0', 'b1']

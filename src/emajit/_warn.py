@@ -23,8 +23,8 @@ def warn(message: str, kind: type[Warning] = UserWarning) -> None:
 
 
 NARROW = {torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2}
-# Weights of deviation 0.07 that move by 0.2 in 2000 steps: their averages in bfloat16 are off by
-# 21 % of the way at a decay of 0.99, by 39 % at 0.996.
+# Weights of standard deviation 0.07 that move by 0.2 in 2000 steps: their bfloat16 averages lag by
+# 21 % of that move at a decay of 0.99, by 39 % at 0.996.
 MOST_DECAY = 0.9
 _told: set[torch.dtype] = set()
 
@@ -32,8 +32,8 @@ _told: set[torch.dtype] = set()
 def warn_of_stall(dtype: torch.dtype, alpha: object, *, again: bool = False) -> None:
     """Warn if many increments of an average are under half an ulp.
 
-    Updates warn once for each dtype, at the first decay of a schedule that is high enough; where an
-    average is built, `again` warns each time.
+    Updates warn once for each dtype, and for a schedule once its decay has grown above `MOST_DECAY`;
+    where an average is built, `again` warns each time.
     """
     if dtype not in NARROW or not isinstance(alpha, float) or (dtype in _told and not again):
         return
@@ -55,7 +55,7 @@ _told_of: weakref.WeakSet[object] = weakref.WeakSet()
 def warn_of_nonfinite(owner: object, averages: Mapping[str, Tensor]) -> None:
     """Warn, once for each owner, if an average holds a value that is not finite.
 
-    To be called where averages are saved: one sum of each takes a hundredth of the time.
+    Call this where averages are saved: the sums take a hundredth of the time of saving.
     """
     if owner in _told_of:
         return
@@ -63,7 +63,7 @@ def warn_of_nonfinite(owner: object, averages: Mapping[str, Tensor]) -> None:
     if broken is not None:
         _told_of.add(owner)
         warn(
-            f"{broken}: the average holds values that are not finite, and each later one will; "
+            f"{broken}: the average holds values that are not finite, and so will all later ones; "
             "with nonfinite='skip' weights that are not finite are not averaged"
         )
 

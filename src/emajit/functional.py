@@ -65,11 +65,11 @@ def update(
 ) -> Tree:
     r"""The shadow after one more step, in new tensors: $s + \alpha (p - s)$.
 
-    Alpha is $1 - \beta(t)$, computed in float64. The result is finite where $p - s$ is. The leaves
-    are averaged in float64 if one of the two is, else in float32, and rounded once, to the shadow's
-    dtype. An integer or bool parameter is copied, None stays None, and leaves of the shadow that
-    are one tensor are averaged once and stay one. The result requires no grad and has no tangent
-    unless the update is `differentiable`.
+    Alpha is $1 - \beta(t)$, computed in float64. The result is finite where $p - s$ is. The
+    arithmetic is in float64 if the shadow's or the parameter's leaf is, else in float32; the result
+    is rounded once, to the shadow's dtype. An integer or bool parameter is copied, None stays None,
+    and tied leaves of the shadow are averaged once and stay tied. The result requires no grad and
+    has no tangent unless the update is `differentiable`.
 
     Args:
         shadow: the averages so far, from `init` or an earlier update.
@@ -77,7 +77,7 @@ def update(
             `dict(model.named_parameters())`. The dtypes may differ: a float32 shadow of bfloat16
             parameters is the normal case.
         step: how many updates the shadow has already taken, 0 on the first call. An int, or a 0-d
-            integer tensor; one on a GPU is never read back to the host. Within your own
+            integer tensor; a tensor on a GPU is never read back to the host. Within your own
             `torch.compile` give a tensor: an int recompiles as it grows.
         decay: $\beta$, the decay rate: the share of the old shadow that is kept, in [0, 1]. A
             float, a 0-d tensor, or a schedule, `step -> decay` (see `emajit.schedules`).
@@ -85,30 +85,30 @@ def update(
             almost every increment is under half an ulp and rounds away; one warning says so at the
             first decay above 0.9, unless alpha is a tensor on a device or the call is traced.
             "stochastic" goes to either neighbour at random, so that the mean is right, also where
-            a float32 shadow stalls; a single element has noise of some ulps.
+            a float32 shadow stalls; a single element has noise of a few ulps.
             The noise is a hash of the step, the path of the leaf in `shadow` and the index of the
-            element: the same call gives the same bits. Number the steps, and do not use one twice.
+            element: the same call gives the same bits. Number the steps, and use no number twice.
             Within `torch.func.vmap` (torch 2.13) the examples share their noise.
         nonfinite: "propagate" does the arithmetic as written: a NaN or an infinity, such as in a
             mask among the buffers of a `state_dict()`, stays or becomes NaN. With "skip" an element
             whose parameter is NaN or infinite keeps its old average.
         backend: "eager" is multi-tensor, one `torch._foreach` operator, for the leaves that need
             no temporary, and single-tensor for the others; "inductor" (or the name of another
-            `torch.compile` backend) compiles all; "auto" takes for each leaf the faster, and
+            `torch.compile` backend) compiles all; "auto" takes the faster way for each leaf, and
             compiles nothing for decays of 1/2 and below, where a warm-up begins. Inside your own
             `torch.compile` the call is traced and `backend` has no effect.
-        differentiable: as in `torch.optim`. False cuts gradients and tangents; with True both go
-            through the formula, for the shadow and the params but not the decay, single-tensor
-            whatever the `backend`. For "stochastic" rounding and for DTensors True is refused.
+        differentiable: as in `torch.optim`. False cuts gradients and tangents. With True both go
+            through the formula to the shadow and the params but not the decay, single-tensor for
+            any `backend`; "stochastic" rounding and DTensors are refused.
 
     Raises:
         ValueError: structure, shape or device differ, or the shadow's dtype cannot hold the
-            parameter's kind of number, named by path; decay or step is out of range (a tensor on
-            a device, or a step that is one, is used unread, so a wrong one goes unnoticed) or a
+            parameter's kind of number (the message has the path); decay or step is out of range
+            (values of tensors on a device, and of a tensor step anywhere, are not checked) or a
             tensor of another shape or kind of number; an unknown option.
         TypeError: a leaf is neither a tensor nor None, the step is neither an integer nor a tensor,
-            or the decay is none of the three.
-        RuntimeError: a parameter is inside of an `ema_scope`, and holds an average.
+            or the decay is no number, tensor or schedule.
+        RuntimeError: a parameter is inside an `ema_scope`, where it holds an average.
 
     >>> shadow = {"w": torch.tensor([0.0])}
     >>> update(shadow, {"w": torch.tensor([1.0])}, 0, decay=0.75)
@@ -133,16 +133,16 @@ def update_(
     """`update` written into the shadow's own memory; returns `shadow`.
 
     The results are those of `update`. Everything is checked before the first leaf is written. One
-    operator then writes all leaves of one kind: float32 and float64 with parameters of the same
-    dtype, or a compiled group (on the CPU groups of leaves, with stochastic rounding or of more
-    than 2**26 elements). Interrupting between two operators, or between two leaves of any other
+    operator then writes all float32 and float64 leaves with parameters of the same dtype, and one
+    compiled graph writes a compiled group (several graphs on the CPU with stochastic rounding or
+    above 2**26 elements). An interrupt between two operators, or between two leaves of any other
     dtype in eager mode, can leave some leaves updated.
 
     Raises:
-        ValueError: as `update`; also where a leaf of the shadow requires grad, as if the params
-            came first, or overlaps the memory of another leaf, of a parameter, or its own. Inside a
-            trace memory cannot be seen: there overlap is not checked, and only leaves that are one
-            object are known to be tied.
+        ValueError: as `update`; also where a leaf of the shadow requires grad (perhaps the params
+            were given first), or overlaps the memory of another leaf, of a parameter, or its own. A
+            trace does not see memory: inside it overlap is not checked, and leaves are tied only if
+            they are one object.
         TypeError, RuntimeError: as `update`.
 
     >>> shadow = {"w": torch.tensor([0.0])}
@@ -177,7 +177,7 @@ def update_many(
         decays: a decay or a schedule for each shadow.
         params: as in `update`.
         step: as in `update`.
-        rounding: as in `update`. The path of a leaf, of which the noise is a hash, begins with the
+        rounding: as in `update`. The path of a leaf, which is hashed for the noise, begins with the
             index of its shadow.
         nonfinite: as in `update`.
         backend: as in `update`.
@@ -249,7 +249,7 @@ def alphas_of(
     return [_alpha(decay, step) for decay in decays]
 
 
-# `float` first: to ask `Real` takes longer, and so does to make a union in each call.
+# `float` first: `isinstance` of `Real` is slower, and so is making a union in each call.
 _INTEGERS = int, torch.SymInt
 _NUMBERS = float, Real, torch.SymFloat, torch.SymInt
 
@@ -279,7 +279,7 @@ def _alpha(decay: Decay | Schedule, step: Step) -> float | Tensor:
 
 
 def _checked_step(step: Step) -> Step:
-    """The step; one of NumPy's, in which a product may overflow, as an int."""
+    """The step; a NumPy integer, whose products may overflow, becomes an int."""
     if isinstance(step, Tensor):
         integer = not (step.is_floating_point() or step.is_complex() or step.dtype == torch.bool)
         if step.ndim != 0 or not integer:
@@ -296,5 +296,5 @@ def _checked_step(step: Step) -> Step:
 
 
 def check_decay(decay: Any) -> None:
-    """Raise ValueError or TypeError for an invalid decay, or a schedule that begins with one."""
+    """Raise ValueError or TypeError for an invalid decay, or a schedule invalid at step 0."""
     _alpha(decay, 0)

@@ -1,6 +1,6 @@
 """Optimizer step and average in one graph (experimental: not yet measured on a GPU).
 
-A new parameter is averaged while it is at hand: the average costs one read and one write of itself.
+Each new parameter is averaged while it is in cache: the average costs one read and one write more.
 """
 
 from __future__ import annotations
@@ -36,40 +36,40 @@ _GRAPHS = 8
 class FusedOptimizer(torch.optim.Optimizer):
     r"""Steps `optimizer` and updates an average of the weights, in one compiled graph.
 
-    `step` does what `optimizer.step()` and then `ema(model)` or `emajit.update_` do, within
-    rounding: a compiled Adam has its bias corrections in float32, off by up to 6e-5 of themselves,
-    and before torch 2.13 weights in 16 bits are averaged as they were before they were rounded.
-    The optimizer stays the owner of its state: learning-rate schedulers, `zero_grad`, `state_dict`
-    and `load_state_dict` go to it as before. A learning rate may change at every step.
+    `step` equals `optimizer.step()` followed by `ema(model)` or `emajit.update_`, within rounding:
+    a compiled Adam computes its bias corrections in float32, with a relative error up to 6e-5, and
+    before torch 2.13 the average takes 16-bit weights from before their rounding.
+    The optimizer keeps its state: use it with learning-rate schedulers, `zero_grad`, `state_dict`
+    and `load_state_dict` as before. A learning rate may change at every step.
 
-    The first step runs the two one after the other, since it creates the optimizer's state; the
-    second one compiles, seconds to minutes. The graph depends on the other options of the
-    parameter groups, and on which gradients are None. Falls back to two separate steps for complex
-    parameters, 0-d ones in float64, DTensors, an optimizer with step hooks, and, with a warning,
-    for options that differ at nearly every step and for what `torch.compile` refuses (sparse
-    gradients). So does `OneCycleLR` with its momentum: unlike a learning rate, a momentum is a
-    number to torch's optimizers, on which they branch; pass `cycle_momentum=False` for the graph.
+    The first step runs optimizer and average separately, since it creates the optimizer's state;
+    the second compiles, which takes seconds to minutes. The graph depends on all other options of
+    the parameter groups, and on which gradients are None. `step` falls back to two separate steps
+    for complex parameters, 0-d float64 parameters, DTensors, an optimizer with step hooks, and,
+    with a warning, if options change at nearly every step or `torch.compile` fails (sparse
+    gradients). `OneCycleLR` changes the momentum at every step, which torch's optimizers, unlike
+    a learning rate, take as a constant: pass `cycle_momentum=False` for the graph.
 
     `torch.amp.GradScaler` takes it as an optimizer: `scaler.step(fused)`, `scaler.unscale_(fused)`
     or `scaler.unscale_(optimizer)`. The graph unscales the gradients that are not unscaled yet.
-    Where a gradient is infinite or NaN, nothing changes. The host is not synchronised.
-    `accelerator.prepare` takes it too, in place of the optimizer: then it steps and averages after
-    the last batch of an accumulated gradient, not after the others.
+    If a gradient is infinite or NaN, nothing changes. The host is not synchronised.
+    `accelerator.prepare` takes it too, in place of the optimizer: then it steps and averages only
+    after the last batch of an accumulated gradient.
 
     Args:
-        optimizer: one of `torch.optim`'s own, not `LBFGS`, which needs a closure.
+        optimizer: an optimizer of `torch.optim`, not `LBFGS`, which needs a closure.
         ema: a `LitEma`, or a shadow from `emajit.init`.
         params: the model of the `LitEma`, or the parameters of the shadow.
         decay, rounding, nonfinite: as in `emajit.update_`, for a shadow only.
-        decays: in place of `decay`, one for each shadow of a list, as in `emajit.update_many_`.
+        decays: in place of `decay`, a decay for each shadow of a list, as in `emajit.update_many_`.
         backend: "inductor", or the name of another `torch.compile` backend; "auto" is "inductor",
-            and without a compiler one after the other, with a warning.
+            or without a compiler two separate steps, with a warning.
 
     Raises:
         TypeError: `optimizer` is not of a class of `torch.optim`; `decay` is missing beside a
             shadow; the model of a `LitEma` is no module.
-        ValueError: the optimizer needs a closure or is differentiable; options beside a `LitEma`,
-            which has its own; a `LitEma` of `every` other than 1; an unknown backend.
+        ValueError: the optimizer needs a closure or is differentiable; options are given beside a
+            `LitEma`, which has its own; its `every` is not 1; an unknown backend.
 
     >>> model = nn.Linear(2, 2)
     >>> optimizer, ema = torch.optim.AdamW(model.parameters()), LitEma(model)
@@ -78,7 +78,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     >>> fused.step()  # in place of optimizer.step(); ema(model)
     """
 
-    # GradScaler, where it finds this, sets the other two for the time of a step.
+    # GradScaler finds this attribute and sets the other two during a step.
     _step_supports_amp_scaling = True
     grad_scale: Tensor
     found_inf: Tensor
@@ -95,7 +95,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         nonfinite: Nonfinite = "propagate",
         backend: str = "auto",
     ) -> None:
-        # Another's step may keep numbers in its state or options, which a graph would freeze.
+        # A foreign step may keep numbers in its state or options, which a graph would freeze.
         if not f"{type(optimizer).__module__}.".startswith("torch.optim."):
             found = type(optimizer).__qualname__
             if isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
@@ -128,11 +128,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._rates: list[Tensor] = []
         self._state: Any = None
 
-    # `Optimizer.__init__` is not called: all there is to an optimizer is that of `optimizer`.
+    # `Optimizer.__init__` is not called: every attribute of an optimizer comes from `optimizer`.
 
     def __getattr__(self, name: str) -> Any:
-        """What else the optimizer has."""
-        if name == "optimizer":  # not there yet
+        """Any other attribute of the optimizer."""
+        if name == "optimizer":  # not set yet
             raise AttributeError(name)
         return getattr(self.optimizer, name)
 
@@ -152,11 +152,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         return self.optimizer.defaults
 
     def state_dict(self) -> dict[str, Any]:
-        """That of the optimizer."""
+        """The state dict of the optimizer."""
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what the optimizer has saved."""
+        """Load a state dict into the optimizer."""
         self.optimizer.load_state_dict(state_dict)
 
     @torch.no_grad()
@@ -166,15 +166,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Step the optimizer, then update the average with the new weights.
 
         Args:
-            step: how many updates the shadow has already taken, as in `emajit.update_`; a `LitEma`
-                counts on its own, and takes none.
+            step: how many updates the shadow has already taken, as in `emajit.update_`; None for a
+                `LitEma`, which counts by itself.
 
-        Raises TypeError where `step` is missing or one too many, and what `ema(model)` or
-        `emajit.update_` raise; in either case before anything is written.
+        Raises TypeError where `step` is missing for a shadow or given for a `LitEma`, and as
+        `ema(model)` or `emajit.update_`; in either case before anything is written.
         """
         try:
             self._step(*self._update(step))
-        except BaseException:  # GradScaler clears them after a step that succeeds, and only then
+        except BaseException:  # GradScaler clears them only after a step that succeeds
             vars(self).pop("grad_scale", None)
             vars(self).pop("found_inf", None)
             raise
@@ -190,19 +190,19 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._ema._finish_update(self._params, updates, unless=skipped)
 
     def _scale(self) -> Tensor | None:
-        """The divisor of the gradients; None without GradScaler, or where it has divided them."""
+        """The divisor of the gradients; None without GradScaler, or if they are unscaled."""
         scale = vars(self).get("grad_scale")
         if "found_inf" in vars(self) and _torch.has_been_unscaled(self.optimizer):
             if scale is None:
                 raise RuntimeError(
                     "gradients: expected them unscaled once, found it done for the FusedOptimizer "
-                    "and for its optimizer; only one of them is to be unscaled, or prepared"
+                    "and for its optimizer; unscale, or prepare, only one of them"
                 )
             return None
         return scale
 
     def _skipped(self) -> Tensor | None:
-        """A flag on the device, whether the step is to be left out; None without GradScaler."""
+        """A flag on the device that is true if the step is skipped; None without GradScaler."""
         if "found_inf" not in vars(self):
             return None
         if not isinstance(self.found_inf, Tensor):
@@ -212,7 +212,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return (self.found_inf != 0).reshape(())
 
     def _update(self, step: Step | None) -> tuple[Update, int | Tensor]:
-        """The update of the average, checked, and how many a LitEma has had."""
+        """The checked update of the average, and the number of updates of a LitEma."""
         scope.check_outside(self._weights())
         shadows, params = self._ema, self._params
         decays: Any = self._decays
@@ -234,9 +234,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         return update._replace(params=self._own(update.params)), updates
 
     def _own(self, params: list[Tensor]) -> list[Tensor]:
-        """The optimizer's tensors in place of others that lie in the same memory.
+        """The params, with the optimizer's own tensors in place of views of the same memory.
 
-        A graph that writes one and reads the other would have to be told that they are one.
+        Otherwise the graph would write one tensor and read the other as if they were unrelated.
         """
         mine = {id(p): p for p in self._weights()}
         if all(id(p) in mine for p in params):
@@ -248,15 +248,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         for i, j in _alias.overlaps(leaves, others):
             if j >= others:
                 raise ValueError(
-                    f"params: expected the optimizer's own tensors or none of their memory, found "
+                    f"params: expected the optimizer's own tensors or separate memory, found "
                     f"a view of shape {tuple(leaves[i].shape)}"
                 )
         return own
 
     def _graph(self, key: Hashable, update: Update, is_scaled: bool) -> Any:
-        """The graph for this step; nothing where the two are to run one after the other."""
+        """The graph for this step; falsy if optimizer and average run separately."""
         optimizer = self.optimizer
-        if self._state is not optimizer.state:  # another one was loaded
+        if self._state is not optimizer.state:  # `load_state_dict` has replaced it
             self._state = optimizer.state
             self._graphs.clear()
         leaves = (*update.shadows, *update.params)
@@ -274,8 +274,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if graph is None and self._backend == "auto" and not _compile.can_compile(device.type):
             return None
         if graph is None:  # to be made
-            # Dynamo takes an optimizer on a GPU for capturable. It would move `step` as it traces,
-            # too late for what a skipped step puts back, and leave NAdam's `mu_product`.
+            # Dynamo treats an optimizer on a GPU as capturable. It would move `step` while tracing,
+            # too late for the copy that a skipped step restores, and not NAdam's `mu_product`.
             for p, state in optimizer.state.items():
                 numbers = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.ndim == 0}
                 state.update({k: v.to(p.device) for k, v in numbers.items()})
@@ -295,7 +295,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         scale: Tensor | None,
         skipped: Tensor | None,
     ) -> bool:
-        """Whether the graph could be made, and then has done the step."""
+        """Run the graph; False if it could not be compiled, before anything was written."""
         alphas = _compile.scalars(update.alphas, _device(update))
         gradients = [] if scale is None else self._gradients()
         written = [] if skipped is None else [*self._written(), *update.shadows]
@@ -328,7 +328,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.optimizer.step()
         for leaves, kernel in _choose.groups(update, "eager", in_place=True):
             kernel(update.part(leaves))
-        # Only now there is all the state that a graph would have to put back.
+        # Only now the optimizer has all the state that a skipped step would have to restore.
         key = self._key(update, scale, skipped)
         if key not in self._graphs and len(self._graphs) < _GRAPHS:
             self._graphs[key] = None
@@ -352,7 +352,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         vars(self).update(state)
 
     def _key(self, update: Update, scale: Tensor | None, skipped: Tensor | None) -> Hashable:
-        """What a graph depends on."""
+        """A key that is equal for steps which share a graph."""
         options = tuple(
             (name, value if isinstance(value, Hashable) else repr(value))
             for group in self.param_groups
@@ -381,7 +381,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return [p.grad for p in self._weights() if p.grad is not None]
 
     def _written(self) -> list[Tensor]:
-        """What the optimizer's step writes."""
+        """The tensors that the optimizer's step writes."""
         stepped = [p for p in self._weights() if p.grad is not None]
         states = [self.optimizer.state.get(p, {}) for p in stepped]
         values = chain.from_iterable(state.values() for state in states)

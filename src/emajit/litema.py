@@ -23,35 +23,35 @@ class LitEma(LitEmaState):
 
     Interface and `state_dict` are those of latent-diffusion's class: the buffers `decay` (float32,
     0-d), `num_updates` (int32, 0-d; -1 without warm-up), and each average under the name of its
-    parameter with the dots removed. Where two parameters would share that key, or something else
-    has it, the dots become slashes. Averages go on for a parameter that is frozen later.
+    parameter with the dots removed. If two parameters would share that key, or another attribute
+    has it, the dots become slashes. A parameter that is frozen later is still averaged.
 
     Args:
-        model: the module whose trainable parameters are averaged; call `track` where it gets others
-            later, or its first ones. It is not kept, except by weak references. With several
+        model: the module whose trainable parameters are averaged; call `track` after it has got
+            new ones. The LitEma holds only weak references to it. With several
             processes, build the LitEma where all have the same weights: after
             `DistributedDataParallel`, or with one seed.
         decay: the share of the average that an update keeps, in [0, 1]; or a schedule of the number
-            of updates (see `emajit.schedules`). With a schedule the buffer `decay` holds the decay
-            of the last update when the state is saved, and a loaded one has no effect.
+            of updates (see `emajit.schedules`). With a schedule, saving writes the decay of the
+            last update to the buffer `decay`, and a loaded decay has no effect.
         use_num_upates: warm up with `min(decay, (1 + n) / (10 + n))` at update n = 1, 2, ...; no
             effect beside a schedule.
         use_num_updates: the same argument, in the spelling of many copies of the class.
-        init_num_updates: the number of updates to go on from, where they are counted.
-        dtype: of the averages; default that of each parameter.
+        init_num_updates: the first value of `num_updates`, if updates are counted.
+        dtype: the dtype of the averages; default, the dtype of each parameter.
         buffers: "ignore" leaves the model's buffers, such as the statistics of BatchNorm, as they
-            are in training. Of the buffers that a `state_dict` has, "copy" holds the values at the
-            last update, and "average" averages those that are floating-point, except u and v of
-            `spectral_norm`, masks of pruned weights, scales of quantised tensors, and those with
-            infinite values, which are copied.
+            are in training. "copy" keeps the values at the last update of all buffers that a
+            `state_dict` has. "average" averages the floating-point buffers among them, and copies
+            the others, and also u and v of `spectral_norm`, masks of pruned weights, scales of
+            quantised tensors, and buffers with infinite values.
         include, exclude: names of parameters and buffers (without the prefixes of wrappers) with
-            wildcards such as "encoder.*", one or a list, or a predicate on the name. Included are
-            all by default. In a scope what is left out keeps the training weights.
-        every: update at every so many calls, counted from the construction. A state does not tell
-            how many calls there were since the last update; with the decay `schedules.every(...)`
+            wildcards such as "encoder.*", one or a list, or a predicate on the name. By default
+            all are included. Excluded parameters keep their training weights in a scope.
+        every: update at each `every`-th call, counted from the construction. A state does not hold
+            the number of calls since the last update; with the decay `schedules.every(...)`
             each call counts as an update, so that a loaded state goes on exactly.
-        rounding, nonfinite, backend: as in `emajit.update`. A state that is saved on the CPU tells
-            once, by a warning, of averages that are not finite.
+        rounding, nonfinite, backend: as in `emajit.update`. Saving a state on the CPU warns once of
+            averages that are not finite.
 
     Raises:
         ValueError: `decay` is not in [0, 1], the filter leaves no trainable parameter or has a name
@@ -127,9 +127,9 @@ class LitEma(LitEmaState):
         An update that a signal interrupts is counted if the last average was written.
 
         Raises, before anything is written: ValueError where the model lacks an averaged parameter,
-        has a trainable one that is neither averaged nor left out, or a shape differs; TypeError if
-        it is no module; RuntimeError inside of a scope, between `copy_to` after `store` and
-        `restore`, and in a compiled or captured step with `every`, where calls cannot be counted.
+        has a new trainable parameter that is not excluded, or a shape differs; TypeError if
+        it is no module; RuntimeError inside a scope, after `store` and `copy_to` until `restore`,
+        and in a compiled or captured step with `every`, where calls cannot be counted.
         """
         if self.every > 1:
             average = self.get_buffer([*self.m_name2s_name.values(), "decay"][0])
@@ -154,7 +154,7 @@ class LitEma(LitEmaState):
         except BaseException as error:
             self._count_if_written(last, updates)
             if isinstance(error, ValueError):
-                _module.check_shapes(averages, params)  # which tells of `track`
+                _module.check_shapes(averages, params)  # its message names `track`
             raise
 
     def _prepare_update(
@@ -162,7 +162,7 @@ class LitEma(LitEmaState):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], int | Tensor, Decay | Schedule]:
         """The averages of the next update, their parameters, the updates so far and the decay.
 
-        The number of updates is -1 without warm-up, and a tensor where it must not be read.
+        The number of updates is -1 without warm-up, and a tensor if the host must not read it.
         """
         averages, params = self._pairs(model)
         if self._overwritten or not averages:
@@ -174,7 +174,7 @@ class LitEma(LitEmaState):
                 {name: tensor for name, tensor in tensors.items() if name not in copies}
                 for tensors in (averages, params)
             )
-        if self.rounding == "stochastic":  # a hash of the names, whatever wraps the model
+        if self.rounding == "stochastic":  # the noise is a hash of the names, without wrappers
             bare = [self._bare[name] for name in averages]
             averages, params = (
                 dict(zip(bare, tensors.values(), strict=True)) for tensors in (averages, params)
@@ -191,8 +191,8 @@ class LitEma(LitEmaState):
     def _finish_update(
         self, model: nn.Module, updates: int | Tensor, unless: Tensor | None = None
     ) -> None:
-        """Count an update and copy buffers; a flag on the device may say that it was left out."""
-        self._count(updates, unless)  # first: what is not copied now is so by the next update
+        """Count an update and copy buffers, unless the flag `unless` on the device is true."""
+        self._count(updates, unless)  # first: the next update makes up for a missed copy
         if self._copied:
             copies, buffers = self._copies(), dict(model.named_buffers())
             values = [buffers[name] for name in copies]
@@ -205,9 +205,9 @@ class LitEma(LitEmaState):
             self._is_updated = True
 
     def copy_to(self, model: nn.Module) -> None:
-        """Copy the averages into `model`; all of them, or an error and none.
+        """Copy all averages into `model`, or raise and copy none.
 
-        An interrupt does not come between two parameters; an error of the device may.
+        An interrupt never comes between two parameters; an error of the device may.
         """
         averages, params = self._pairs(model)
         _module.check_shapes(averages, params)
@@ -220,7 +220,7 @@ class LitEma(LitEmaState):
     def store(self, parameters: Iterable[Tensor]) -> None:
         """Keep a copy of `parameters` for `restore`.
 
-        Raises RuntimeError if a copy is kept already, of the training weights.
+        Raises RuntimeError if a copy is kept already: it holds the training weights.
         """
         if self.collected_params:
             raise RuntimeError(
@@ -233,18 +233,18 @@ class LitEma(LitEmaState):
         vars(self).update(collected_params=stored, _overwritten=[])
 
     def restore(self, parameters: Iterable[Tensor]) -> None:
-        """Copy what `store` kept back into `parameters`, in order, and release it.
+        """Copy the stored values back into `parameters`, in order, and release the copy.
 
-        Buffers of a model into which `copy_to` has copied since then get their values of before it
-        back too, also where `update_bn` has written them. After an interrupt all is back, or all is
-        still stored and can be restored again.
+        If `copy_to` has written a model since `store`, its buffers get back their values from
+        before `copy_to`, also where `update_bn` has written them. After an interrupt all values are
+        back, or all are still stored and can be restored again.
 
         Raises RuntimeError if nothing is stored, and ValueError if number or shapes differ.
         """
         parameters = _module.listed("restore", parameters, self._seen)
         scope.check_outside(parameters)
         if not self.collected_params:
-            if not parameters:  # nothing of nothing
+            if not parameters:  # `store` of an empty list keeps nothing
                 return
             raise RuntimeError("restore: expected store() before, found nothing stored")
         _module.check_stored(self.collected_params, parameters)
@@ -254,10 +254,10 @@ class LitEma(LitEmaState):
         _module.at_once(copy, (vars(self).update, released))
 
     def swap(self, model: nn.Module) -> None:
-        """Enter `ema_scope(model)`, or leave the one that the last call has entered.
+        """Enter `ema_scope(model)`, or leave the scope that the last call has entered.
 
         For callers of copies of the class that exchange weights and averages by two calls. Here
-        the averages stay where they are, so that a state saved in between is that of the averages.
+        the averages stay in their buffers, so that a state saved in between holds the averages.
         """
         if self._swapped is None:
             entered = self.ema_scope(model)
@@ -273,7 +273,7 @@ class LitEma(LitEmaState):
     ) -> Iterator[None]:
         """Inside, `model` computes with the averages; afterwards its training weights are back.
 
-        As `emajit.ema_scope`, where it is told what is copied, and what a scope is not for. Code
+        As `emajit.ema_scope`, whose docstring says what is copied and what a scope is not for. Code
         that writes parameters or averaged buffers inside writes the averages: call `model.eval()`
         before. With `context` both switches are logged under that name.
 
@@ -293,5 +293,5 @@ class LitEma(LitEmaState):
 
 
 def _moved(param: Tensor, device: torch.device) -> Tensor:
-    """The parameter on the device of its average; on none, if that has no numbers."""
+    """The parameter on the device of its average; as it is, if that is the meta device."""
     return param if device.type == "meta" else param.to(device)

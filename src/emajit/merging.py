@@ -1,13 +1,13 @@
 r"""Averages over checkpoints of a run: $\theta = \sum_j c_j \theta_j$, leaf by leaf, from files.
 
 The mean of the last checkpoints ("model soup", arXiv 2203.05482; LAWA, 2306.03241), an exponential
-average of them, or what a decay of the learning rate would have given (WSM, 2507.17634):
+average of them, or an emulated decay of the learning rate (WSM, 2507.17634):
 
     emajit merge --last 5 checkpoints/ -o merged.safetensors
     emajit merge a.pt b.pt c.pt -o merged.pt --coefficients wsm:1-sqrt
 
-Sums are taken in float64 and rounded once. Of each source one leaf at a time is in memory, beside
-what is mapped from its file. The result appears whole or not at all.
+Sums are taken in float64 and rounded once. Memory holds one leaf of each source at a time, beside
+the mapped files. The result appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _number(text: str, rule: object) -> float:
 def newest(folder: str | os.PathLike[str], count: int) -> list[Path]:
     """The last `count` checkpoints in a folder, from the oldest to the newest.
 
-    By their step where all of them tell it, else by their names, numbers in them in their order.
+    Sorted by their steps if all hold one, else by their names, with numbers in numeric order.
 
     Raises ValueError where there are fewer, and OSError where the folder cannot be read.
     """
@@ -140,13 +140,13 @@ def newest(folder: str | os.PathLike[str], count: int) -> list[Path]:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    if path.name.startswith("."):  # one that is being written
+    if path.name.startswith("."):  # a file that is still being written
         return False
     return path.is_dir() or (path.is_file() and path.suffix in sources.SUFFIXES)
 
 
 def _step_of(path: Path) -> int | None:
-    """The step that a checkpoint tells, or the last number in the name of a folder's."""
+    """The step that a checkpoint holds, or the last number in the name of its folder."""
     tree = sources.content(path, on_disk=True)
     found = [search.told(part)[0] for part in search.parts(search.containers(tree))] or [None]
     return found[0]
@@ -174,30 +174,30 @@ def merge(
     r"""Write $\sum_j c_j \theta_j$ over the weights in checkpoints; returns the coefficients.
 
     Args:
-        checkpoints: files or folders, from the oldest to the newest: all that `checkpoint.read`
-            takes, and models on their own. They may differ in container, not in names, shapes and
-            kind of number.
-        out: the file, or for a first source that is a folder of `from_pretrained` a new folder with
-            its config and tokenizer. A file is written with safetensors, or with `torch.save` if it
+        checkpoints: files or folders, from the oldest to the newest: everything that
+            `checkpoint.read` takes, and plain models. They may differ in container, not in names,
+            shapes and kind of number.
+        out: the file; or a new folder with config and tokenizer, if the first source is a folder
+            for `from_pretrained`. A file is written with safetensors, or with `torch.save` if it
             ends in `.bin`, `.ckpt`, `.pt` or `.pth`.
         rule: as in `coefficients`.
         of: "averages" or "trained", where a checkpoint holds both.
-        key: where the weights are, as `key` of `checkpoint.read`.
-        integers: integer tensors are those of the last source; with "equal" they must agree.
+        key: the path of the weights, as in `checkpoint.read`.
+        integers: "last" takes integer tensors from the last source; with "equal" they must agree.
         allow_any_sum: take coefficients whose sum is not 1.
-        dtype: of floating-point tensors; default that of the first source.
+        dtype: the dtype of floating-point tensors; default, the first source's.
         base: the model of PEFT adapters. The result is this model plus the mean of their products
-            $\sum_j c_j s_j B_j A_j$. Without a base A and B are averaged apart, and the product of
-            means is not the mean of products.
-        tell: is called with the number of bytes of each tensor that is written.
+            $\sum_j c_j s_j B_j A_j$. Without a base A and B are averaged separately, and the
+            product of means is not the mean of products.
+        tell: called with the number of bytes of each written tensor.
 
     The header of a safetensors result has the sources' names, sizes and checksums, the coefficients
     and emajit's version; `emajit inspect` shows it.
 
     Raises:
-        ValueError: names, shapes or kinds differ (the first five are told); a number is not finite;
-            the coefficients do not sum to 1; a source changes while it is read, or its weights are
-            ambiguous.
+        ValueError: names, shapes or kinds differ (the message has the first five); a number is not
+            finite; the coefficients do not sum to 1; a source changes while it is read, or its
+            weights are ambiguous.
         OSError: a file cannot be read or written; FileExistsError for a folder that exists.
     """
     _tree.check_dtype(dtype)
@@ -205,7 +205,7 @@ def merge(
     c = coefficients(rule, len(paths))
     if not allow_any_sum and abs(math.fsum(c) - 1) > 1e-9:
         raise ValueError(
-            f"coefficients: expected a sum of 1, found {math.fsum(c):g}; to take them as they are, "
+            f"coefficients: expected a sum of 1, found {math.fsum(c):g}; to allow it, pass "
             "allow_any_sum=True, on the command line --allow-any-sum"
         )
     out = Path(out)
@@ -249,7 +249,7 @@ def merge(
 
 
 def told(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """What a safetensors result of `merge` was made of: sources, coefficients; None for others."""
+    """The sources and coefficients in a safetensors result of `merge`; None for other files."""
     path = Path(path)
     if path.is_dir() or not files.is_safetensors(path):
         return None
@@ -262,7 +262,7 @@ def told(path: str | os.PathLike[str]) -> dict[str, Any] | None:
         for each in held["sources"]:
             float(each["coefficient"]), int(each["bytes"]), each["name"], each["crc32"]
     except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{path}: expected what was merged, found {text:.200}") from None
+        raise ValueError(f"{path}: expected the merged sources, found {text:.200}") from None
     return held
 
 

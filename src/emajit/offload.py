@@ -1,4 +1,4 @@
-"""Averages in host memory, of parameters on a GPU (experimental: not yet measured on a GPU).
+"""Averages in host memory for parameters on a GPU (experimental: not yet measured on a GPU).
 
 An update copies the averages to the device of their parameters, averages there, and copies back:
 piece by piece, so that the device needs little memory whatever the size of the model. It runs in a
@@ -35,20 +35,20 @@ _hooks: list[Any] = []
 def init(params: Tree, *, dtype: torch.dtype | None = None, pin_memory: bool = False) -> Tree:
     """`emajit.init` in host memory, for `offload.update_`.
 
-    A read of such a leaf, or of a view of it, waits for the device. So does the call of `numpy()`;
-    a later read of that array does not wait: call `torch.cuda.synchronize()` before.
+    A read of such a leaf, or of a view of it, waits for the device. So does the call of `numpy()`,
+    but a later read of the array does not wait: call `torch.cuda.synchronize()` before it.
 
     Args:
         params: as in `emajit.init`, on CUDA devices or the CPU.
         dtype: as in `emajit.init`.
-        pin_memory: lock the pages, so that neither the host nor the training waits for `update_`:
-            it goes on in a side stream. The next `step` of an optimizer of `torch.optim` waits for
-            this stream on the device. For leaves that require no grad, such as buffers, the
-            training waits at once. Call `torch.cuda.synchronize()` before anything else writes the
-            parameters, such as operators of your own or an optimizer in a CUDA graph. PyTorch
-            rounds the locked bytes of each leaf up to a power of two, at most twice its size,
-            unless `PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:...` says otherwise, where
-            PyTorch knows that option. Without a CUDA device `pin_memory` has no effect.
+        pin_memory: lock the pages, so that `update_` runs in a side stream while host and training
+            go on. The next `step` of an optimizer of `torch.optim` waits for this stream on the
+            device. For leaves that require no grad, such as buffers, the training waits at once.
+            Call `torch.cuda.synchronize()` before anything else writes the parameters, such as
+            operators of your own or an optimizer in a CUDA graph. PyTorch rounds the locked bytes
+            of each leaf up to a power of two, at most twice its size; newer releases have the
+            option `PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:...` to limit this. Without a
+            CUDA device `pin_memory` has no effect.
 
     Raises:
         TypeError: a leaf is neither a tensor nor None.
@@ -82,13 +82,13 @@ def update_(
     rounding: Rounding = "nearest",
     nonfinite: Nonfinite = "propagate",
 ) -> Tree:
-    """`emajit.update_` of a shadow from `init`, to the same bits as on the device.
+    """`emajit.update_` of a shadow from `init`, with the same bits as on the device.
 
-    It takes up to 160 MiB on the device, more for a large leaf that is not contiguous, which is one
-    piece. Leaves of the shadow that are on the device are averaged there.
+    It takes up to 160 MiB on the device, more for a large leaf that is not contiguous, which cannot
+    be split. Leaves of the shadow that are on the device are averaged there.
 
     Raises ValueError, TypeError and RuntimeError as `emajit.update_`; ValueError also where a
-    parameter is on another device than it was, RuntimeError in a capture of a CUDA graph.
+    parameter has changed its device, RuntimeError in a capture of a CUDA graph.
     """
     _update_([shadow], params, step, [decay], rounding, nonfinite)
     return shadow
@@ -151,7 +151,7 @@ def _update_(
             )
         for (away, home), leaves in ways.items():
             part = update.part(leaves)
-            if keys is not None:  # hashed on the device and in the stream where the step is known
+            if keys is not None:  # hash on the device and in the stream that know the step
                 own = keys.part(leaves)
                 words = own.words.to(home, non_blocking=True)
                 part = part._replace(keys=own._replace(words=words).at(step))
@@ -164,8 +164,8 @@ def _update_(
 def _average_away_(update: Update, home: torch.device) -> None:
     """Launch the pieces in the side stream.
 
-    The optimizer hook does not protect leaves that require no grad, such as buffers: for those the
-    training waits, on the device.
+    The optimizer hook does not protect leaves that require no grad, such as buffers: for these
+    leaves the training stream waits.
     """
     training, side = torch.cuda.current_stream(home), side_stream(home)
     for tensor in (*update.params, *update.alphas, *(update.keys or ())):
@@ -199,7 +199,7 @@ class _Slice(NamedTuple):
 
 
 def _pieces(update: Update) -> Iterator[Update]:
-    """The update in parts of at most `_PIECE` numbers, or of one leaf that is not contiguous."""
+    """Split the update into parts of at most `_PIECE` numbers, or of one non-contiguous leaf."""
     slices: list[_Slice] = []
     count = 0
     for i in range(len(update.shadows)):
@@ -284,7 +284,7 @@ def like(leaf: Any, held: Tensor) -> Tensor:
 
 
 def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The side stream of a device. Once there is one, writers of parameters wait for them all."""
+    """The side stream of a device. The first call makes writers of parameters wait for all."""
     if not _hooks:
         _hooks.append(torch.compiler.disable(hold_training))  # type: ignore[no-untyped-call]
         register_optimizer_step_pre_hook(_hooks[0])
@@ -295,12 +295,12 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def is_hook(hook: Any) -> bool:
-    """Whether a hook of an optimizer is the one that waits for the side streams."""
+    """Whether an optimizer's hook is our hook that waits for the side streams."""
     return hook in _hooks
 
 
 def hold_training(*_: object) -> None:
-    """Make later launches wait, on the device, for the present work of the side streams.
+    """Make later launches wait, on the device, for the work queued in the side streams.
 
     A stream in capture of a CUDA graph does not wait.
     """

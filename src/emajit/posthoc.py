@@ -1,11 +1,11 @@
-r"""The averaging length chosen after training: reconstruct any average from snapshots of two.
+r"""Choose the averaging length after training: reconstruct any average from snapshots of two.
 
 Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models" (arXiv
 2312.02696), section 3 and appendix C. The power-function average of the weights $\theta$ at time
 $T$ is $\int_0^T p(t) \theta(t) dt$ with the profile $p(t) = (\gamma + 1) t^\gamma / T^{\gamma + 1}$
 on $[0, T]$. Its length, relative to the run, is $\sigma_{rel}$, the standard deviation of $p$
 divided by $T$. A weighted sum of averages is the average of the same weighted sum of profiles: so
-the profile that is wanted is fitted with those of the snapshots.
+the wanted profile is fitted by the profiles of the snapshots.
 """
 
 from __future__ import annotations
@@ -78,17 +78,17 @@ def save(
     header. A resumed run that comes to the same step writes the same file again.
 
     Args:
-        folder: where to; it is made.
-        shadow: a pytree, averaged with `schedules.power_function(sigma_rel)`, or a list of those.
+        folder: the folder, which is created if missing.
+        shadow: a pytree averaged with `schedules.power_function(sigma_rel)`, or a list of such.
         step: how many updates the shadow has taken, at least 1.
-        sigma_rel: the relative length of the average, or of each.
-        dtype: of the floating-point leaves in the file; default their own. float16 halves the file
-            and rounds a weight by at most 4.9e-4 of itself, and so a reconstruction within the span
-            of the lengths by about half of that; weights below 6e-5 by up to 3e-8.
+        sigma_rel: the relative length of the average, or a list of one per average.
+        dtype: the dtype of floating-point leaves in the file; default, their own. float16 halves
+            the file; its relative rounding error is at most 4.9e-4 (below 6e-5 an absolute 3e-8),
+            about half as much in a reconstruction within the span of the lengths.
 
     Raises:
-        ValueError: `shadow` and `sigma_rel` are not of one length, `sigma_rel` is out of range,
-            the step is 0, `dtype` is not floating-point, or a finite number is beyond its largest.
+        ValueError: `shadow` and `sigma_rel` differ in length, `sigma_rel` is out of range,
+            the step is 0, `dtype` is not floating-point, or a finite number overflows in it.
         TypeError, OSError: as `emajit.checkpoint.save`.
 
     Returns the files.
@@ -117,7 +117,7 @@ def save(
 
 
 def _listed(sigma_rel: float | Sequence[float]) -> tuple[list[float], bool]:
-    """The lengths, and whether they came as several."""
+    """The lengths as a list, and whether a list was given."""
     if _is_number(sigma_rel):
         return [float(sigma_rel)], False
     if isinstance(sigma_rel, Iterable) and not isinstance(sigma_rel, str):
@@ -141,7 +141,7 @@ def _check_range(which: str, shadow: Any, dtype: torch.dtype | None) -> None:
 def snapshots(folder: str | os.PathLike[str]) -> list[Snapshot]:
     """List the snapshots that `save` has put into `folder`, sorted by step, then by gamma.
 
-    Other files of `emajit.checkpoint.save`, and those that are being written, are left out.
+    Other files of `emajit.checkpoint.save`, and files still being written, are left out.
 
     Raises:
         ValueError: a `.safetensors` file there is broken, or not from emajit.
@@ -168,17 +168,17 @@ def window(
     r"""The mean of the weights after the steps `start + 1` to `stop`, from means since the start.
 
     Of means $A_1$ over $t_1$ steps and $A_2$ over $t_2 > t_1$, $(t_2 A_2 - t_1 A_1) / (t_2 - t_1)$
-    is exactly the mean of the steps in between. The rounding of the files is multiplied, by
-    $(t_1 + t_2) / (t_2 - t_1)$ at most: save float64 where the window is a small part of the run.
+    is exactly the mean of the steps in between. It multiplies the rounding errors of the files by
+    $(t_1 + t_2) / (t_2 - t_1)$ at most: save float64 if the window is a small part of the run.
 
     Args:
         averages: snapshots of an average with `schedules.uniform()`, saved with `sigma_rel` $=
-            1 / \sqrt{12}$; or files that `checkpoint.read` knows and that tell their step, such as
+            1 / \sqrt{12}$; or files that `checkpoint.read` knows and that hold their step, such as
             icefall's, with `model_avg` and `batch_idx_train`.
-        start: $t_1$, the step of one of them, or 0.
-        stop: $t_2$, the step of another.
+        start: $t_1$, the step of one average, or 0.
+        stop: $t_2$, the step of another average.
 
-    Returns the mean in float64, by name; what is not floating-point is that at `stop`.
+    Returns the mean in float64, by name; leaves that are not floating-point come from `stop`.
 
     Raises ValueError where no average has one of the steps, a snapshot is of another profile, the
     names differ, or `start` is not before `stop`.
@@ -231,8 +231,8 @@ def profile(t: Tensor, step: float, gamma: float) -> Tensor:
         step: $T$, the time of the average.
         gamma: its exponent.
 
-    Returns float64 of the shape of `t` (float32 on a device without), zero after $T$. Its integral
-    is 1.
+    Returns float64 (float32 on a device without it) of the shape of `t`, zero after $T$. The
+    profile's integral is 1.
     """
     x = t.to(_devices.widest(t.device)) / step
     return torch.where((x >= 0) & (x <= 1), (gamma + 1) / step * x**gamma, 0.0)
@@ -246,16 +246,16 @@ def solve_coefficients(
     Minimises $\int (\sum_i x_i p_i(t) - p(t))^2 dt$ over coefficients with $\sum_i x_i = 1$. With
     $A_{ij} = \langle p_i, p_j \rangle$ and $b_i = \langle p_i, p \rangle$ that is
     $A x + \lambda = b$, in float64. arXiv 2312.02696, section 3.2 and appendix C, leaves the sum
-    free; then weights that stand still shrink with it, by up to a tenth at a step between two
-    snapshots. Of profiles that are nearly the same the least coefficients are taken.
+    free; then constant weights shrink with the sum, by up to a tenth at a step between two
+    snapshots. Nearly equal profiles get the solution of least norm.
 
     Args:
         steps: the time of each profile.
-        gammas: the exponent of each.
-        step: the time of the wanted one.
+        gammas: the exponent of each profile.
+        step: the time of the wanted profile.
         gamma: its exponent.
 
-    Raises ValueError where there are no profiles, `steps` and `gammas` are not of one length, a
+    Raises ValueError where there are no profiles, `steps` and `gammas` differ in length, a
     step is not positive, or an exponent is negative.
 
     >>> x, error = solve_coefficients([50, 100, 50, 100], [6.94, 6.94, 16.97, 16.97], 100, 10.0)
@@ -270,7 +270,7 @@ def solve_coefficients(
         raise ValueError("steps and gammas: expected steps > 0 and gammas >= 0, found others")
     t, g = (torch.as_tensor(values, dtype=torch.float64) for values in (steps, gammas))
     end, exponent = (torch.tensor(value, dtype=torch.float64) for value in (step, gamma))
-    # Times the step, all are of the size of the ones in the constraint.
+    # Scaled by the step, all entries are of the order of the ones in the constraint.
     a = step * _inner(t[:, None], g[:, None], t, g)
     b = step * _inner(t, g, end, exponent)
     size = step * _inner(end, exponent, end, exponent)
@@ -285,8 +285,8 @@ def solve_coefficients(
 def _inner(t: Tensor, g: Tensor, u: Tensor, h: Tensor) -> Tensor:
     r"""$\langle p_{t,g}, p_{u,h} \rangle$ for times $t$ and $u$ with exponents $g$ and $h$.
 
-    $\frac{(g+1)(h+1)}{g+h+1} m^{g+h+1} / (t^{g+1} u^{h+1})$, where $m$ is the lesser of the times;
-    as powers of ratios, which do not overflow.
+    $\frac{(g+1)(h+1)}{g+h+1} m^{g+h+1} / (t^{g+1} u^{h+1})$, where $m$ is the lesser of the times,
+    computed as powers of ratios, which do not overflow.
     """
     m = torch.minimum(t, u)
     return (g + 1) * (h + 1) / (g + h + 1) * (m / t) ** (g + 1) * (m / u) ** (h + 1) / m
@@ -317,29 +317,29 @@ def reconstruct(
 ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
     """The average of another length, from snapshots of a run.
 
-    The files are read leaf by leaf and summed in float64: beside the result there is one leaf, in
-    float64 for each length, in memory. Leaves without a fraction, such as counts among buffers, and
-    elements that are not finite, such as those of a mask, are those of the last snapshot.
+    The files are read leaf by leaf and summed in float64: beside the result, memory holds one
+    float64 leaf per length. Integer leaves, such as counts among buffers, and elements that are
+    not finite, such as those of a mask, come from the last snapshot.
 
     Args:
         snapshots: from `snapshots(folder)`.
-        sigma_rel: the relative length that is wanted, or several, which are read in one go.
-        step: the number of updates after which it is wanted; default, that of the last snapshot.
-        dtype: of the floating-point leaves of the result.
+        sigma_rel: the wanted relative length, or several, for which the files are read once.
+        step: the number of updates at which the average is wanted; default, the last snapshot's.
+        dtype: the dtype of the floating-point leaves of the result.
 
     Returns a dict of the weights by name; a list of such dicts for several lengths.
 
     Raises:
         ValueError: no snapshots, none up to `step`, or `step` after the last one; two of one step
             and length; a file that is corrupt, or has other leaves; a length out of range; a
-            `dtype` without fractions, or too narrow for a weight.
+            `dtype` that is not floating-point, or overflows at a weight.
         TypeError: an argument of another type.
         OSError: a file cannot be read.
 
-    Warns where a length is outside the saved span, where a step lacks a length that other steps
-    have, where a file is older than a file of an earlier step, as if from another run, and where
-    the error of the profile or the rounding of the files would show. The first and the last of
-    these warnings tell the expected error.
+    Warns if a length is outside the saved span, if a step lacks a length that other steps
+    have, if a file is older than a file of an earlier step (so perhaps from another run), and if
+    the profile's error exceeds 5% or the rounding of the files 1%. The first and the last of
+    these warnings give the expected error.
     """
     lengths, several = _listed(sigma_rel)
     if dtype is None:
@@ -390,7 +390,7 @@ def _warn_of_gaps(chosen: Sequence[Snapshot]) -> None:
 
 
 def _warn_of_two_runs(chosen: Sequence[Snapshot]) -> None:
-    """A run writes its snapshots one after the other; files that were there before are older."""
+    """Warn if a file is older than a file of an earlier step: one run writes them in order."""
     newest = -math.inf, Path()
     for _, group in groupby(chosen, key=lambda snapshot: snapshot.step):
         dated = [(snapshot.path.stat().st_mtime, snapshot.path) for snapshot in group]
@@ -410,7 +410,7 @@ def _warn_of_errors(
     rounding = float(solution.coefficients.norm()) * unit
     if outside or solution.error > 0.05 or rounding > 0.01:
         span = " to ".join([f"{gamma_to_sigma_rel(g):.3f}" for g in (max(gammas), min(gammas))])
-        where = f"outside of {span}, what was saved" if outside else f"within {span}"
+        where = f"outside of {span}, the saved lengths" if outside else f"within {span}"
         message = (
             f"sigma_rel {sigma_rel:g} is {where}: the expected error is {solution.error:.2g} of "
             f"the profile, and {rounding:.2g} of each weight from the rounding of the files"
@@ -419,7 +419,7 @@ def _warn_of_errors(
 
 
 def _unit(snapshot: Snapshot) -> float:
-    """The largest share of itself by which a number in the file was rounded."""
+    """The largest relative rounding error of a number in the file."""
     with opened(snapshot.path) as file:
         dtypes = {file.form(name)[1] for name in file.names()}
     known = [dtype for dtype in dtypes if isinstance(dtype, torch.dtype)]
@@ -433,7 +433,7 @@ def summed(
     dtype: torch.dtype,
     tell: Callable[[int], object] = lambda _: None,
 ) -> list[dict[str, Tensor]]:
-    """The weights by name, for each solution; `tell` is told how many names each leaf has."""
+    """The weights by name, for each solution; `tell` gets the number of names of each leaf."""
     results: list[dict[str, Tensor]] = [{} for _ in solutions]
     with ExitStack() as stack:
         held = [stack.enter_context(opened(snapshot.path)) for snapshot in chosen]
@@ -473,7 +473,7 @@ def _read(file: Saved, name: str) -> Tensor:
 
 
 def _with_mask(total: Tensor, newest: Tensor) -> Tensor:
-    """A sum; what is not finite in the last snapshot, such as a mask, is as there."""
+    """The sum, with non-finite elements, such as a mask's, from the last snapshot."""
     finite = newest.isfinite()
     return total if bool(finite.all()) else torch.where(finite, total, newest.to(total.dtype))
 

@@ -6,12 +6,12 @@ call), to the decay $\beta$, the share of the old shadow that is kept. A Python 
 every step), without being read back, so that a schedule can be traced by `torch.compile` and
 captured in a CUDA graph.
 
-On a device without float64 (MPS) the decay of a tensor is float32, of which 1 minus the decay has
-lost its last digits; there an update asks `schedule.alpha(step)` for that difference, which every
-schedule of this module computes by a formula of its own.
+On a device without float64 (MPS) the decay for a tensor step is float32, and 1 - decay would lose
+its last digits. There an update calls `schedule.alpha(step)`, which every schedule of this module
+computes without cancellation.
 
-Every factory here raises ValueError for an argument outside its range. What it returns can be
-printed, compared and pickled as its call.
+Every factory here raises ValueError for an argument outside its range. A schedule is printed,
+compared and pickled as the call that made it.
 
 >>> every(warmup(0.999), 4)
 every(warmup(0.999), 4)
@@ -47,7 +47,7 @@ class _Schedule:
         return self._schedule(step)
 
     def _call(self) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
-        """The same however it was written. Not made with the schedule: that may be in a trace."""
+        """The call in one normal form; computed on demand, since the factory may be traced."""
         name, args, kwargs = self._made
         bound = inspect.signature(globals()[name]).bind(*args, **kwargs)
         return name, bound.args, bound.kwargs
@@ -61,7 +61,7 @@ class _Schedule:
         return isinstance(other, _Schedule) and self._call() == other._call()
 
     def __hash__(self) -> int:
-        return hash(_Schedule)  # torch 2.11 traces with instances that nothing has initialised
+        return hash(_Schedule)  # torch 2.11 hashes instances before `__init__` in a trace
 
     def __reduce__(self) -> Any:
         return _make, self._made
@@ -82,7 +82,7 @@ def _factory(function: Callable[P, Schedule]) -> Callable[P, Schedule]:
 
 
 def _alpha(schedule: Schedule, step: Step) -> Decay:
-    alpha = getattr(schedule, "alpha", None)  # which a schedule of the user's need not have
+    alpha = getattr(schedule, "alpha", None)  # a user's schedule may not have it
     return 1 - schedule(step) if alpha is None else alpha(step)
 
 
@@ -165,7 +165,7 @@ def power_function(sigma_rel: float | None = None, gamma: float | None = None) -
 
     $\sigma_{rel} = (\gamma + 1)^{1/2} (\gamma + 2)^{-1} (\gamma + 3)^{-1/2}$
 
-    An average that is updated at each k-th training step only has the same profile, since the step
+    An average updated only at each k-th training step has the same profile, since the step
     counts its updates: `every(power_function(...), k)` is the same schedule.
 
     >>> schedule = power_function(sigma_rel=0.10)
@@ -195,7 +195,7 @@ def sigma_rel_to_gamma(sigma_rel: float | Sequence[float] | Tensor) -> float | T
     r"""The exponent $\gamma$ of the power-function average of a relative length.
 
     The largest root of $\gamma^3 + 7\gamma^2 + (16 - \sigma^{-2})\gamma + (12 - \sigma^{-2})$, from
-    arXiv 2312.02696, section 3.1. Of a number a float; of several a float64 tensor of their shape.
+    arXiv 2312.02696, section 3.1. A float for a number, else a float64 tensor of the same shape.
 
     Raises ValueError where `sigma_rel` is not in $(0, 1/\sqrt{12}]$.
 
@@ -400,8 +400,8 @@ def every(schedule: Schedule, interval: int) -> Schedule:
     r"""For a shadow updated at each `interval`-th step only: the product of that many decays.
 
     $\beta'_t = \prod_{i<k} \beta_{kt + i}$ with $k$ the `interval`. Here $t$ counts the updates of
-    the shadow, and $\beta$ is written for an update at each training step. What the parameters did
-    within an interval counts as if they had stood still at its end.
+    the shadow, and $\beta$ is written for an update at each training step. Within an interval the
+    parameters count as if they were held at their value at its end.
 
     >>> sparse = every(constant(0.99), interval=10)
     >>> [round(sparse(step), 4) for step in range(3)]

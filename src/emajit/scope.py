@@ -1,4 +1,4 @@
-"""Evaluate a model with its averaged weights: for a while, or as a module of their own."""
+"""Evaluate a model with its averaged weights: in a context, or as a separate module."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from emajit import _exchange, _pairs, _shards, _torch
 from emajit._context import contextmanager
 
 # The entered scopes, in order, each with the ids of its parameters and buffers, which the scope
-# keeps alive. Each operation on a dict is atomic, whatever thread or signal comes.
+# keeps alive. Each operation on a dict is atomic for threads and signals.
 _inside: dict[object, set[int]] = {}
 
 # Called before emajit writes parameters: each makes the writer wait for a stream that reads them.
@@ -25,11 +25,11 @@ before_writing: list[Callable[[], object]] = []
 
 
 def prepare_to_write() -> None:
-    """Wait for the streams that still read parameters, and clear what was computed of them.
+    """Wait for the streams that still read parameters, and clear the caches computed from them.
 
-    `torch.autocast` casts each parameter once, and computes with this copy to its end, whatever is
-    written into the parameter meanwhile, or to which memory it refers. `parametrize.cached` keeps
-    the weights that parametrizations compute.
+    `torch.autocast` casts each parameter once and uses this copy until it ends, even if the
+    parameter is written or refers to other memory meanwhile. `parametrize.cached` keeps the
+    weights that parametrizations compute.
     """
     for wait in before_writing:
         wait()
@@ -38,14 +38,14 @@ def prepare_to_write() -> None:
 
 
 def _forgetting() -> list[_exchange.Call]:
-    """The calls that clear what was computed of parameters, and is used in their stead."""
+    """The calls that clear the caches computed from parameters."""
     return [(torch.clear_autocast_cache,), (_torch.parametrized().clear,)]
 
 
 def check_outside(tensors: Iterable[Tensor], *, before: object = None) -> None:
-    """Raise RuntimeError if one of `tensors` holds averaged weights in an `ema_scope` now.
+    """Raise RuntimeError if one of `tensors` is inside an `ema_scope` now.
 
-    Given `before`, an entered scope, only scopes that were entered earlier count.
+    With `before`, an entered scope, only scopes entered earlier count.
     """
     if not _inside:
         return
@@ -61,39 +61,38 @@ def check_outside(tensors: Iterable[Tensor], *, before: object = None) -> None:
 def ema_scope(model: nn.Module, shadow: Mapping[str, Any], *, copy: bool = False) -> Iterator[None]:
     """A context in which `model` computes with the tensors of `shadow` themselves.
 
-    Nothing is copied: each parameter refers to the memory of its average inside, and to its own
-    again afterwards, whatever was raised, and whenever Ctrl-C came. The `nn.Parameter` objects stay
-    the same, so optimizers, hooks, tied weights and compiled models keep working. Only an average
-    with another dtype than its parameter is cast. Code that writes a parameter inside (an
-    optimizer's step, `load_state_dict`) writes the average, and an error at the end says so; no
-    error tells of writes through `.data` or in `torch.inference_mode`, and of those to averages of
-    buffers: call `model.eval()` if there are any. The other buffers are those of training: what is
-    written into them inside, as by `update_bn`, is undone at the end.
+    Nothing is copied: inside, each parameter refers to the memory of its average; afterwards it
+    refers to its own memory again, also after an exception or Ctrl-C. The `nn.Parameter` objects
+    stay the same, so optimizers, hooks, tied weights and compiled models keep working. An average
+    is cast only if its dtype is not its parameter's. Code that writes a parameter inside (an
+    optimizer's step, `load_state_dict`) writes the average, and the end of the scope raises an
+    error. Writes through `.data`, in `torch.inference_mode`, or to averages of buffers go
+    unnoticed: call `model.eval()` if buffers are averaged. The other buffers keep the values of
+    training: a write into them inside, as by `update_bn`, is undone at the end.
 
-    Where it can be seen that others find a parameter at its memory, the average is copied into it,
-    and the training weight kept meanwhile: after `share_memory()`, in a flat buffer with others,
-    and in DTensors and other tensors that wrap tensors (quantised weights), since FSDP gathers
-    parameters from memory of its own. So are weights with a `max_norm`, which an embedding's
-    forward writes. No process waits for another. `copy` is for those who cannot be seen: captured
-    CUDA graphs, and views of a whole parameter.
+    If a parameter visibly shares its memory, the average is copied into it, and a copy of the
+    training weight is kept meanwhile: after `share_memory()`, in a flat buffer with others, and for
+    DTensors and other subclasses that wrap tensors (quantised weights). The same holds for weights
+    with a `max_norm`, which an embedding's forward writes. No process waits for another. Use `copy`
+    where sharing is invisible: for captured CUDA graphs, and views of a whole parameter.
 
-    What the model has computed of its weights before is not of the averages, such as an adapter
-    that `eval()` has merged into a frozen weight: unmerge it before, and merge it in a copy, or in
-    what `averaged_module` gives.
+    Values that the model has computed from its weights before stay the training's, such as an
+    adapter that `eval()` has merged into a frozen weight: unmerge it before the scope, or merge it
+    in a copy or in the module that `averaged_module` returns.
 
-    It is for evaluation. Do not backpropagate across the boundary: autograd raises, except for
-    graphs from before the scope that are used after it, and, without an error, where activation
-    checkpointing computes a forward from inside again outside, with the training weights. An export
-    or a trace made inside refers to the training weights or to the averages afterwards, a kept
-    `state_dict()` to the averages, which go on changing, unless it is copied: for those, use
-    `averaged_module`. What saves a model inside (accelerate's `save_state`) saves the averages.
+    Use it for evaluation only. Do not backpropagate across the boundary: autograd raises, except
+    for graphs from before the scope that are used after it, and where activation checkpointing
+    recomputes a forward from inside after the scope, with the training weights. After the scope an
+    export or a trace made inside may refer to the training weights or the averages, and a kept
+    `state_dict()` refers to the averages, which go on changing: use `averaged_module` for these.
+    Code that saves a model inside (accelerate's `save_state`) saves the averages.
 
     Args:
         model: any module; one inside `torch.compile`, DDP or activation checkpointing is fine.
-        shadow: averages by the names of `named_parameters()`, with or without the prefixes that
-            such wrappers add; in a nested mapping the parts of a name. Averages of buffers may be
-            among them. A parameter that does not require grad may be left out, and so may all but
-            one of the names of a tied one.
+        shadow: averages by the names of `named_parameters()`, with or without the prefixes of such
+            wrappers, flat or nested by the parts of a name. It may hold averages of buffers, and
+            may leave out parameters that do not require grad and all but one of the names of a
+            tied parameter.
         copy: copy every average into the memory of its parameter, as described above.
 
     Raises:
@@ -102,7 +101,7 @@ def ema_scope(model: nn.Module, shadow: Mapping[str, Any], *, copy: bool = False
         TypeError: `model` is not a module, or `shadow` is not a mapping.
         RuntimeError: the model is inside such a scope already, in this thread or another; or, at
             the end, a parameter was written, or the model has other parameters than before, as
-            `remove_parametrizations` gives it.
+            after `remove_parametrizations`.
 
     >>> model, shadow = nn.Linear(1, 1, bias=False), {"weight": torch.tensor([[2.0]])}
     >>> with torch.no_grad(), ema_scope(model, shadow):
@@ -119,7 +118,7 @@ def ema_scope(model: nn.Module, shadow: Mapping[str, Any], *, copy: bool = False
 def exchanged(
     model: nn.Module, averages: list[tuple[Tensor, Tensor]], *, copy: bool = False
 ) -> Iterator[None]:
-    """A context in which tensors of `model` are their averages; it gives other buffers back, too.
+    """A context in which tensors of `model` are their averages; its end restores other buffers too.
 
     A signal is handled before an exchange or after it, never between two tensors.
     """
@@ -157,13 +156,13 @@ def averaged_module(model: nn.Module, shadow: Mapping[str, Any]) -> nn.Module:
 
     Parameters without an average, which do not require grad in `model`, are shared with it. Buffers
     are the shadow's where it has them, else copies made now. Everything else is deep-copied:
-    submodules, hooks, attributes. It is in the mode of `model`; call `eval()` where BatchNorm
-    should not write its statistics and dropout should be off. The wrappers of `torch.compile`,
-    `DataParallel` and `DistributedDataParallel` around the whole model are dropped.
+    submodules, hooks, attributes. The module is in the training mode of `model`; call `eval()` to
+    switch dropout off and to keep BatchNorm from writing its statistics. The wrappers of
+    `torch.compile`, `DataParallel` and `DistributedDataParallel` around the model are dropped.
 
-    The module computes in the dtype of the shadow: averages in float32 of a bfloat16 model want
-    float32 inputs, or `torch.autocast`. A floating-point buffer is copied to the dtype of the
-    averages whose parameters have the dtype of the buffer, if these averages share one.
+    The module computes in the dtype of the shadow: float32 averages of a bfloat16 model need
+    float32 inputs, or `torch.autocast`. Copied floating-point buffers change dtype like the
+    parameters of their dtype: to the dtype of these parameters' averages, if all share one.
 
     Args:
         model: the trained module, outside of an `ema_scope`. It is not changed.
@@ -204,7 +203,7 @@ def averaged_module(model: nn.Module, shadow: Mapping[str, Any]) -> nn.Module:
             beside = dtypes.get(buffer.dtype, ())
             dtype = next(iter(beside)) if len(beside) == 1 else buffer.dtype
             copies[id(buffer)] = buffer.detach().to(dtype, copy=True)
-    for module in model.modules():  # such as the weight that an old `weight_norm` has computed
+    for module in model.modules():  # tensor attributes, such as the weight of an old `weight_norm`
         for value in vars(module).values():
             if isinstance(value, Tensor):
                 copies.setdefault(id(value), value.detach().clone())
@@ -212,7 +211,7 @@ def averaged_module(model: nn.Module, shadow: Mapping[str, Any]) -> nn.Module:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module in the wrappers around it."""
+    """The module inside its wrappers."""
     wrappers = nn.DataParallel, nn.parallel.DistributedDataParallel
     while True:
         if isinstance(model, wrappers):
@@ -229,5 +228,5 @@ def _check_present(averages: list[tuple[Tensor, Tensor]]) -> None:
         if tensor.is_meta and not average.is_meta:
             raise ValueError(
                 f"model: expected parameters with memory, found one of shape {tuple(tensor.shape)} "
-                "on the meta device; give the model memory, or remove the hooks that take it away"
+                "on the meta device; load the weights, or remove the hooks that unload them"
             )

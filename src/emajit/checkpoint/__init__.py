@@ -1,10 +1,10 @@
-"""Averages in files: `save` and `load` for a shadow and its step, `read` and `write` for the rest.
+"""Averages in files: `save` and `load` for a shadow and its step, `read` and `write` for others.
 
-`save` and `load` keep a shadow in a file of safetensors, written atomically, and read whole or not
-at all. A dict of named parameters is in it under its own names, for any program that reads
+`save` and `load` keep a shadow in a safetensors file, written atomically, and read whole or not
+at all. The file has the names of a dict of named parameters, for any program that reads
 safetensors. `save_sharded` and `load_sharded` keep a shadow of DTensors in a folder of
 `torch.distributed.checkpoint`. `read` finds the averages in a checkpoint of another library, and
-`write` writes them in another layout; `emajit.checkpoint.layouts` has a module for each.
+`write` writes them in another layout; `emajit.checkpoint.layouts` has a module for each layout.
 """
 
 from emajit.checkpoint.averaged import Averaged

@@ -1,4 +1,4 @@
-"""The zip archives that `torch.save` writes: what must be known of one before torch maps it."""
+"""The zip archives that `torch.save` writes: checks before torch maps one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ITEM_SIZES = {  # of the storages of one dtype, as torch.save names them
 
 
 def is_stored(path: Path) -> bool:
-    """Whether the bytes of each record are those of the file: not of one that was zipped anew."""
+    """Whether no record is compressed, so that torch can map the file."""
     with zipfile.ZipFile(path) as archive:
         return all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
 
@@ -43,18 +43,18 @@ def check_lengths(path: Path) -> None:
 
 
 def _held(path: Path, record: zipfile.ZipInfo) -> bytes:
-    """The bytes of a record that is not compressed, whatever its checksum is, as torch reads it."""
+    """The bytes of an uncompressed record, without a check of its checksum, like torch."""
     if record.compress_type != zipfile.ZIP_STORED:
         return b""
     with path.open("rb") as file:
         file.seek(record.header_offset + 26)
-        lengths = struct.unpack("<HH", file.read(4))  # of the name, and of what follows it
+        lengths = struct.unpack("<HH", file.read(4))  # of the name and of the extra field
         file.seek(sum(lengths), io.SEEK_CUR)
         return file.read(record.file_size)
 
 
 class _Lengths(pickle.Unpickler):
-    """Finds how many bytes each storage in a file of `torch.save` has; makes no object of it."""
+    """Finds the number of bytes of each storage in a file of `torch.save`; makes no object."""
 
     def __init__(self, file: Any) -> None:
         super().__init__(file)
@@ -70,7 +70,7 @@ class _Lengths(pickle.Unpickler):
 
 
 class _Nothing:
-    """In place of any pickled object and of any function that makes one."""
+    """Replaces any pickled object and any function that makes one."""
 
     def __init__(self, *_: object, **__: object) -> None:
         pass

@@ -1,4 +1,4 @@
-"""The averages of a checkpoint, the interface of a layout, and helpers that several layouts use."""
+"""The averages of a checkpoint, the interface of a layout, and helpers for several layouts."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ NO_NAMES = "found none; pass names=model, on the command line --names FILE"
 
 
 class NotOneError(ValueError):
-    """A checkpoint with no average or with several; the lines of the message are a table."""
+    """A checkpoint has no average or several; the message is a table of the candidates."""
 
 
 class Averaged(NamedTuple):
     """The averages of a checkpoint.
 
-    weights: the averaged parameters, and the trained values of what is not averaged (buffers,
+    weights: the averaged parameters, and the trained values of all other tensors (buffers,
         frozen parameters), under the names of the model's own `state_dict`.
     layout: the layout of the checkpoint.
-    step: how many updates the averages have taken, where that is known; of ema-pytorch how many
+    step: how many updates the averages have taken, if known; for ema-pytorch the number of
         calls, of which by default one in ten is an update.
-    decay: the decay of an update, where that is known.
+    decay: the decay of an update, if known.
     raw_only: the names in `weights` that are not averages.
-    raw: the trained weights under the same names, where the checkpoint holds them too.
+    raw: the trained weights under the same names, if the checkpoint holds them too.
     others: how many tensors of the checkpoint are neither averages nor trained weights.
-    path: where the averages are in the checkpoint, as `key` of `checkpoint.read` takes it.
-    raw_path: where the trained weights are, if not where the layout has them.
-    why: what tells that these are the averages.
-    sigma_rel: the length of a power-function average relative to the run, where that is known.
+    path: the path of the averages in the checkpoint, as `key` of `checkpoint.read` takes it.
+    raw_path: the path of the trained weights, if the layout has no place for them.
+    why: the reason why these are taken for averages.
+    sigma_rel: the length of a power-function average relative to the run, if known.
     """
 
     weights: dict[str, Tensor]
@@ -54,12 +54,12 @@ class Averaged(NamedTuple):
 class Reading(NamedTuple):
     """One average as a layout holds it, before its parameters have the names of the model.
 
-    layout: what `Averaged.layout` says.
+    layout: as in `Averaged`.
     averages: by name, or in the order of the parameters.
     step, decay, sigma_rel: as in `Averaged`.
-    raw: the trained weights, where the layout has a place for them.
+    raw: the trained weights, if the layout has a place for them.
     flat: whether `averages` has the keys of a `LitEma`, which are names without their dots.
-    path: of the averages, in the mapping that the layout has read.
+    path: the path of the averages in the mapping that the layout has read.
     """
 
     layout: str
@@ -73,7 +73,7 @@ class Reading(NamedTuple):
 
 
 class Names(NamedTuple):
-    """The names of a model's parameters, in order and if they are given, and of its buffers."""
+    """The names of a model's parameters in order (None if not given), and of its buffers."""
 
     parameters: list[str] | None
     buffers: list[str]
@@ -83,10 +83,10 @@ class Writer(NamedTuple):
     """How a layout is written.
 
     name: its name in `checkpoint.write` and in the command.
-    state: the content of a file, made of averages and names. Raises ValueError where the averages
+    state: makes the content of a file from averages and names. Raises ValueError where the averages
         lack something that the layout holds, such as a step.
     safetensors: whether the content is a flat state, which safetensors can hold. Such a layout is
-        written with `torch.save` only where the path asks for it.
+        written with `torch.save` only if the suffix of the path asks for it.
     torch_key: the key under which `torch.save` gets the content; "" for none.
     by_position: whether the averages are a list in the order of the model's parameters.
     """
@@ -158,7 +158,7 @@ def prefixes(state: State, *marks: str) -> list[str]:
 
 
 def step_of(value: Any) -> int | None:
-    """The number of updates in a file, or None if the file does not tell it."""
+    """The number of updates in a file, or None if the file has none."""
     try:
         return None if value is None else int(value)
     except (OverflowError, RuntimeError, TypeError, ValueError):
@@ -166,7 +166,7 @@ def step_of(value: Any) -> int | None:
 
 
 def by_position(layout: str, averages: Any, names: Names) -> dict[str, Tensor]:
-    """Name the averages in a list by the names of the parameters, which must be as many."""
+    """Name the averages in a list by the parameters' names, of which there must be as many."""
     if names.parameters is None:
         raise ValueError(f"{layout}: expected names, since its averages have none, {NO_NAMES}")
     if len(averages) != len(names.parameters):
@@ -190,10 +190,10 @@ def completed(
     step: int | None = None,
     decay: float | None = None,
 ) -> Averaged:
-    """The averages, completed by the trained values of what is not averaged.
+    """The averages, completed by the trained values of all other tensors.
 
-    An average of a tied parameter is there under every name that the parameter has in `raw`, also
-    in a file that has its numbers twice (`files.tie_equal`).
+    The average of a tied parameter gets every name that the parameter has in `raw`, also
+    if the file has its numbers twice (`files.tie_equal`).
     """
     by_identity = {
         _alias.identity(raw[name]): average for name, average in averages.items() if name in raw
@@ -206,7 +206,7 @@ def completed(
 
 
 def averages_of(averaged: Averaged) -> dict[str, Tensor]:
-    """The averages alone, each tied one only under its first name."""
+    """The averages alone, tied ones only under their first name."""
     named = {n: v for n, v in averaged.weights.items() if n not in averaged.raw_only}
     tied = _alias.ties(named)
     return {name: value for name, value in named.items() if name not in tied}

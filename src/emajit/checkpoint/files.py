@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and safetensors files tensor by tensor."""
+"""Write files whole or not at all, and read and write safetensors tensor by tensor."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 
 
 def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
-    """Write a file whole or not at all: `fill` a neighbour of it, and rename that when it is safe.
+    """Write a file whole or not at all: `fill` a temporary file, sync it, and rename it to `path`.
 
-    The neighbour has a name of its own, so that two writers do not mix. A link stays a link, and a
-    file keeps its permissions.
+    Each temporary file has a random name, so that two writers do not mix. A link stays a link, and
+    a file keeps its permissions.
     """
     path = Path(os.path.realpath(path))
     if path.is_dir():
@@ -78,7 +78,7 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Make the renaming in `folder` last, where the system can."""
+    """Flush a rename in `folder` to the disk, where the system can."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -98,13 +98,13 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file, one tensor at a time in host memory.
 
-    `metadata` is made of the `checksum` and the form of each tensor. Those in `casts` are cast as
-    they are written, and `tell` is told the bytes of each that is. safetensors' own writer leaves
-    the file unreadable to others, does not wait for the disk, and wants all tensors at once.
+    `metadata` gets the `checksum` and the form of each tensor. Tensors in `casts` are cast as they
+    are written, and `tell` is called with the bytes of each tensor. safetensors' own writer makes
+    the file unreadable to other users, does not sync it, and needs all tensors at once.
 
-    Raises ValueError for a name that is no text, a tensor without memory of its own or of a dtype
-    that the format does not have, a finite number that its cast has as infinite, and a header
-    beyond 100 MB, which nothing would read.
+    Raises ValueError for a name that is no text, a tensor that is not dense or of a dtype
+    that the format does not have, a finite number that overflows in its cast, and a header
+    beyond 100 MB, which no reader accepts.
     """
     for name, tensor in tensors.items():
         check_dense(repr(name), tensor)
@@ -128,11 +128,11 @@ def write_leaves(
     *,
     tell: Callable[[int], object] = lambda _: None,
 ) -> None:
-    """As `write_tensors`, of tensors that `leaf` makes on the host; headers are of one length."""
+    """As `write_tensors`, for tensors that `leaf` makes; `metadata` must keep its length."""
     for name, form in forms.items():
         if form.dtype not in _CODES:
             raise ValueError(f"{name!r}: expected a dtype that safetensors has, found {form.dtype}")
-    # Wide numbers first: so each lies at a multiple of its size.
+    # Wide dtypes first, so that each number is aligned.
     names = sorted(forms, key=lambda name: (-forms[name].dtype.itemsize, name))
 
     def fill(file: BinaryIO) -> None:
@@ -150,14 +150,14 @@ def write_leaves(
 
 
 def float_casts(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-    """`dtype` for the name of each floating-point tensor; nothing where it is None."""
+    """Map the name of each floating-point tensor to `dtype`; empty if it is None."""
     if dtype is None:
         return {}
     return {name: dtype for name, tensor in tensors.items() if tensor.is_floating_point()}
 
 
 def cast(where: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor` in `dtype`; ValueError, which tells `where`, if one of its numbers overflows."""
+    """`tensor` in `dtype`; ValueError, with `where`, if one of its numbers overflows."""
     narrow = tensor.to(dtype)
     if tensor.is_floating_point() or tensor.is_complex():
         largest = torch.finfo(dtype).max
@@ -175,7 +175,7 @@ def _real(tensor: Tensor) -> Tensor:
 
 
 def write_torch(path: Path, state: Any, tell: Callable[[int], object]) -> None:
-    """`torch.save`, whole or not at all; `tell` is told the bytes of each piece written."""
+    """`torch.save`, whole or not at all; `tell` is called with the bytes of each piece."""
 
     def fill(file: BinaryIO) -> None:
         telling: Any = _Telling(file, tell)
@@ -188,7 +188,7 @@ def write_torch(path: Path, state: Any, tell: Callable[[int], object]) -> None:
 
 
 class _Telling:
-    """What `torch.save` wants of a file. In place of what it raises, torch raises another error."""
+    """A file for `torch.save` that keeps the first error, which torch replaces by another."""
 
     def __init__(self, file: BinaryIO, tell: Callable[[int], object]) -> None:
         self._file, self._tell = file, tell
@@ -208,14 +208,14 @@ class _Telling:
 
 
 def check_dense(where: str, tensor: Tensor) -> None:
-    """Raise ValueError, which tells `where`, for a tensor without numbers in memory of its own."""
+    """Raise ValueError, with `where`, for a tensor that is not dense."""
     if not _is_dense(tensor):
         found = f"{type(tensor).__name__} in {tensor.layout} on {tensor.device}"
         raise ValueError(f"{where}: expected a dense tensor, found {found}")
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor has its numbers in memory: no meta, sparse or nested one, no DTensor."""
+    """Whether a tensor has its numbers in memory: not meta, sparse, nested or a DTensor."""
     if tensor.layout is not torch.strided or tensor.is_nested:
         return False
     try:
@@ -256,7 +256,7 @@ def checksum(host: Tensor, seed: int) -> str:
 
 
 def _bytes(host: Tensor) -> Any:
-    """The memory of a contiguous tensor, which has to be kept alive, as a buffer."""
+    """The memory of a contiguous tensor as a buffer; the caller must keep the tensor alive."""
     return (ctypes.c_ubyte * host.nbytes).from_address(host.data_ptr()) if host.nbytes else b""
 
 
@@ -264,7 +264,7 @@ def _bytes(host: Tensor) -> Any:
 def opened(path: Path) -> Iterator[Any]:
     """The safetensors file at `path`, as `safetensors.safe_open` gives it.
 
-    Raises ValueError, with the path, for what is no whole safetensors file.
+    Raises ValueError, with the path, for a file that is not safetensors, or broken.
     """
     try:
         file = _opened(path)
@@ -288,7 +288,7 @@ def _opened(path: Path) -> Any:
 
 
 def _check_names(path: Path, held: BinaryIO) -> None:
-    """Raise ValueError for two tensors of one name, of which safetensors takes the last."""
+    """Raise ValueError for two tensors of one name; safetensors would take the last."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
@@ -302,7 +302,7 @@ def _check_names(path: Path, held: BinaryIO) -> None:
 
 
 def _opened_to_read(path: Path) -> BinaryIO:
-    """The open file; OSError for what is no file, such as a pipe, which would wait for a writer."""
+    """The open file; OSError if it is not regular: opening a pipe would wait for a writer."""
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise OSError(errno.EINVAL, "expected a regular file to read", str(path))
     return path.open("rb")
@@ -318,7 +318,7 @@ class Unordered(dict[str, Any]):
 
 
 class Opaque:
-    """In place of a pickled object, whose class is not imported and runs no code."""
+    """Replaces a pickled object: its class is not imported and runs no code."""
 
     def __init__(self, *_: object, **__: object) -> None:
         pass
@@ -336,11 +336,11 @@ def _opaque(path: str) -> type[Opaque]:
 
 
 def load_torch(path: Path) -> Any:
-    """What a file of `torch.save` holds, mapped from the disk where that can be.
+    """The content of a file of `torch.save`, mapped from the disk where possible.
 
-    Nothing is unpickled but tensors and plain containers; an `Opaque` takes the place of anything
-    else, such as the hyperparameters of a training script, or a whole module. In the format of
-    torch before 1.6 there can be none. Raises ValueError, with the path, for a broken file.
+    Only tensors and plain containers are unpickled; an `Opaque` replaces any other object, such as
+    the hyperparameters of a training script, or a whole module. The format of torch before 1.6
+    allows no other objects. Raises ValueError, with the path, for a broken file.
     """
     with _opened_to_read(path) as file:
         start = file.read(2)
@@ -363,9 +363,9 @@ def load_torch(path: Path) -> Any:
 
 
 def tie_equal(held: dict[str, Tensor]) -> None:
-    """Make one of the matrices that have the same numbers: a file of safetensors knows no ties.
+    """Tie matrices that have the same numbers: a safetensors file has no ties.
 
-    Matrices of one number, as an initialisation may be, stay apart.
+    Constant matrices, such as an initialisation, are not tied.
     """
     firsts: dict[Any, str] = {}
     for name, value in held.items():
@@ -380,12 +380,12 @@ def tie_equal(held: dict[str, Tensor]) -> None:
 
 
 def _items(tensor: Tensor) -> Tensor:
-    """The bytes of each number, a row for each."""
+    """The bytes of a tensor, one row for each number."""
     return tensor.flatten().view(torch.uint8).view(-1, tensor.element_size())
 
 
 def form(file: Any, name: str) -> Form:
-    """That of a tensor in the file; the format's own name of a dtype torch lacks."""
+    """The form of a tensor in the file; a dtype that torch lacks keeps the format's name."""
     part = file.get_slice(name)
     code = part.get_dtype()
     return Form(tuple(part.get_shape()), _DTYPES.get(code, code))

@@ -13,7 +13,7 @@ from emajit.checkpoint.averaged import MOST
 
 
 class Follower(NamedTuple):
-    """A module in a state that averages another one: both, and their tensors, without wrappers."""
+    """A module in a state that averages another module: both names, and their tensors."""
 
     module: str
     partner: str
@@ -22,10 +22,10 @@ class Follower(NamedTuple):
 
 
 def followers(state: Mapping[str, Tensor]) -> list[Follower]:
-    """The modules that average another one of the same shapes, as their names say.
+    """The modules that average another module of the same shapes, as their names say.
 
-    Together they must be the larger part of the state, else they are layers of a model; or the only
-    one is a whole network that says "ema", beside which there may be frozen ones.
+    The pairs must be more than half of the state, else they are layers of a model; or there is only
+    one follower, a top-level module named "ema", beside which there may be frozen networks.
 
     >>> import torch
     >>> names = "net.w", "net_ema.w", "target_table.w", "source_table.w"
@@ -63,9 +63,9 @@ def followers(state: Mapping[str, Tensor]) -> list[Follower]:
 def _followed(
     module: str, averages: Mapping[str, Tensor], held: Mapping[str, Tensor]
 ) -> str | None:
-    """The module, with its dot, that another one averages: by its name; or, of an "ema", beside it.
+    """The prefix of the module that `module` averages, found by name or, for an "ema", beside it.
 
-    "" is the whole state.
+    "" is the whole state; None means that there is none.
     """
     above, dot, own = module.rstrip(".").rpartition(".")
     above += dot

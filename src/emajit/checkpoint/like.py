@@ -1,4 +1,4 @@
-"""Averages written as a model's own file or folder, whose names and shapes they must have."""
+"""Write averages as a model's own file or folder, after a check of names and shapes."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from torch import Tensor
 from emajit import _alias, _names, _paths
 from emajit.checkpoint import files, search, sources
 
-# What a folder tells the program that loads it, and its largest: no weights, no training state.
+# Stems of weight files, and the suffixes of files to copy: no weights, no training state.
 _STEMS = "diffusion_pytorch_model", "adapter_model"  # of diffusers, and PEFT
 _TOLD = ".json", ".txt", ".model", ".md", ".jinja", ".py"
 
 
 def fitted(averages: Mapping[str, Tensor], like: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """`averages` under the names of the weights in `like`, a file or a folder, in its order.
+    """The averages of the names in `like`, a file or a folder of weights, in its order.
 
-    Tied names that it leaves out are left out. Raises ValueError, with the first five differences,
+    Tied names that `like` lacks are left out. Raises ValueError, with the first five differences,
     where names or shapes differ, and where `like` holds more than one model.
     """
     wanted = _weights_in(Path(like))
@@ -105,7 +105,7 @@ def write_folder_of(
 
 
 def _stem(like: Path) -> str:
-    """The name of the file of weights that the library which has written a folder looks for."""
+    """The stem of the weight file in a folder of the same library as `like`."""
     names = [each.name for each in like.iterdir()]
     stems = [stem for stem in _STEMS if any(name.startswith(stem) for name in names)]
     return stems[0] if stems else "model"

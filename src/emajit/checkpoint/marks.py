@@ -14,7 +14,7 @@ _ROLES = {
 }
 _NEITHER = {"opt", "optim", "optimizer", "optimizers", "optims", "scaler", "sched", "scheduler"}
 _NEITHER |= {"exp", "grad", "gradient", "gradients", "grads", "sq"}  # as in Adam's `exp_avg`
-# The word in place of that of the averaged module, in the name of the trained one.
+# For each word of an averaged module's name, the word in the trained module's name.
 _TRAINED_WORDS: dict[str, tuple[str, ...]] = {
     **{word: ("",) for word, role in _ROLES.items() if role == "averaged"},
     "target": ("online", ""),
@@ -23,9 +23,9 @@ _TRAINED_WORDS: dict[str, tuple[str, ...]] = {
 
 
 def role(path: Sequence[str]) -> tuple[str, str]:
-    """What a path says of the tensors there, "averaged" or another role; and the first such word.
+    """The role of the tensors at a path, "averaged" or another; and the first word that says so.
 
-    The last key that says something decides.
+    The last key with such a word decides.
 
     >>> role(["student", "ema_weights"]), role(["ema", "online_model"]), role(["model"])
     (('averaged', 'ema'), ('trained', 'online'), ('', ''))
@@ -37,7 +37,7 @@ def role(path: Sequence[str]) -> tuple[str, str]:
 
 
 def is_of_neither(path: Sequence[str]) -> bool:
-    """Whether a path is that of an optimizer's state, or of gradients."""
+    """Whether a path leads to an optimizer's state, or to gradients."""
     return any(word in _NEITHER for key in path for word in words(key))
 
 
@@ -51,9 +51,9 @@ def words(key: str) -> list[str]:
 
 
 def mark_of_file(name: str) -> str:
-    """The word in the name of a file which says that all of it is an average, or "".
+    """The word in a file's name which says that the whole file is an average, or "".
 
-    A "teacher" or a "target" is one only beside what follows it.
+    "teacher" and "target" do not count: they are averages only beside a trained model.
     """
     return next((word for word in words(name) if word in _AVERAGED), "")
 
@@ -64,7 +64,7 @@ def trained_names(key: str) -> list[str]:
     >>> trained_names("encoder_k"), trained_names("ema_model"), trained_names("teacher")
     (['encoder_q'], ['model'], ['student'])
     """
-    if key == "encoder_k":  # "k" alone is that of attention
+    if key == "encoder_k":  # a "k" alone is a key projection of attention
         return ["encoder_q"]
     spelled = re.split(r"([._])", key)
     found = []

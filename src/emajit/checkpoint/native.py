@@ -1,6 +1,7 @@
-"""A shadow and its step in a file or a folder of emajit's own.
+"""A shadow and its step in emajit's own file or folder.
 
-A file is of safetensors. A shadow of DTensors goes into a folder of `torch.distributed.checkpoint`.
+The file is in safetensors; a shadow of DTensors goes into a folder of
+`torch.distributed.checkpoint`.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ def save(
 ) -> None:
     """Write `shadow` and the number of updates it has taken.
 
-    Whatever happens meanwhile, a kill or a full disk included, `path` is then the old file or the
-    new one. A killed process may leave a `.part` beside it.
+    Even after a kill or on a full disk, `path` is either the old file or the new file. A killed
+    process may leave a `.part` file beside it.
 
     Args:
-        path: the file, `.safetensors` by custom, in a folder that exists.
+        path: the file, usually `.safetensors`, in a folder that exists.
         shadow: a pytree of tensors or None, as in `emajit.update`, or a list of several. The name
             of a leaf in the file is its path in the tree, joined by dots: `{"encoder": [w]}` gives
             `encoder.0`. Tied leaves are written once.
-        step: how many updates the shadow has taken, which is the step of the next one.
-        dtype: of the floating-point leaves in the file; default their own.
-        metadata: strings for the header of the file; the keys "format" and "emajit" are taken.
+        step: how many updates the shadow has taken, which is the step of the next update.
+        dtype: the dtype of floating-point leaves in the file; default, their own.
+        metadata: strings for the header of the file; the keys "format" and "emajit" are reserved.
 
     Raises:
         ValueError: two leaves have the same name; a node of the tree has no names for its children;
@@ -77,7 +78,7 @@ def save(
 
 
 def load(path: str | os.PathLike[str], like: Tree) -> tuple[Tree, int]:
-    """The shadow that `save` has written, and its step.
+    """Read the shadow that `save` has written, and its step.
 
     The shadow is a new tree: a file that is refused changes nothing. All numbers are checked
     against the checksums saved with them.
@@ -85,8 +86,8 @@ def load(path: str | os.PathLike[str], like: Tree) -> tuple[Tree, int]:
     Args:
         path: the file.
         like: a tree of the expected structure, shapes, dtypes and devices, such as
-            `emajit.init(params)`. Its values are not read. Leaves that are tied in it are tied in
-            the result.
+            `emajit.init(params)`. Its values are not read. Leaves that are tied in `like` are tied
+            in the result.
 
     Raises:
         ValueError: the file is truncated, corrupt or not from `save`; a leaf is missing, unknown,
@@ -127,13 +128,13 @@ def load(path: str | os.PathLike[str], like: Tree) -> tuple[Tree, int]:
 def save_sharded(path: str | os.PathLike[str], shadow: Any, step: int | Tensor) -> None:
     """Write a shadow of DTensors and its step; every process calls this and writes its shards.
 
-    The folder is one of `torch.distributed.checkpoint`, and appears when it is complete. The name
-    of a leaf in it is "shadow." and the name that `save` gives; the step is "step". Leaves may be
-    whole tensors too, the same in every process; in one process without a process group all may be
-    whole.
+    The folder has the format of `torch.distributed.checkpoint`, and appears when it is complete.
+    The name of a leaf in it is "shadow." and the name that `save` gives; the step is "step". Leaves
+    may be whole tensors too, the same in every process; one process without a process group may
+    save only whole tensors.
 
     Args:
-        path: the folder, which must not exist yet, in one that exists and that all processes share.
+        path: the folder, which must not exist yet; its parent exists and all processes share it.
         shadow: a pytree as in `save`.
         step: as in `save`.
 
@@ -150,11 +151,11 @@ def save_sharded(path: str | os.PathLike[str], shadow: Any, step: int | Tensor) 
 
 
 def load_sharded(path: str | os.PathLike[str], like: Tree) -> tuple[Tree, int]:
-    """The shadow that `save_sharded` has written, and its step; every process calls this.
+    """Read the shadow that `save_sharded` has written, and its step; every process calls this.
 
-    The number of processes and the placements may differ from those at the time of saving: each
-    process reads the shards that `like` has there. The shadow is a new tree: a folder that is
-    refused changes nothing. There are no checksums.
+    The number of processes and the placements may have changed since saving: each process reads
+    the shards that its `like` has. The shadow is a new tree: a folder that is refused changes
+    nothing. There are no checksums.
 
     Args:
         path: the folder.

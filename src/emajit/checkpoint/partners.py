@@ -1,8 +1,8 @@
-"""The names of averages: those of the trained weights beside them.
+"""Name averages by the trained weights beside them.
 
-A partner of an average is a part of the file that has the same names and shapes, once the prefixes
-of wrappers and of the modules around it are gone. Averages without names fit where their shapes
-are, in order, those of parameters, in one way only.
+A partner of an average is a part of the file with the same names and shapes, without the prefixes
+of wrappers and of the modules around it. Averages without names fit if their shapes match the
+parameters' shapes in order, in exactly one way.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BUFFERS = {"num_batches_tracked", "running_mean", "running_var"}
 
 
 class Partner(NamedTuple):
-    """Trained weights under the names that they get, and averages of some of them."""
+    """Trained weights under their final names, and averages of some of them."""
 
     path: str
     raw: dict[str, Tensor]
@@ -46,7 +46,7 @@ class Partner(NamedTuple):
 def named(found: Found, others: Sequence[Part], names: Names, *, alone: bool = False) -> Averaged:
     """An average, under the names of the trained weights, which are in one of `others`.
 
-    Given `names` name an average that has none. It may be `alone` in a file with other weights.
+    `names`, if given, name an average without names. With `alone` an average needs no partner.
     Raises ValueError where it fits more than one of the others, or none.
     """
     reading = found.reading
@@ -84,7 +84,7 @@ def named(found: Found, others: Sequence[Part], names: Names, *, alone: bool = F
 
 
 def _described(averaged: Averaged, found: Found, raw_path: str = "") -> Averaged:
-    """With the places in the file, and without the prefixes of wrappers."""
+    """The averages with their paths in the file, and without the prefixes of wrappers."""
     bare = _names.unwrapped({**averaged.raw, **averaged.weights})
     return averaged._replace(
         weights={bare[name]: v for name, v in averaged.weights.items()},
@@ -98,7 +98,7 @@ def _described(averaged: Averaged, found: Found, raw_path: str = "") -> Averaged
 
 
 def _one(found: Found, partners: Sequence[Partner], *, alone: bool) -> Partner | None:
-    """The partner that fits, or None; ValueError if several do, or one but for its shapes."""
+    """The partner that fits, or None; ValueError if several fit, or if only shapes differ."""
     fitting = [partner for partner in partners if not partner.misfits()]
     if partners and not fitting:
         if alone:
@@ -126,7 +126,7 @@ def _one(found: Found, partners: Sequence[Partner], *, alone: bool) -> Partner |
 
 
 def _called(several: Sequence[Partner], found: Found) -> list[Partner]:
-    """Those that are called as an average is without its mark: "g" of "g_ema" and of "ema.g"."""
+    """The partners named like the average without its mark: "g" for "g_ema" and "ema.g"."""
     keys = found.path.split(".")
     names = [".".join([*keys[:i], n, ""]) for i, key in enumerate(keys) for n in trained_names(key)]
     called = [p for p in several if f"{p.path}.".startswith(tuple(names))]
@@ -174,9 +174,9 @@ def _by_flat_name(averages: State, part: Part) -> list[Partner]:
 
 
 def _by_position(averages: Sequence[Tensor], part: Part) -> list[Partner]:
-    """In the order of the parameters: buffers that are known, and tied names, are left out.
+    """Match by the order of the parameters, without known buffers and tied names.
 
-    What Lightning saves is below the attribute of its module that is the model.
+    In a file of Lightning the names lose the attribute of the module that holds the model.
     """
     if not isinstance(part.tensors, dict):
         return []
@@ -213,7 +213,7 @@ def _by_position(averages: Sequence[Tensor], part: Part) -> list[Partner]:
 
 
 def _places(wanted: Iterable[Any], held: Sequence[Any]) -> list[int] | None:
-    """The first places in `held` that have the elements of `wanted`, in order; None without.
+    """The first indices in `held` of the elements of `wanted`, in order; None if one is missing.
 
     >>> _places("bd", "abcbd"), _places("db", "abcbd")
     ([1, 4], None)
@@ -234,7 +234,7 @@ def _bare(tensors: State) -> dict[str, Tensor]:
 
 
 def _attribute(names: Iterable[str]) -> str:
-    """The attribute that all names are below, with its dot; "" for none, or the item of a list.
+    """The attribute that all names share, with its dot; "" for none, or an index of a list.
 
     >>> _attribute(["a.b.w", "a.b.c.w"]), _attribute(["a.w", "b.w"]), _attribute(["0.w"])
     ('a.', '', '')

@@ -28,29 +28,29 @@ def read(
 ) -> Averaged:
     """The averaged weights in a checkpoint, under the names of the trained weights beside them.
 
-    The averages are searched at any depth. The modules in `emajit.checkpoint.layouts` describe what
-    libraries write, from `LitEma` and torch's `AveragedModel` to diffusers, Lightning and NeMo.
-    Everything else is an average if its path says so, as "ema", "model_avg" or "teacher" does; a
-    file with one state also by its own name, such as "ema_0.9999.pt". The trained weights are the
+    The averages are searched at any depth. The modules in `emajit.checkpoint.layouts` describe the
+    files of libraries, from `LitEma` and torch's `AveragedModel` to diffusers, Lightning and NeMo.
+    Other tensors are an average if their path says so ("ema", "model_avg", "teacher"), or, in a
+    file with one state, if the name of the file does ("ema_0.9999.pt"). The trained weights are the
     tensors elsewhere with the same names and shapes. The prefixes of wrappers (`module.`,
     `_orig_mod.`) are removed.
 
     Args:
         source: a file of safetensors or `torch.save`, a folder of `torch.distributed.checkpoint`,
-            or the content of one. Nothing but tensors and plain containers is unpickled.
-        names: the names of the averaged parameters in order, or the model, where neither the
-            averages nor the trained weights beside them tell the names: averages by position
-            (diffusers, torch_ema, NeMo) on their own, or beside trained weights in a file that does
-            not keep their order, as those of safetensors; a `LitEma` on its own.
-        key: where the averages are, if the file does not tell: the keys that lead there, with dots,
-            such as "ema.module"; also a module in a state, such as "state_dict.teacher".
-        raw_key: where the trained weights are, likewise.
+            or the content of one. Only tensors and plain containers are unpickled.
+        names: the names of the averaged parameters in order, or the model. Needed where the file
+            has no names for the averages: averages by position (diffusers, torch_ema, NeMo) on
+            their own, or beside trained weights in a file that does not keep their order, such as
+            safetensors; a `LitEma` on its own.
+        key: the path of the averages, if the file does not show it: keys joined by dots, such as
+            "ema.module"; also a module in a state, such as "state_dict.teacher".
+        raw_key: the path of the trained weights, likewise.
 
-    The tensors may lie in the file, which is mapped into memory: clone those that are to outlive
-    it.
+    The tensors may lie in the file, which is mapped into memory: clone tensors that must outlive
+    the file.
 
     Raises:
-        ValueError: there is no average, or more than one (a table of the candidates says which);
+        ValueError: there is no average, or more than one (the message is a table of candidates);
             the trained weights may be in two places, or have other names or shapes; `names` are
             missing, or too few or too many; the file is broken, or holds pickled objects.
         TypeError: `source` or `names` is of another type.
@@ -72,9 +72,9 @@ def read_all(
 class Candidate(NamedTuple):
     """Tensors in a checkpoint that may be averages.
 
-    path: where they are, as `key` of `read` takes it; "" for the whole file.
+    path: their path, as `key` of `read` takes it; "" for the whole file.
     tensors: in the order of the file.
-    why: what tells that they are averages, or "".
+    why: the reason why they are averages, or "".
     """
 
     path: str
@@ -83,9 +83,9 @@ class Candidate(NamedTuple):
 
 
 def candidates(source: str | os.PathLike[str] | Mapping[str, Any]) -> list[Candidate]:
-    """What in a checkpoint may be averages: the tensors of each container but an optimizer's.
+    """The tensors of each container in a checkpoint that may be averages, without optimizers.
 
-    Raises as `read`, but not where there are none or several.
+    Raises as `read`, but allows none or several.
     """
     tree = source if isinstance(source, Mapping) else sources.content(Path(source))
     if not isinstance(tree, Mapping):
@@ -202,7 +202,7 @@ def _not_one(
     held: Sequence[Part],
     found: Sequence[Found],
 ) -> str:
-    """The error where not one average was found: a table of what may be one."""
+    """The error if no average or several were found: a table of the candidates."""
     if found:
         names = [*dict.fromkeys(each.reading.layout for each in found)]
         layouts = " and ".join(names) if len(names) < 5 else _paths.some(names)
@@ -239,7 +239,7 @@ def _candidates(held: Sequence[Part], found: Sequence[Found]) -> list[Candidate]
 
 
 def _places(path: str) -> list[str]:
-    """A path, and those of the containers around it.
+    """A path, and the paths of the containers around it.
 
     >>> _places("a.b")
     ['', 'a', 'a.b']

@@ -1,4 +1,4 @@
-"""What a file of `checkpoint.save` holds beside the tensors, and how it is read."""
+"""The record beside the tensors in a file of `checkpoint.save`, and how such a file is read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from emajit.checkpoint import files
 
-# Keys in the header of a safetensors file: of one that `save` writes, and of one that `write` does.
+# Keys in the header of a safetensors file, written by `save` and by `write`.
 KEY, TIED = "emajit", "emajit.tied"
 SHADOW = "shadow."  # before the names of the leaves in a folder of `save_sharded`
 
@@ -28,7 +28,7 @@ class Record(NamedTuple):
     metadata: dict[str, str]
 
     def seed(self) -> int:
-        """Where the checksums of the tensors start, so that those of another record fit none."""
+        """The seed of the tensors' checksums, so that they fit no file with another record."""
         return zlib.crc32(json.dumps(self, sort_keys=True).encode())
 
     def header(
@@ -43,7 +43,7 @@ class Record(NamedTuple):
 
 
 def _checksum_of(forms: Mapping[str, files.Form]) -> int:
-    """Of shapes and dtypes, so that the same bytes are not taken for other numbers."""
+    """A checksum of shapes and dtypes, so that the same bytes are not read as other numbers."""
     told = {name: [*shape, str(dtype)] for name, (shape, dtype) in forms.items()}
     return zlib.crc32(json.dumps(told, sort_keys=True).encode())
 
@@ -99,7 +99,7 @@ class Saved:
             )
 
     def names(self) -> list[str]:
-        """Those of the leaves that were written, then those of what is tied to one."""
+        """The names of the written leaves, then the names tied to one of them."""
         return [*self._crc32, *self.record.tied]
 
     def form(self, name: str) -> tuple[tuple[int, ...], torch.dtype | str]:
@@ -107,12 +107,12 @@ class Saved:
         return files.form(self._file, self.record.tied.get(name, name))
 
     def read(self, name: str) -> Tensor:
-        """A leaf, in the memory of the file, after its checksum was compared."""
+        """A leaf, mapped from the file, after a check of its checksum."""
         kept = self.record.tied.get(name, name)
         host: Tensor = self._file.get_tensor(kept)
         if files.checksum(host, self.record.seed()) != self._crc32[kept]:
             raise ValueError(
-                f"{self.path}: {name!r} is corrupt: its checksum is another than was saved"
+                f"{self.path}: {name!r} is corrupt: its checksum differs from the saved one"
             )
         return host
 

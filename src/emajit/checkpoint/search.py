@@ -1,7 +1,7 @@
-"""Where a file holds averages.
+"""Find the averages in a file.
 
-All containers of a file are walked once. An average is whatever the layout of a library recognises,
-at any depth, and else a mapping or a list of tensors whose path says so: "ema", "model_avg",
+All containers of a file are walked once. The layouts of libraries recognise averages at any
+depth; else a mapping or a list of tensors is an average if its path says so: "ema", "model_avg",
 "teacher".
 """
 
@@ -31,7 +31,7 @@ Path = tuple[str, ...]
 
 
 class Container(NamedTuple):
-    """A mapping or a list in a file, the keys that lead there, and the containers on the way."""
+    """A mapping or a list in a file, its path, and the containers above it."""
 
     path: Path
     value: Any
@@ -47,9 +47,9 @@ class Container(NamedTuple):
 class Part(NamedTuple):
     """The tensors in one mapping or list of a file.
 
-    path: the keys that lead there.
+    path: the keys that lead to it.
     tensors: by name, or in order.
-    above: the containers on the way, from the file's own to this one.
+    above: the containers on the path, from the outermost to this one.
     """
 
     path: Path
@@ -68,7 +68,7 @@ class Part(NamedTuple):
 
 
 class Found(NamedTuple):
-    """An average in a file: as its layout holds it, where, and what tells that it is one."""
+    """An average in a file: as its layout holds it, its path, and why it is an average."""
 
     reading: Reading
     path: str
@@ -78,7 +78,7 @@ class Found(NamedTuple):
         return listed(self.reading.averages)
 
     def is_copy_of(self, other: Found) -> bool:
-        """Whether these are the numbers of another average, maybe cast, as a model is saved."""
+        """Whether another average has the same numbers, perhaps cast for a saved model."""
         mine, theirs = self.reading.averages, other.reading.averages
         if not isinstance(mine, Mapping) or not isinstance(theirs, Mapping):
             return False
@@ -95,10 +95,10 @@ def listed(tensors: Mapping[str, Any] | Sequence[Any]) -> list[Any]:
 
 
 def containers(tree: Any) -> list[Container]:
-    """Each mapping and list in `tree` that holds more than numbers and text, in its order.
+    """Each mapping and list in `tree` that holds more than numbers and text, in order.
 
-    A shared one is met once if there are containers in it. Raises ValueError for one in itself, or
-    below more than a hundred others.
+    A shared container that holds containers is visited once. Raises ValueError for a container
+    within itself, and for more than a hundred levels.
     """
     return [*_walked(tree)]
 
@@ -130,13 +130,13 @@ def _is_plain(container: Any) -> bool:
 
 
 def parts(walked: Sequence[Container]) -> list[Part]:
-    """All tensors in the containers of a file, but those of optimizers."""
+    """All tensors in the containers of a file, except in optimizers' states."""
     found = []
     for each in walked:
         path, value, around = each
         above = (*around, value)
         tensors: Any = [v for v in each.leaves() if isinstance(v, Tensor)]
-        # A mapping of numbers is none of weights.
+        # A mapping of 0-d tensors alone holds no weights.
         if not any(v.ndim for v in tensors) or "param_groups" in value or each.is_of_optimizer():
             continue
         if isinstance(value, Mapping):
@@ -167,7 +167,7 @@ def averages(walked: Sequence[Container], held: Sequence[Part]) -> list[Found]:
             places.setdefault(place, Found(reading, place, why))  # the outer layout knows more
     found = [*places.values()]
     used = {id(v) for each in found for v in [*each.values(), *listed(each.reading.raw or {})]}
-    for part in held:  # buffers that do not change may be shared
+    for part in held:  # constant buffers may be shared with an average that was found
         weights = [value for value in part.values() if value.ndim]
         if 2 * sum(id(value) in used for value in weights) <= len(weights):
             known = places.values()
@@ -206,7 +206,7 @@ def _numbered(values: Sequence[Any]) -> dict[str, Any]:
 
 
 def _marked(part: Part) -> list[Found]:
-    """The averages that a part is or has, by its path and its names."""
+    """A part as an average, or the averages in it, by its path and its names."""
     role, word = part.role()
     if role == "averaged":
         step, decay = told(part)
@@ -226,7 +226,7 @@ def _marked(part: Part) -> list[Found]:
 
 
 def _widest(found: list[Found]) -> list[Found]:
-    """Without an average of 16 bits that is there in float32 as well, as fairseq has it."""
+    """The averages, without 16-bit averages that the file also has in float32 (fairseq)."""
     narrow = {re.sub(r"_?fp32(_params)?", "", f.path) for f in found if "fp32" in f.path}
     return [each for each in found if each.path not in narrow]
 

@@ -1,4 +1,4 @@
-"""Folders of `torch.distributed.checkpoint`, which any number of processes write and read."""
+"""Folders of `torch.distributed.checkpoint`, written and read by any number of processes."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class _Reader(FileSystemReader):
 
 
 def _check_chunks(key: str, entry: TensorStorageMetadata) -> None:
-    """Raise ValueError unless the chunks of a tensor are all of it, each number once."""
+    """Raise ValueError unless the chunks of a tensor cover it exactly, without overlap."""
     size, dtype = [operator.index(n) for n in entry.size], entry.properties.dtype
     if not isinstance(key, str) or not isinstance(dtype, torch.dtype):
         raise ValueError(f"{key!r} of {dtype}")  # noqa: TRY004, it is a broken file
@@ -114,33 +114,33 @@ class Folder:
             key: (tuple(entry.size), entry.properties.dtype)
             for key, entry in self._reader.tensors.items()
         }
-        # The keys of the containers that each tensor was in when it was saved.
+        # For each tensor the keys that led to it when it was saved.
         self.places: dict[str, tuple[Any, ...]] = self._reader.index.planner_data or {}
 
     def read_into(self, tensors: dict[str, Any], *, alone: bool = False) -> None:
-        """Fill tensors, under their keys here; of a DTensor each process its shard.
+        """Fill the tensors with the data at their keys; each process fills its shards of DTensors.
 
-        All processes do it together, but where one does it `alone`.
+        All processes must call this together, unless one process reads `alone`.
 
-        Raises ValueError where a file is missing or broken; some may then be filled.
+        Raises ValueError where a file is missing or broken; some tensors may then be filled.
         """
         try:
             with _on_one_process_too():
                 _load(tensors, self._reader, alone=alone)
         except (CheckpointException, RuntimeError, OSError) as error:
             raise ValueError(
-                f"{self.path}: expected what its index tells, found {_reason(error)}"
+                f"{self.path}: expected the data that its index lists, found {_reason(error)}"
             ) from None
 
 
 def _reason(error: BaseException) -> BaseException:
-    """The first of what went wrong on the processes, if it was on some."""
+    """The first error of a process if the error has several, else the error itself."""
     failures = getattr(error, "failures", {})  # by rank, each with its traceback
     return next(iter(failures.values()), [error])[0]
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a folder, which appears when it is complete; every process its shards.
+    """Write a folder, which appears when it is complete; every process writes its shards.
 
     Raises FileExistsError where something is there already, and OSError if it cannot be written.
     """
@@ -165,7 +165,7 @@ def write(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _by_the_first(act: Callable[[], object]) -> None:
-    """Let the first process act; what it raises, all of them raise."""
+    """Let the first process act; if it raises, all processes raise its error."""
     raised: list[Any] = [None]
     together = dist.is_available() and dist.is_initialized()
     if not together or dist.get_rank() == 0:
@@ -191,7 +191,7 @@ def _load(tensors: dict[str, Any], reader: _Reader, *, alone: bool) -> None:
         state_dict_loader.load(tensors, storage_reader=reader)
     elif "no_dist" in inspect.signature(state_dict_loader.load).parameters:
         state_dict_loader.load(tensors, storage_reader=reader, no_dist=True)
-    else:  # torch 2.6, where only the deprecated function takes it
+    else:  # in torch 2.6 only the deprecated function has `no_dist`
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             state_dict_loader.load_state_dict(tensors, reader, no_dist=True)

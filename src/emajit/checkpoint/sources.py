@@ -26,12 +26,12 @@ _OF_ZERO = "zero_pp_rank_*_optim_states.pt", "*/zero_pp_rank_*_optim_states.pt"
 
 
 def content(path: Path, *, on_disk: bool = False) -> Any:
-    """What a file holds, or a folder: of its files and folders each under its name.
+    """The content of a file; or of a folder, with each file and folder in it under its name.
 
-    What is not mapped but read, from a folder of shards, may be left `on_disk`: then its tensors
-    are on meta, and `loaded` reads one.
+    A folder of shards is read, not mapped. With `on_disk` its tensors are on meta, and `loaded`
+    reads one.
 
-    Raises ValueError, with the path, for what is broken, and OSError for what cannot be read.
+    Raises ValueError, with the path, for a broken file, and OSError if it cannot be read.
     """
     if (path / ".metadata").is_file():
         return _of_shards(path, on_disk=on_disk)
@@ -64,7 +64,7 @@ def content(path: Path, *, on_disk: bool = False) -> Any:
 
 
 def loaded(tensor: Tensor) -> Tensor:
-    """A tensor, read if `content` has left it on the disk."""
+    """A tensor, read from the disk if `content` has left it there."""
     if not hasattr(tensor, "emajit_place"):
         return tensor
     folder, key = tensor.emajit_place
@@ -74,7 +74,7 @@ def loaded(tensor: Tensor) -> Tensor:
 
 
 def _of_folder(path: Path, depth: int = 2) -> dict[str, Any]:
-    """The files of weights in a folder, under their names; what config.json tells; and folders."""
+    """The weight files in a folder under their names, the numbers in config.json, and folders."""
     if any(any(path.glob(pattern)) for pattern in _OF_ZERO):
         return _of_zero(path)
     names = sorted(each.name for each in path.iterdir() if each.is_file())
@@ -121,11 +121,11 @@ def _shards_of(index: Path) -> list[str]:
 
 
 def _of_zero(path: Path) -> dict[str, Any]:
-    """The weights in a folder of DeepSpeed, put together by its own converter."""
+    """The weights in a folder of DeepSpeed, joined by its own converter."""
     if importlib.util.find_spec("deepspeed") is None:
         raise ValueError(
-            f"{path}: expected whole weights, found the shards of DeepSpeed's ZeRO; put them "
-            "together first, with the zero_to_fp32.py in the folder, or install deepspeed"
+            f"{path}: expected whole weights, found the shards of DeepSpeed's ZeRO; join them "
+            "first, with the zero_to_fp32.py in the folder, or install deepspeed"
         )
     from deepspeed.utils import zero_to_fp32  # type: ignore[import-not-found]  # noqa: PLC0415
 
@@ -133,7 +133,7 @@ def _of_zero(path: Path) -> dict[str, Any]:
 
 
 def _tie(path: Path, held: dict[str, Tensor], ties: str) -> None:
-    """Tie the tensors that a header tells were tied, if they still have the same numbers."""
+    """Tie the tensors that the header lists as tied, if they still have the same numbers."""
     try:
         for name, other in json.loads(ties).items():
             if torch.equal(held[name], held[other]):
@@ -151,7 +151,7 @@ def _apart(tensor: Tensor) -> Tensor:
 
 
 def _with_lists(held: Any) -> Any:
-    """`held` with a list for each mapping of numbers from 0."""
+    """`held` with a list in place of each mapping with keys 0, 1, 2, ..."""
     if not isinstance(held, Unordered):
         return held
     if held.keys() == {*range(len(held))}:
@@ -160,7 +160,7 @@ def _with_lists(held: Any) -> Any:
 
 
 def _of_shards(path: Path, *, on_disk: bool = False) -> dict[str, Any]:
-    """The tensors in a folder of torch.distributed.checkpoint, in the containers they came from."""
+    """The tensors in a folder of torch.distributed.checkpoint, in their original containers."""
     from emajit.checkpoint import sharded  # noqa: PLC0415, half a second for this alone
 
     folder = sharded.Folder(path)

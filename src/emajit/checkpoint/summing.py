@@ -40,7 +40,7 @@ class Source:
         return sources.loaded(self.tensors[name])
 
     def nested(self, state: Mapping[str, Tensor]) -> dict[str, Any]:
-        """A state at the keys that this source has its weights at."""
+        """A state nested below the keys at which this source has its weights."""
         nested: dict[str, Any] = dict(state)
         for key in reversed(self.keys):
             nested = {key: nested}
@@ -48,11 +48,11 @@ class Source:
 
     def check_unchanged(self) -> None:
         if _stats(self.path) != self._stats:
-            raise ValueError(f"{self.path}: expected a file at rest, found it changed while read")
+            raise ValueError(f"{self.path}: expected an unchanged file, found it changed meanwhile")
 
 
 def _stats(path: Path) -> list[tuple[str, int, int]]:
-    """The name, size and time of the file, or of those in a folder."""
+    """The name, size and time of the file, or of each file in a folder."""
     every = sorted(path.rglob("*")) if path.is_dir() else [path]
     found = [(each, each.stat()) for each in every if each.is_file()]
     return [(str(each), stat.st_size, stat.st_mtime_ns) for each, stat in found]
@@ -61,7 +61,7 @@ def _stats(path: Path) -> list[tuple[str, int, int]]:
 def _weights(
     path: Path, tree: Any, of: Of | None, key: str | None
 ) -> tuple[tuple[str, ...], dict[str, Any], int | None]:
-    """The keys that lead to the weights, the weights, and the step that is told beside them."""
+    """The keys that lead to the weights, the weights, and the step beside them."""
     walked = search.containers(tree)
     parts = search.parts(walked)
     found = search.averages(walked, parts)
@@ -99,7 +99,7 @@ class Sum:
     def __init__(self, held: Sequence[Source], c: Sequence[float], integers: str) -> None:
         self.first, self._held, self._c, self._integers = held[0], held, c, integers
         each = [_ties(source) for source in held]
-        # The names that are tied to another one in all sources.
+        # The names that are tied to the same other name in all sources.
         self.tied = {n: to for n, to in each[0].items() if all(t.get(n) == to for t in each)}
 
     def forms(self) -> dict[str, files.Form]:
@@ -133,7 +133,7 @@ class Sum:
         total = torch.zeros(values[0].shape, dtype=_widest(dtype))
         for value, x in zip(values, self._c, strict=True):
             total.add_(value.to(torch.float32) if value.dtype.itemsize == 1 else value, alpha=x)
-        # A sum is one pass, and finite unless an element is not; or it overflows.
+        # The sum takes one pass; it is not finite if an element is not, or if it overflows.
         if not (torch.isfinite(total.sum()) or torch.isfinite(total).all()):
             each = zip(self._held, values, strict=True)
             broken = [source.path for source, value in each if not torch.isfinite(value).all()]
@@ -208,7 +208,7 @@ def _adapter(source: Source) -> dict[str, tuple[str, str, float, bool]]:
 
 
 def _of_pattern(patterns: Mapping[str, float] | None, name: str, default: float) -> float:
-    """What PEFT's pattern of a module's name gives, else the default."""
+    """The value of the first PEFT pattern that matches a module's name, else the default."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value

@@ -43,19 +43,19 @@ def write(
         averaged: from `read`.
         layout: "state_dict" for the averaged weights alone, as a model loads them, or another name
             of `emajit.checkpoint.layouts.WRITERS`, which `emajit convert --help` lists too. The
-            module of a layout tells what its file holds.
+            docstring of a layout's module describes its file.
         names: for a layout by position, such as "diffusers-ema", the names of the model's
-            parameters in order; or the model, whose buffers are then left out, and whose parameters
+            parameters in order; or the model: its buffers are left out, and its parameters
             without an average get their trained value.
         like: a file or a folder of the model's weights, whose names and shapes the averages must
-            have, but for tied names that it leaves out. A folder, of diffusers' or transformers'
-            `save_pretrained`, is written as such a folder, with its config and tokenizer: as
-            "state_dict" for the model's `from_pretrained`, as "diffusers-ema" for that of
-            `EMAModel`.
-        decay: to go on with, for the layouts that hold one; default that of `averaged`.
+            have, except tied names that it lacks. For a folder of diffusers' or transformers'
+            `save_pretrained`, `path` becomes such a folder, with its config and tokenizer: with
+            "state_dict" for the model's `from_pretrained`, with "diffusers-ema" for the
+            `from_pretrained` of `EMAModel`.
+        decay: the decay to go on with, for layouts that hold one; default, `averaged.decay`.
         step: how many updates the averages have taken, likewise.
-        dtype: of floating-point tensors; default their own.
-        tell: is called with the number of bytes of each piece that is written.
+        dtype: the dtype of floating-point tensors; default, their own.
+        tell: called with the number of bytes of each written piece.
 
     Raises:
         ValueError: `layout` is unknown; `dtype` is not floating-point, or too narrow for a finite
@@ -116,7 +116,7 @@ def _checked(
 
 
 def _config(averaged: Averaged, layout: str) -> dict[str, Any]:
-    """What diffusers keeps of an `EMAModel` in the config.json of its weights."""
+    """The state of an `EMAModel` that diffusers keeps in the config.json of its weights."""
     if layout == "state_dict":
         return {}
     if layout != "diffusers-ema":

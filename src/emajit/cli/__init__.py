@@ -1,4 +1,4 @@
-"""The `emajit` command: the entry in `main`, one module a command, and the pictures they draw."""
+"""The `emajit` command: the entry in `main`, one module for each command, and pictures."""
 
 from emajit.cli.main import main
 

@@ -1,4 +1,4 @@
-"""`emajit extract` and `emajit convert`: the averages of a checkpoint, written into a file."""
+"""`emajit extract` and `emajit convert`: write the averages of a checkpoint into a file."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def write_averages(
     console.print(written, highlight=False, markup=False)
     if found.raw_only and not WRITERS[layout].by_position:
         shown = ", ".join(found.raw_only[:5]) + (", ..." if len(found.raw_only) > 5 else "")
-        none = f"with {len(found.raw_only):,} that are none: {shown}"
+        none = f"with {len(found.raw_only):,} that are not averages: {shown}"
         console.print(none, highlight=False, markup=False)
 
 
 @contextmanager
 def _progress(found: Averaged, layout: str, console: Console) -> Iterator[Callable[[int], None]]:
-    """A bar of the bytes written, which appears with the first of them."""
+    """A bar of the written bytes, which appears with the first write."""
     parts = [found.weights, *([found.raw] if layout == "litema" else [])]
     total = sum(nbytes(tensor) for part in parts for tensor in part.values())
     columns = TextColumn("writing"), BarColumn(), DownloadColumn()

@@ -46,7 +46,7 @@ SNAPSHOTS = "snapshots"
 
 @dataclass(frozen=True)
 class Settings:
-    """What one run is made of; raises ValueError, naming the option, for an unusable value."""
+    """The settings of one run; raises ValueError, with the option, for an unusable value."""
 
     steps: int
     decay: float
@@ -87,7 +87,7 @@ def default_device() -> str:
 
 @contextmanager
 def processes() -> Iterator[tuple[int, int]]:
-    """The number of this process, and of how many that torchrun has started."""
+    """The rank of this process, and the number of processes that torchrun has started."""
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         yield 0, 1
         return
@@ -112,7 +112,7 @@ class History:
 
     @property
     def gain(self) -> float:
-        """By which share the averaged weights' loss is below that of the raw ones."""
+        """How far the averaged weights' loss is below the raw weights' loss, relative to it."""
         return 1 - self.averaged[-1] / self.raw[-1]
 
 
@@ -162,7 +162,7 @@ def loss_of(model: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, eps
 
 
 class Trial:
-    """The data of a run: batches to train on, and what held-out loss any weights of it have."""
+    """The data of a run: training batches, and the held-out loss of any weights."""
 
     def __init__(self, settings: Settings, model: Denoiser, rank: int = 0, ranks: int = 1) -> None:
         self.model, self.device = model, torch.device(settings.device)
@@ -178,7 +178,7 @@ class Trial:
         return torch.randn(shape, generator=self.generator).to(self.device)
 
     def batch(self) -> tuple[Tensor, ...]:
-        """Images, times and noise; of those of all processes, this one's share."""
+        """Images, times and noise: this process's share of a batch."""
         chosen = torch.randint(len(self.images), (BATCH,), generator=self.generator)
         images = self.images[chosen.to(self.device)]
         t = torch.rand(BATCH, generator=self.generator).to(self.device)
@@ -198,7 +198,7 @@ class Trial:
 def train(
     settings: Settings, trial: Trial, tell: Callable[[History], None]
 ) -> tuple[dict[str, Tensor], History]:
-    """Train the model; the averaged weights, and what happened on the way."""
+    """Train the model; returns the averaged weights and the history."""
     model, device = trial.model, trial.device
     params: dict[str, Tensor] = dict(model.named_parameters())
     decays = [schedules.warmup(settings.decay)]
@@ -239,9 +239,9 @@ def train(
 
 
 def sweep(trial: Trial, found: list[posthoc.Snapshot]) -> tuple[list[float], list[float]]:
-    """Lengths that the snapshots allow, and the held-out loss of an average of each."""
+    """Lengths that the snapshots allow, and the held-out loss of each average."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # what is too far off is left out
+        warnings.simplefilter("ignore", UserWarning)  # lengths with a large error are left out
         _, solutions = posthoc.plan(found, SWEEP, None)
         lengths = [x for x, s in zip(SWEEP, solutions, strict=True) if s.error < 0.05]
         averages = posthoc.reconstruct(found, lengths)
@@ -254,7 +254,7 @@ def sweep(trial: Trial, found: list[posthoc.Snapshot]) -> tuple[list[float], lis
 def tracked_losses(
     trial: Trial, found: list[posthoc.Snapshot], like: dict[str, Tensor]
 ) -> dict[float, float]:
-    """The lengths of the last snapshots, with the held-out loss of each as it was saved."""
+    """The lengths of the last snapshots, with the held-out loss of each saved average."""
     narrow = {name: leaf.cpu().half() for name, leaf in like.items()}
     losses = {}
     for snapshot in (s for s in found if s.step == found[-1].step):
@@ -308,7 +308,7 @@ def table(history: History) -> Table:
 def run(settings: Settings, console: Console) -> History:
     """Train, show the table, and write the pictures and the averaged weights into `out`.
 
-    Of several processes, the first shows and writes.
+    With several processes, the first shows and writes.
     """
     torch.manual_seed(settings.seed)
     model = Denoiser().to(settings.device)
@@ -361,7 +361,7 @@ def show(
     console.print(table(history))
     if settings.posthoc:
         written += ["posthoc.png", f"{SNAPSHOTS}/"]
-        # Not those of an earlier run into the same folder.
+        # Without the snapshots of an earlier run into the same folder.
         mine = [
             s for s in posthoc.snapshots(settings.out / SNAPSHOTS) if s.path in history.snapshots
         ]

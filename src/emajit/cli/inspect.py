@@ -1,4 +1,4 @@
-"""`emajit inspect`: which weights in a checkpoint are averages, and what they are averages of."""
+"""`emajit inspect`: show the averages in a checkpoint, and the trained weights beside them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from emajit import checkpoint, merging
 from emajit.checkpoint import Averaged, Candidate
 
-_SAMPLED = 2**14  # numbers of a tensor that a distance looks at
+_SAMPLED = 2**14  # numbers of a tensor that a distance compares
 _SHOWN = 40  # modules, without a depth
 
 
@@ -60,7 +60,7 @@ def show_averages(
 
 
 def _merged(path: Path, told: Mapping[str, Any]) -> Table:
-    """What `emajit merge` has made a file of."""
+    """The sources of a file of `emajit merge`."""
     table = Table(title=f"{escape(str(path))} is merged")
     for column in ("checkpoint", "MiB", "crc32", "coefficient"):
         table.add_column(column, justify="left" if column == "checkpoint" else "right")
@@ -130,7 +130,7 @@ def _named(names: Iterable[str]) -> str:
 
 
 def _length(found: Averaged) -> str:
-    """How many updates an average looks back, where a constant decay or a profile tells it."""
+    """The length of an average, if its decay or its profile is known."""
     if found.sigma_rel is not None:
         return f"{found.sigma_rel:g} of the run (sigma_rel)"
     if found.decay is None or not 0 <= found.decay < 1:
@@ -178,8 +178,8 @@ def _told(found: Averaged | None, modules: Mapping[str, float | None]) -> dict[s
 def _distances(found: Averaged, depth: int | None) -> dict[str, float | None]:
     r"""$\|s - p\| / \|p\|$ of averages $s$ and trained weights $p$, by module and over all.
 
-    Of a larger tensor the first numbers are compared, so that a file of gigabytes is not read. None
-    where all of $p$ are zero.
+    Only the first numbers of a larger tensor are compared, so that a file of gigabytes is not read.
+    None where $p$ is zero.
     """
     names = [name for name in _averages(found) if name in found.raw]
     if depth is None and len({_module(name, None) for name in names}) > _SHOWN:
@@ -214,7 +214,7 @@ def _shown(modules: Mapping[str, float | None]) -> Table:
 
 
 def _module(name: str, depth: int | None) -> str:
-    """The first parts of a name; without a depth, those up to its first number; "all" for none."""
+    """The first `depth` parts of a name; without a depth, up to its first number."""
     if depth == 0:
         return "all"
     modules = name.split(".")[:-1]

@@ -1,4 +1,4 @@
-"""The commands of `emajit`, their options, and how an error becomes one line and an exit code."""
+"""The commands of `emajit` and their options; an error becomes one line and an exit code."""
 
 from __future__ import annotations
 
@@ -51,16 +51,16 @@ def emajit(
 def demo(
     steps: Annotated[int, typer.Option(help="Training steps.")] = 2000,
     decay: Annotated[
-        float, typer.Option(help="Of the average, after its warm-up; in [0, 1].")
+        float, typer.Option(help="Decay of the average after its warm-up, in [0, 1].")
     ] = 0.999,
-    seed: Annotated[int, typer.Option(help="Of the data, the model and the noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the data, the model and the noise.")] = 0,
     device: Annotated[str, typer.Option(help="Default: cuda if there is one, else cpu.")] = "",
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("emajit-demo"),
     posthoc: Annotated[
         bool, typer.Option("--posthoc", help="Also save snapshots, and sweep the averaging length.")
     ] = False,
 ) -> None:
-    """Train a small diffusion model on digits and show what averaging its weights is worth."""
+    """Train a small diffusion model on digits and show the gain from averaging its weights."""
     with _errors_in_one_line():
         from emajit.cli import demo as training  # noqa: PLC0415, only the demo needs this second
 
@@ -79,11 +79,11 @@ else:
 
 @app.command()
 def reconstruct(
-    folder: Annotated[Path, typer.Argument(metavar="SNAPSHOT_DIR", help="With the snapshots.")],
+    folder: Annotated[Path, typer.Argument(metavar="SNAPSHOT_DIR", help="Folder of snapshots.")],
     sigma_rel: Annotated[
         list[float],
         typer.Option(
-            help="The length that is wanted, relative to the run; or several, behind SNAPSHOT_DIR."
+            help="The wanted length, relative to the run; put several behind SNAPSHOT_DIR."
         ),
     ],
     out: Annotated[
@@ -91,8 +91,8 @@ def reconstruct(
         typer.Option("--out", "-o", help="The file to write; the folder, for several lengths."),
     ],
     more: Annotated[list[float] | None, typer.Argument(metavar="SIGMA_REL", hidden=True)] = None,
-    step: Annotated[int | None, typer.Option(help="Default: that of the last snapshot.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights in the file.")] = "float32",
+    step: Annotated[int | None, typer.Option(help="Default: the last snapshot's step.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights in the file.")] = "float32",
     plot: Annotated[
         bool, typer.Option("--plot", help="Draw profiles and coefficients, beside the result.")
     ] = False,
@@ -107,8 +107,8 @@ Checkpoint = Annotated[
     Path,
     typer.Argument(
         metavar="FILE",
-        help="Of safetensors or torch.save; or a folder of a trainer, of a diffusers pipeline, or "
-        "of torch.distributed.checkpoint.",
+        help="A file of safetensors or torch.save; or a folder of a trainer, a diffusers pipeline, "
+        "or torch.distributed.checkpoint.",
     ),
 ]
 Names = Annotated[
@@ -124,12 +124,12 @@ Key = Annotated[
     str | None,
     typer.Option(
         metavar="PATH",
-        help="Where the averages are, if the file does not tell: keys with dots, such as "
+        help="Path of the averages, if the file does not show it: keys joined by dots, such as "
         "ema.module.",
     ),
 ]
 RawKey = Annotated[
-    str | None, typer.Option(metavar="PATH", help="Where the trained weights are, likewise.")
+    str | None, typer.Option(metavar="PATH", help="Path of the trained weights, likewise.")
 ]
 
 
@@ -141,11 +141,11 @@ def inspect(
     raw_key: RawKey = None,
     depth: Annotated[
         int | None,
-        typer.Option(min=0, help="Of the modules whose distances are shown; default, the blocks."),
+        typer.Option(min=0, help="Depth of the modules in the distances; default, the blocks."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
-    """Show which weights in a checkpoint are averages, and their distance to the trained ones."""
+    """Show the averages in a checkpoint: layout, step, decay, distance to the trained weights."""
     with _errors_in_one_line():
         show_averages(file, names, key, raw_key, depth, as_json=as_json, console=Console())
 
@@ -156,16 +156,16 @@ Out = Annotated[
     typer.Option(
         "--out",
         "-o",
-        help=f"The file to write. {_FLAT} are written as safetensors, but as torch.save if it ends "
-        "in .ckpt, .pt, .pth or .bin.",
+        help=f"The file to write. {_FLAT} are written as safetensors, or with torch.save if the "
+        "name ends in .ckpt, .pt, .pth or .bin.",
     ),
 ]
 Decay = Annotated[
     float | None,
-    typer.Option(help="To go on with, where the layout holds one; default, the checkpoint's."),
+    typer.Option(help="Decay to write, if the layout holds one; default, the checkpoint's."),
 ]
 Step = Annotated[
-    int | None, typer.Option(help="The updates that it has taken; default, as the checkpoint's.")
+    int | None, typer.Option(help="Number of updates taken; default, the checkpoint's.")
 ]
 Like = Annotated[
     Path | None,
@@ -175,7 +175,7 @@ Like = Annotated[
         "folder of diffusers or transformers, to write such a folder, for from_pretrained.",
     ),
 ]
-Cast = Annotated[Dtype | None, typer.Option(help="Of the weights in it; default, their own.")]
+Cast = Annotated[Dtype | None, typer.Option(help="Dtype of the weights; default, their own.")]
 
 
 @app.command()
@@ -187,7 +187,7 @@ def extract(
     raw_key: RawKey = None,
     like: Like = None,
     layout: Annotated[
-        Layout, typer.Option("--format", help="Of the file that is written.")
+        Layout, typer.Option("--format", help="Layout of the written file.")
     ] = "state_dict",
     decay: Decay = None,
     step: Step = None,
@@ -201,7 +201,7 @@ def extract(
 def convert(
     file: Checkpoint,
     out: Out,
-    layout: Annotated[Layout, typer.Option("--to", help="Of the file that is written.")],
+    layout: Annotated[Layout, typer.Option("--to", help="Layout of the written file.")],
     names: Names = None,
     key: Key = None,
     raw_key: RawKey = None,
@@ -227,7 +227,7 @@ def merge(
     out: Annotated[
         Path,
         typer.Option(
-            "--out", "-o", help="The file; or a new folder, if the first source is one of a model."
+            "--out", "-o", help="The file; or a new folder, if the first source is a model folder."
         ),
     ],
     coefficients: Annotated[
@@ -246,12 +246,12 @@ def merge(
     base: Annotated[
         Path | None,
         typer.Option(
-            metavar="MODEL", help="Of PEFT adapters: merge the products of their A and B into it."
+            metavar="MODEL", help="Base of PEFT adapters; the products of A and B are added to it."
         ),
     ] = None,
     integers: Annotated[
         Literal["last", "equal"],
-        typer.Option(help="Integer tensors: those of the last source, or they must agree."),
+        typer.Option(help="Integer tensors: take the last source's, or require equal ones."),
     ] = "last",
     allow_any_sum: Annotated[
         bool, typer.Option("--allow-any-sum", help="Take coefficients that do not sum to 1.")
@@ -291,7 +291,7 @@ def _errors_in_one_line() -> Iterator[None]:
 
 
 class _Failure(Exception):  # noqa: N818, not an error of the program
-    """A line for stderr and an exit code, as typer's own exceptions have them."""
+    """A line for stderr and an exit code, like typer's own exceptions."""
 
     def __init__(self, line: str, exit_code: int = 2) -> None:
         super().__init__(line)
@@ -310,7 +310,7 @@ def main() -> int:
             raise
         line = error.format_message()
         line = line if isinstance(error, _Failure) else " ".join(line.split())
-        if line:  # else it was called without a command, and has shown the help
+        if line:  # empty after a call without a command, which shows the help
             console = Console(stderr=True)
             console.print(f"emajit: {line}", markup=False, highlight=False, soft_wrap=True)
         return int(getattr(error, "exit_code", 2))

@@ -1,4 +1,4 @@
-"""`emajit merge`: averages over checkpoints, from files into a file."""
+"""`emajit merge`: average several checkpoints into one file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def merge_checkpoints(
     console: Console,
     **options: Any,
 ) -> None:
-    """Merge the sources, or the last ones in the one folder among them, and show what is merged.
+    """Merge the sources, or the `last` checkpoints in a folder, and show the coefficients.
 
     Raises ValueError and OSError as `merging.merge`.
     """

@@ -33,7 +33,7 @@ def draw_losses(
 
 
 def draw_digits(grids: dict[str, Tensor], file: BinaryIO) -> None:
-    """Sheets of square numbers of images, each of shape (n, 64), side by side."""
+    """Sheets of images side by side; each has shape (n, 64), where n is a square."""
     figure = Figure(figsize=(4 * len(grids), 4.4), layout="constrained")
     figure.suptitle("Digits drawn from the same noise")
     for axes, (name, images) in zip(figure.subplots(1, len(grids)), grids.items(), strict=True):
@@ -53,12 +53,12 @@ def draw_sweep(
     trained: float,
     file: BinaryIO,
 ) -> None:
-    """Held-out loss against the averaging length; `saved` ones, and that of the run's average."""
+    """Held-out loss against the averaging length, with the `saved` and the `trained` average."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(lengths, losses, color=AVERAGED, label="reconstructed from the snapshots")
     axes.plot([*saved], [*saved.values()], "o", color=AVERAGED, label="as saved")
-    axes.axvspan(min(saved), max(saved), color=AVERAGED, alpha=0.08, label="span of what was saved")
+    axes.axvspan(min(saved), max(saved), color=AVERAGED, alpha=0.08, label="span of saved lengths")
     best = min(zip(losses, lengths, strict=True))
     axes.plot(best[1], best[0], "*", color=THIRD, markersize=12, label=f"best, {best[1]:.3f}")
     axes.axhline(trained, color=RAW, linestyle="--", label="the average chosen before training")
@@ -79,7 +79,7 @@ def draw_profiles(
     step: int,
     file: BinaryIO,
 ) -> None:
-    """For each length its profile as wanted and as achieved, and each snapshot's coefficient."""
+    """For each length the wanted and the achieved profile, and the snapshots' coefficients."""
     figure = Figure(figsize=(9, 2.8 * len(solutions)), layout="constrained")
     rows = figure.subplots(len(solutions), 2, squeeze=False)
     t = torch.linspace(0, step, 1000, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""`emajit reconstruct`: averages of other lengths, from the snapshots of a run, into files."""
+"""`emajit reconstruct`: write averages of other lengths, from the snapshots of a run."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def reconstruct_averages(
 ) -> None:
     """Write the averages of `sigma_rels`: into the file `out`, or several into the folder `out`.
 
-    Raises ValueError and OSError as `posthoc.reconstruct`, and ValueError, before a snapshot is
-    read, where `out` cannot be written.
+    Raises ValueError and OSError as `posthoc.reconstruct`, and ValueError where `out` cannot be
+    written, before any average is read.
     """
     if len(set(map(_name, sigma_rels))) < len(sigma_rels):
         raise ValueError(f"--sigma-rel: expected different lengths, found {sigma_rels}")

@@ -1,1 +1,1 @@
-"""Callbacks for other libraries' training loops; each is imported by its own name."""
+"""Callbacks for other libraries' training loops; import each module by its own name."""

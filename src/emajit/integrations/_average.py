@@ -38,7 +38,7 @@ def checked(
     backend: str,
     **others: Any,
 ) -> dict[str, Any]:
-    """The options of a `LitEma`; ValueError and TypeError name the one that is unusable."""
+    """The options of a `LitEma`; ValueError and TypeError name an unusable option."""
     functional.check_decay(decay)
     _tree.check_dtype(dtype)
     _module.check_policy(buffers)
@@ -46,7 +46,7 @@ def checked(
     _choose.check_options(rounding, nonfinite)
     _choose.check_backend(backend)
     return {
-        # A number is the decay of every update, and is counted all the same.
+        # A number becomes a schedule: the decay of every update, with updates counted.
         "decay": decay if callable(decay) else schedules.constant(decay),
         "dtype": dtype,
         "buffers": buffers,
@@ -60,10 +60,10 @@ def checked(
 def started(
     model: nn.Module, options: Mapping[str, Any], names: Collection[str] = ()
 ) -> tuple[LitEma, set[str]]:
-    """A LitEma of the trainable parameters, and of those that `names` says; and the trainable ones.
+    """A LitEma of the trainable parameters and those in `names`; and the trainable names.
 
-    A frozen parameter is averaged on if it was trained before, as are those that are unfrozen in a
-    training and frozen again where this is resumed.
+    `names` are frozen parameters with a saved average: unfrozen in the training that is resumed,
+    and frozen again now.
     """
     params = _module.named_parameters(model)
     trainable = {name for name, p in params.items() if p.requires_grad}
@@ -80,7 +80,7 @@ def started(
 
 
 def follow(ema: LitEma, model: nn.Module, known: set[str]) -> set[str]:
-    """Take in parameters that require grad by now; the names of all that have, of which `known`."""
+    """Track parameters that now require grad; returns their names and the `known` names."""
     trainable = {name for name, p in _module.named_parameters(model).items() if p.requires_grad}
     if not trainable <= known:
         ema.track(model)
@@ -88,20 +88,20 @@ def follow(ema: LitEma, model: nn.Module, known: set[str]) -> set[str]:
 
 
 def has_begun(ema: LitEma) -> bool:
-    """Whether there was an update: before the first one the averages are the weights at the start.
+    """Whether there was an update.
 
-    To evaluate them would be to evaluate the model untrained.
+    Before the first, the averages are the initial weights: an untrained model.
     """
     return int(ema.num_updates) > 0
 
 
 def averaged(ema: LitEma, model: nn.Module) -> AbstractContextManager[object]:
-    """A context in which the model has the averages, if there was an update of them."""
+    """A context in which the model has the averages, if there was an update."""
     return ema.ema_scope(model) if has_begun(ema) else nullcontext()
 
 
 def state_of(ema: LitEma) -> dict[str, Any]:
-    """What `restore` goes on from, in whole tensors; to be called by all processes.
+    """The state for `restore`, in whole tensors; all processes must call this.
 
     Warns once of averages that are not finite.
     """
@@ -116,7 +116,7 @@ def state_of(ema: LitEma) -> dict[str, Any]:
 
 
 def restore(ema: LitEma, state: Mapping[str, Any]) -> None:
-    """Go on from what `state_of` gave; ValueError, and nothing changed, where it does not fit."""
+    """Load a state of `state_of`; raises ValueError and changes nothing if it does not fit."""
     shadow, step = state["shadow"], torch.tensor(state["step"], dtype=torch.int32)
     keys = ema._keys_by_name()
     missing, unknown = sorted(keys.keys() - shadow.keys()), sorted(shadow.keys() - keys.keys())
@@ -136,10 +136,10 @@ def restore(ema: LitEma, state: Mapping[str, Any]) -> None:
 
 
 def fingerprint(weights: Iterable[Tensor], dtype: torch.dtype | None = None) -> str:
-    """A fingerprint of this process's part of some weights, cast to `dtype` if that is given.
+    """A fingerprint of this process's shards of some weights, cast to `dtype` if given.
 
-    It tells the weights of one training from another's: a hash of the sums of the bits, as
-    integers, in each row and in each column.
+    It distinguishes the weights of two trainings: a hash of the sums of the bits, as integers, in
+    each row and in each column.
     """
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
     code = 0

@@ -32,40 +32,40 @@ class EMACallback(Callback):
     """Averages the weights in training; validates, tests and predicts with the averages.
 
     The trainable parameters are averaged after each batch in which the optimizer has stepped, not
-    after the other batches of an accumulated gradient. In training and after it the module has its
-    trained weights, and the averages only in validation, test and prediction; `averaged` gives them
-    outside of the Trainer. Another module, or the same one after it was given other weights, is
-    evaluated as it is, and to fit it starts averages anew. A step that a `GradScaler` leaves out is
-    one of Lightning's `global_step`, and is averaged as the others. A parameter that is unfrozen in
-    training, as by `BackboneFinetuning`, or added, is averaged from its weights at the next step on
-    (see `LitEma.track`); one that is frozen keeps its average.
+    after the other batches of an accumulated gradient. The module has the averages only in
+    validation, test and prediction, and its trained weights in training and afterwards; use
+    `averaged` outside of the Trainer. A module with other weights is evaluated as it is; fitting it
+    starts new averages. Lightning's `global_step` counts a step that a `GradScaler` skips, and it
+    is averaged like the others. A parameter that is unfrozen in training (`BackboneFinetuning`) or
+    added is averaged from the next step on, starting at its value (see `LitEma.track`); a frozen
+    parameter keeps its average.
 
-    A checkpoint has both. `checkpoint["state_dict"]` are the weights that `save` says, which are
-    what `load_from_checkpoint` loads; resuming goes on bit for bit with either. The averages in
-    their own dtype are `checkpoint["emajit"]["shadow"]`, and beside averaged weights the trained
-    ones are `checkpoint["emajit"]["raw"]`; `emajit.checkpoint.read` knows both. Lightning calls no
-    callback for `ModelCheckpoint(save_weights_only=True)`, whose files have the trained weights: an
-    evaluation of such a file is of these, with a warning. A callback of your own that saves after
-    batches belongs behind this one.
+    A checkpoint has both. `checkpoint["state_dict"]` has the weights that `save` chooses, which
+    `load_from_checkpoint` loads; resuming goes on bit for bit with either. The averages in
+    their own dtype are `checkpoint["emajit"]["shadow"]`; if `state_dict` has the averages, the
+    trained weights are `checkpoint["emajit"]["raw"]`. `emajit.checkpoint.read` reads both. The
+    files of `ModelCheckpoint(save_weights_only=True)`, for which Lightning calls no callback, have
+    the trained weights: to evaluate one warns. Put your own callbacks that save after batches
+    behind this callback.
 
-    Where the module has an `on_load_checkpoint`, as for a checkpoint from before a change of its
-    layers, it is called for each kind of weights, each time with a copy of the checkpoint that has
-    this kind as `checkpoint["state_dict"]`: averages, trained weights that are not what Lightning
-    loads, and last what Lightning loads. A checkpoint of Lightning's own `WeightAveraging` is
-    resumed with its trained weights and its averages, and with the number of its updates.
+    If the module has an `on_load_checkpoint`, for example to convert old layers, it is called for
+    each kind of weights, each time with a copy of the checkpoint that has this kind as
+    `checkpoint["state_dict"]`, last for the kind that Lightning loads. A checkpoint of Lightning's
+    own `WeightAveraging` is resumed with its trained weights, its averages and the number of
+    updates.
 
     Args:
-        decay: as in `emajit.update`, but no list.
-        dtype, buffers, include, exclude, rounding, nonfinite, backend: as in `LitEma`. Of
-            averages that are not finite a warning tells once, when they are saved.
-        every: average after each optimizer step of so many, at most once a batch; `decay` counts
-            the averaged ones. Before the first one, evaluations and the `state_dict` of a
-            checkpoint are of the trained weights.
-        save: which weights a checkpoint's `state_dict` has.
+        decay: as in `emajit.update`.
+        dtype, buffers, include, exclude, rounding, nonfinite, backend: as in `LitEma`. Saving
+            warns once of averages that are not finite.
+        every: average after each `every`-th optimizer step, at most once a batch; `decay` counts
+            the averaged steps. Before the first average, evaluations and the `state_dict` of a
+            checkpoint use the trained weights.
+        save: "raw" or "averaged", the weights in a checkpoint's `state_dict`.
 
     Raises ValueError and TypeError for an unusable option, ValueError for a second `EMACallback` of
-    the Trainer and for its strategy "fsdp" ("model_parallel", which shards by `fully_shard`, is
-    fine), and what `LitEma` raises for the module at the start of training.
+    the Trainer and for the strategy "fsdp" (use "model_parallel", which shards by `fully_shard`),
+    and as `LitEma` for the module at the start of training.
     """
 
     def __init__(
@@ -98,12 +98,12 @@ class EMACallback(Callback):
         self._every, self._save = every, save
         self._average: LitEma | None = None
         self._known: set[str] = set()  # the parameters that have required grad
-        # What the averages are of: the module, and a fingerprint of its weights after the training.
+        # The averaged module, and fingerprints of its weights after the training.
         self._trained: tuple[weakref.ref[nn.Module] | None, set[str]] | None = None
         self._training: weakref.ref[Trainer] | None = None
         self._loaded: dict[str, Any] | None = None
         self._loaded_for: weakref.ref[nn.Module] | None = None
-        # The hook that each copy of the weights is shown to, and the copies that it has returned.
+        # The module's hook, called for each copy of the weights, and the copies it has returned.
         self._hook: Callable[[dict[str, Any]], None] | None = None
         self._migrated: dict[str, Any] | None = None
         self._averaged_at = 0
@@ -120,8 +120,8 @@ class EMACallback(Callback):
 
         Before the first average, as with `every`, it has its trained weights.
 
-        Raises RuntimeError where there are none: before a training, and in the process that has
-        started others to train ("ddp_spawn").
+        Raises RuntimeError without averages: before a training, and in a process that only starts
+        the training processes ("ddp_spawn").
         """
         if self._average is None and self._loaded is None:
             raise RuntimeError("expected averages, which fit() starts, found none")
@@ -129,12 +129,12 @@ class EMACallback(Callback):
             yield
 
     def _of(self, module: nn.Module) -> LitEma:
-        """The averages, which start from the module, or from what was loaded."""
+        """The averages, started from the module or from the loaded checkpoint."""
         with torch.inference_mode(False):
             if self._average is None or self._loaded is not None:
                 names = self._loaded["shadow"] if self._loaded else ()
                 self._average, self._known = _average.started(module, self._options, names)
-                if self._training is None:  # its end tells
+                if self._training is None:  # else set at the end of the training
                     self._trained = _identity(module)
             if self._loaded is not None:
                 _average.restore(self._average, self._loaded)
@@ -143,7 +143,7 @@ class EMACallback(Callback):
         return self._average
 
     def _followed(self, pl_module: LightningModule) -> LitEma:
-        """The averages, which in training take in the parameters that were unfrozen, or added."""
+        """The averages, in training with the parameters that were unfrozen or added since."""
         average = self._of(pl_module)
         if self._training is not None:
             with torch.inference_mode(False):
@@ -151,10 +151,10 @@ class EMACallback(Callback):
         return average
 
     def _is_of(self, trainer: Trainer, module: nn.Module) -> bool:
-        """Whether there are averages, of the weights that the module has now in all processes."""
+        """Whether the averages belong to the module's present weights, in all processes."""
         if self._loaded is not None and self._loaded_for and self._loaded_for() is module:
             return True
-        self._loaded = None  # by a run of another module, which ended before it took them
+        self._loaded = None  # loaded for another module, whose run ended before it used them
         if self._average is None or self._trained is None:
             return False
         return trainer.strategy.reduce_boolean_decision(_is(module, *self._trained))
@@ -200,7 +200,7 @@ class EMACallback(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
     ) -> None:
-        """Take in new parameters before they are stepped, also those of `training_step`."""
+        """Track new parameters before their first step, also those added in `training_step`."""
         self._followed(pl_module)
 
     def on_train_batch_end(
@@ -221,7 +221,7 @@ class EMACallback(Callback):
             _warn.warn(_NO_AVERAGES)
 
     def _is_for(self, trainer: Trainer, module: nn.Module) -> bool:
-        """Whether there are averages of the module, as there are in a training."""
+        """Whether there are averages of the module; in a training there always are."""
         return self._training is not None or self._is_of(trainer, module)
 
     def _leave(self, *_: Any, **__: Any) -> None:
@@ -232,7 +232,7 @@ class EMACallback(Callback):
     def _end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         self._leave()
         self._show_no_more(pl_module)
-        if self._training is not None and self._training() is trainer:  # and not one within it
+        if self._training is not None and self._training() is trainer:  # not a nested Trainer
             self._training, self._trained = None, _identity(pl_module)
 
     on_validation_start = on_test_start = on_predict_start = _enter
@@ -291,9 +291,9 @@ class EMACallback(Callback):
             self._loaded = {**self._loaded, "shadow": shadow}
 
     def _show_copies_to(self, module: LightningModule) -> None:
-        """Let the module's own `on_load_checkpoint` see each copy of the weights.
+        """Make the module's own `on_load_checkpoint` see each copy of the weights.
 
-        Lightning calls it before any callback, with one of them.
+        Lightning calls it only once, before any callback, with one copy.
         """
         hook = module.on_load_checkpoint
         if getattr(hook, "__qualname__", "") != "CheckpointHooks.on_load_checkpoint":
@@ -306,7 +306,7 @@ class EMACallback(Callback):
             del vars(module)["on_load_checkpoint"]
 
     def _migrate(self, hook: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any]) -> None:
-        """Call a module's hook for each copy of the weights, last for the one that is loaded."""
+        """Call a module's hook for each copy of the weights, last for the loaded copy."""
         averaged = _copies.averaged_in(checkpoint)
         self._migrated = None
         if averaged is not None:
@@ -322,7 +322,7 @@ class EMACallback(Callback):
 
 
 def _identity(module: nn.Module) -> tuple[weakref.ref[nn.Module], set[str]]:
-    """A module and what its weights are: as they are, or cast, as for a Trainer's precision."""
+    """A module, and fingerprints of its weights: as they are, and cast as a Trainer may cast."""
     _shards.reshard(module)
     casts = None, torch.float16, torch.bfloat16, torch.float32, torch.float64
     return weakref.ref(module), {
@@ -337,12 +337,12 @@ def _is(module: nn.Module, seen: weakref.ref[nn.Module] | None, prints: set[str]
 
 
 def _is_a(name: str, value: object) -> bool:
-    """By the name of its class: `lightning.pytorch` and `pytorch_lightning` have one each."""
+    """Whether a class of this name is in the MRO: two packages have Lightning's classes."""
     return name in [kind.__name__ for kind in type(value).__mro__]
 
 
 def _with_ties(module: nn.Module, partners: Mapping[str, str]) -> dict[str, str]:
-    """The inverse of `partners`, with the other names in a state of what is tied there."""
+    """The inverse of `partners`, with all names of tied tensors in the module's state."""
     names: dict[int, list[str]] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), []).append(name)

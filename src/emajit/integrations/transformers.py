@@ -39,34 +39,34 @@ _OF = "trained"
 
 
 class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Averages the weights in training; the Trainer's evaluations in training are of the averages.
+    """Averages the weights in training; the Trainer's evaluations in training use the averages.
 
     After each optimizer step the trainable parameters are averaged: not after the other batches of
-    an accumulated gradient, nor where a gradient scaler has left the step out. Each `train()`
+    an accumulated gradient, nor where a gradient scaler has skipped the step. Each `train()`
     starts the averages from the model's weights, or goes on bit for bit from the checkpoint that
     it resumes. The caller's own evaluations and predictions use the trained weights, except
     within `averaged`. Put this callback behind others that change weights or ask for evaluations.
     A parameter that another callback unfreezes or adds, such as an adapter, is averaged from the
-    next step on (see `LitEma.track`); one that is frozen keeps its average.
+    next step on (see `LitEma.track`); a frozen parameter keeps its average.
 
     A checkpoint has the trained weights where they always are, and beside them
 
-    - `averages.safetensors`, from which training goes on: the averages in their own dtype, as
+    - `averages.safetensors`, to resume from: the averages in their own dtype, as
       `emajit.checkpoint.save` writes them;
     - `averaged/`, the averages in the model's dtype, with configuration and `processing_class`, for
-      `from_pretrained`. Only a `PreTrainedModel` has it: in the folder of an adapter the Trainer
-      would take it for one more adapter.
+      `from_pretrained`. Only a `PreTrainedModel` gets it: in the folder of an adapter the Trainer
+      would mistake it for another adapter.
 
-    Both are complete before the Trainer writes `trainer_state.json`, with which it ends a
+    Both are complete before the Trainer writes `trainer_state.json`, the last file of a
     checkpoint, and before it removes older ones: a job that is killed at any moment leaves averages
     beside the trained weights of the last complete checkpoint.
 
-    A callback is not told which folder is resumed. It looks into the folder given by
+    The Trainer does not tell callbacks which folder it resumes. This callback looks into
     `TrainingArguments(resume_from_checkpoint=...)` and into `checkpoint-<step>` in `output_dir`,
-    and takes the averages that were saved beside the trained weights that the model has now. A
+    and loads the averages saved beside the trained weights that the model has now. A
     hyperparameter search saves nothing.
 
-    With `load_best_model_at_end` the checkpoint with the best evaluation of its averages is best.
+    With `load_best_model_at_end` the best checkpoint is the one whose averages evaluate best.
     Afterwards the model has the trained weights of this checkpoint, and `averaged` gives its
     averages, which are also in its folder `averaged/`.
 
@@ -74,20 +74,20 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     the model's `state_dict` or `load_state_dict`, or of `restore`.
 
     Args:
-        decay: as in `emajit.update`, but no list.
-        dtype, buffers, include, exclude, rounding, nonfinite, backend: as in `LitEma`. Of
-            averages that are not finite a warning tells once, when they are saved.
+        decay: as in `emajit.update`.
+        dtype, buffers, include, exclude, rounding, nonfinite, backend: as in `LitEma`. Saving
+            warns once of averages that are not finite.
         every: average after each optimizer step whose number is a multiple of this; `decay` counts
-            the averaged ones. Before the first one, evaluations and `averaged/` are of the trained
-            weights.
+            the averaged steps. Before the first average, evaluations and `averaged/` use the
+            trained weights.
 
-    From a checkpoint without averages they start from its weights, with a warning.
+    When a checkpoint without averages is resumed, they start from its weights, with a warning.
 
     Raises ValueError and TypeError for an unusable option; and ValueError, at the start of
     training, for parameters in shards (FSDP, DeepSpeed ZeRO 3), for a resumed checkpoint that is
     not found or whose averages do not fit, for a second `EMACallback` of the Trainer, and for
-    `enable_jit_checkpoint`, whose checkpoints no callback hears of; and what `LitEma` raises for
-    the model.
+    `enable_jit_checkpoint`, which saves without a call of callbacks; and as `LitEma` for the
+    model.
     """
 
     def __init__(
@@ -120,10 +120,10 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._saved: Path | None = None
         self._is_training = False
         self._is_inside = False
-        # The averages in the model for an evaluation of the Trainer, and what guards them there.
+        # The scope of an evaluation of the Trainer, and the model's hooks that end it early.
         self._evaluation, self._guards = ExitStack(), ExitStack()
         self._was_interrupted = self._was_mixed = False
-        self._scale: float | None = None  # of the gradients, before a step that may be left out
+        self._scale: float | None = None  # of the gradients, before a step that may be skipped
 
     @contextmanager
     def averaged(self, model: nn.Module) -> Iterator[None]:
@@ -142,7 +142,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 self._is_inside = False
 
     def restore(self) -> None:
-        """Give the model its trained weights back, after an evaluation that has raised."""
+        """Give the model its trained weights back after an evaluation has raised."""
         self._evaluation.close()
         self._guards.close()
 
@@ -152,7 +152,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         return self._average
 
     def _followed(self, model: nn.Module) -> LitEma:
-        """The averages, after they have taken in parameters that were unfrozen, or added."""
+        """The averages, with the parameters that were unfrozen or added since."""
         average = self._present()
         self._known = _average.follow(average, model, self._known)
         return average
@@ -161,8 +161,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._was_interrupted = self._was_mixed = False
         self._followed(model)
         self._evaluation.enter_context(self.averaged(model))
-        # No hook comes between the last of several evaluations, or one that raises, and saving or
-        # loading.
+        # The Trainer calls no hook between an evaluation (the last of several, or one that raises)
+        # and saving or loading.
         bare = getattr(model, "_orig_mod", model)
         for register in (bare.register_state_dict_pre_hook, bare.register_load_state_dict_pre_hook):
             self._guards.callback(register(lambda *_: self._interrupt()).remove)
@@ -174,7 +174,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the averages from the model's weights, or go on with those of the checkpoint."""
+        """Start the averages from the model's weights, or load them from the checkpoint."""
         self.restore()
         if vars(state).setdefault("EMACallback", self) is not self:
             raise ValueError(
@@ -182,8 +182,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             )
         if getattr(args, "enable_jit_checkpoint", False):
             raise ValueError(
-                "enable_jit_checkpoint: expected False, found True; no callback is told of those "
-                "checkpoints"
+                "enable_jit_checkpoint: expected False, found True; these checkpoints are saved "
+                "without a call of callbacks"
             )
         model = kwargs["model"]
         for name, p in model.named_parameters():
@@ -195,7 +195,9 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             folders = [*([Path(str(told))] if told else []), _folder(args, state)]
             found = [folder for folder in folders if folder.is_dir()]
             if found and not any((folder / _FILE).is_file() for folder in found):
-                _warn.warn(f"{found[0]} has no averages of EMACallback; its weights stand for them")
+                _warn.warn(
+                    f"{found[0]} has no averages of EMACallback; they start from its weights"
+                )
             else:
                 self._load(model, folders)
         # The Trainer calls `on_save` only after it has removed an older checkpoint.
@@ -208,7 +210,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take in new parameters; remember the scale, which a step left out makes smaller."""
+        """Track new parameters; remember the gradient scale, which a skipped step reduces."""
         self._scale = _scale(kwargs["optimizer"])
         self._followed(kwargs["model"])
 
@@ -239,8 +241,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Give the model its trained weights back, unless there may be another data set."""
-        was_whole = self._was_interrupted and not self._was_mixed  # and a state taken afterwards
+        """Give the model its trained weights back, unless another data set may follow."""
+        was_whole = self._was_interrupted and not self._was_mixed  # interrupted only at its end
         if self._is_training and not self._is_inside and not was_whole:
             why = (
                 "from a call of state_dict() or load_state_dict() within it on"
@@ -257,7 +259,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Put the averages into the checkpoint of a Trainer that saves in a way of its own."""
+        """Put the averages into the checkpoint of a Trainer that saves in its own way."""
         if args.should_save and self._saved != _folder(args, state):
             self._save(_folder(args, state), state, kwargs)
         self.restore()
@@ -265,9 +267,9 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def _save_before(
         self, args: TrainingArguments, state: TrainerState, objects: dict[str, Any], json_path: str
     ) -> None:
-        """Put the averages into a checkpoint, then the state of the Trainer."""
+        """Save the averages into a checkpoint, then the state of the Trainer."""
         folder = Path(json_path).parent
-        if folder.name == _folder(args, state).name:  # else of `Trainer.save_state`
+        if folder.name == _folder(args, state).name:  # else called by `Trainer.save_state`
             self._save(folder, state, objects)
         type(state).save_to_json(state, json_path)
 
@@ -278,8 +280,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             return
         if unguarded:
             raise RuntimeError(
-                f"{folder}: expected trained weights, found the averages saved in their place, by "
-                "something that does not call state_dict()"
+                f"{folder}: expected trained weights, found the averages saved in their place by "
+                "code that does not call state_dict()"
             )
         model = objects["model"]
         average = self._followed(model)
@@ -296,7 +298,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the averages of the best checkpoint, where the Trainer has taken its weights."""
+        """Load the averages of the best checkpoint if the Trainer has loaded its weights."""
         self.restore()
         self._is_training = False
         best = state.best_model_checkpoint
@@ -315,14 +317,14 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take in the parameters that were unfrozen, or added, since the last step."""
+        """Track the parameters that were unfrozen or added since the last step."""
         self.restore()
         self._followed(kwargs["model"])
 
     def _load(self, model: nn.Module, folders: list[Path], *, all_of_them: bool = True) -> None:
-        """Go on from the averages that were saved beside the weights that the model has.
+        """Load the averages that were saved beside the weights that the model has.
 
-        Unless they must be `all_of_them`, others start from these weights.
+        Missing averages start from these weights, unless the file must have `all_of_them`.
         """
         for file in filter(Path.is_file, (folder / _FILE for folder in folders)):
             names, of = _saved(file)
@@ -338,15 +340,15 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         raise ValueError(
             f"expected {_FILE} that was saved beside the weights that the model has, found it in "
             f"none of {[str(folder) for folder in folders]}; "
-            "TrainingArguments(resume_from_checkpoint=...) tells EMACallback the folder"
+            "pass the folder in TrainingArguments(resume_from_checkpoint=...)"
         )
 
 
 def _scale(optimizer: Any) -> float | None:
-    """The scale of the gradients, for an optimizer whose `step` leaves out a step by itself.
+    """The gradient scale, for a fused optimizer, which skips a step by itself; else None.
 
-    accelerate says that a step was left out where `step` was not called; that of a fused optimizer
-    always is.
+    accelerate detects a skipped step by a missing call of `step`, which a fused optimizer gets
+    always.
     """
     scaler, inner = (getattr(optimizer, name, None) for name in ("scaler", "optimizer"))
     if scaler is None or not getattr(inner, "_step_supports_amp_scaling", False):
@@ -359,7 +361,7 @@ def _folder(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def _fingerprint(names: list[str], model: nn.Module) -> str:
-    """Of the trained weights of what is averaged: it tells one training from another."""
+    """The fingerprint of the averaged parameters' trained weights, to recognise a training."""
     params = _module.named_parameters(model)
     averaged = {*_names.match(params, names).values()}
     return _average.fingerprint(p for name, p in params.items() if name in averaged)

@@ -1,9 +1,9 @@
 """ema-pytorch's `EMA` and `KarrasEMA`: `initted`, `step`, and the averages below `ema_model.`.
 
 The trained weights may be below `online_model.`. `PostHocEMA` has several averages below
-`ema_models.`. "ema-pytorch" writes the state of an `EMA`, which starts from the model again as long
-as `step` is not beyond its `update_after_step`. `step` counts the calls, also those that average
-nothing: by default nine of ten (`update_every`, which no file tells).
+`ema_models.`. "ema-pytorch" writes the state of an `EMA`, which copies the model again until `step`
+exceeds its `update_after_step`. `step` counts all calls, but by default only each tenth averages
+(`update_every`, which no file holds).
 """
 
 from __future__ import annotations

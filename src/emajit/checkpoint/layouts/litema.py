@@ -1,7 +1,7 @@
 """`LitEma`, on its own or in a checkpoint of latent-diffusion, SGM or CogVideo.
 
-`decay`, `num_updates` and an average for each parameter, whose key is the parameter's name without
-its dots. In a full checkpoint they are below a prefix, mostly `model_ema.`, beside the trained
+`decay`, `num_updates` and an average for each parameter under the parameter's name without its
+dots. In a full checkpoint they are below a prefix, mostly `model_ema.`, beside the trained
 weights. "litema" writes such a full checkpoint.
 """
 
@@ -92,15 +92,15 @@ def names_from(flat: State, raw: State) -> tuple[str, dict[str, str]]:
 
 
 class _AmbiguityError(ValueError):
-    """A module that may be the averaged one, so that no other may be taken for it."""
+    """A module matches ambiguously, so that no other module may be taken instead."""
 
 
 def unflattened(flat: State, names: Mapping[str, str]) -> dict[str, str]:
     """Map each key of a LitEma to a full name.
 
-    `names` maps the names within the averaged module to the full ones. Where two names differ only
-    in their dots, emajit's LitEma has slashes in its keys. Where two differ only in wrappers, the
-    names themselves count if they are all there.
+    `names` maps the names within the averaged module to the full names. If two names differ only
+    in their dots, emajit's LitEma has slashes in its keys. If two differ only in wrappers, the
+    names with wrappers decide if the state has a key for each.
     """
     by_spelling: dict[str, list[str]] = {}
     for name, full in names.items():
@@ -140,7 +140,7 @@ def _spellings(name: str) -> set[str]:
 
 
 def _spellings_of_key(key: str) -> set[str]:
-    """The `_spellings` of its name that a key may stand for."""
+    """The `_spellings` of a name that a key may match."""
     return {key, _names.bare(key), key.replace("/", "")}
 
 
@@ -157,7 +157,7 @@ def _state(averaged: Averaged, _: Names) -> dict[str, Any]:
     updates = -1 if averaged.step is None else averaged.step  # -1: without warm-up
     if updates >= 2**31:
         found = f"found {updates}"
-        raise ValueError(f"litema: expected a step below 2**31, which it counts to, {found}")
+        raise ValueError(f"litema: expected a step below 2**31, the limit of its int32, {found}")
     controls = {
         CONTROLS[0]: torch.tensor(required("decay", "litema", averaged), dtype=torch.float32),
         CONTROLS[1]: torch.tensor(updates, dtype=torch.int32),

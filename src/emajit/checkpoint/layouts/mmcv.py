@@ -1,8 +1,8 @@
 """MMCV 1: an average of each parameter in a buffer of the model, `ema_` and the name with `_`.
 
-Its hook swaps the two around an evaluation. A checkpoint that is saved in between, as with YOLOX,
-whose hook comes before the one that saves, has the averages under the parameters' own names: read
-those with `key` and `raw_key`.
+Its hook swaps parameters and averages around an evaluation. A checkpoint that is saved in between
+(YOLOX, whose hook runs before the saving hook) has the averages under the parameters' own names:
+read it with `key` and `raw_key`.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ def _read(tree: Mapping[str, Any]) -> list[Reading]:
 
 
 def _is_of_mmengine(tree: Mapping[str, Any]) -> bool:
-    """Others have averages in `ema_state_dict`: what swaps must show marks of its own."""
+    """Whether mmengine wrote the file: others keep the averages in `ema_state_dict`."""
     meta = tree.get("meta")
     told = isinstance(meta, Mapping) and "mmengine_version" in meta
     return told or "message_hub" in tree or "steps" in tree["ema_state_dict"]

@@ -1,4 +1,4 @@
-"""`{"shadow": shadow, "step": step}`, as `torch.save` writes it, and what `checkpoint.save` writes.
+"""`{"shadow": shadow, "step": step}` of `torch.save`, and the files of `checkpoint.save`.
 
 `checkpoint.read` brings a file or folder of `save` and `save_sharded` into this form. The shadow
 may be a list of several, as `update_many_` takes them.
@@ -33,7 +33,7 @@ def _named(shadow: Any) -> dict[str, Tensor]:
 
 
 def _is_list_of_shadows(shadow: Any) -> bool:
-    """Whether these are mappings of the same names and shapes, and not one tree of layers."""
+    """Whether a shadow is a list of mappings with the same names and shapes, not of layers."""
     if not isinstance(shadow, list | tuple) or len(shadow) < 2:
         return False
     forms = [
