@@ -32,8 +32,8 @@ _told: set[torch.dtype] = set()
 def warn_of_stall(dtype: torch.dtype, alpha: object, *, again: bool = False) -> None:
     """Warn if many increments of an average are under half an ulp.
 
-    Updates warn once for each dtype, and for a schedule once its decay has grown above `MOST_DECAY`;
-    where an average is built, `again` warns each time.
+    Updates warn once for each dtype, with a schedule once its decay has grown above `MOST_DECAY`.
+    `again` warns each time: where an average is built.
     """
     if dtype not in NARROW or not isinstance(alpha, float) or (dtype in _told and not again):
         return
