@@ -25,7 +25,7 @@ from emajit._torch import pytree
 # compiles nothing on a CPU: Inductor does not vectorise 16-bit dtypes there, 18 ms in place of 16.
 WORTH_COMPILING = 2**20
 WORTH_COMPILING_NOISE = 2**18
-# Several averages that fit into the cache are updated one after the other: an operator with a
+# Several averages, each smaller than the cache, are updated one after the other: an operator with a
 # scalar for each leaf takes 1.3 times as long. For larger averages each parameter is read once.
 READ_ONCE = 2**23
 # A model is compiled in groups of leaves that share a graph, like the blocks of a network, if each

@@ -28,9 +28,9 @@ class LitEma(LitEmaState):
 
     Args:
         model: the module whose trainable parameters are averaged; call `track` after it has got
-            new ones. The LitEma holds only weak references to it. With several
-            processes, build the LitEma where all have the same weights: after
-            `DistributedDataParallel`, or with one seed.
+            new ones. The LitEma holds only weak references to it. With several processes, build
+            the LitEma where all have the same weights: after `DistributedDataParallel`, or with
+            one seed.
         decay: the share of the average that an update keeps, in [0, 1]; or a schedule of the number
             of updates (see `emajit.schedules`). With a schedule, saving writes the decay of the
             last update to the buffer `decay`, and a loaded decay has no effect.

@@ -146,7 +146,7 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _step_of(path: Path) -> int | None:
-    """The step that a checkpoint holds, or the last number in the name of its folder."""
+    """The step that a checkpoint holds, or None."""
     tree = sources.content(path, on_disk=True)
     found = [search.told(part)[0] for part in search.parts(search.containers(tree))] or [None]
     return found[0]

@@ -76,9 +76,9 @@ def ema_scope(model: nn.Module, shadow: Mapping[str, Any], *, copy: bool = False
     with a `max_norm`, which an embedding's forward writes. No process waits for another. Use `copy`
     where sharing is invisible: for captured CUDA graphs, and views of a whole parameter.
 
-    Values that the model has computed from its weights before stay the training's, such as an
-    adapter that `eval()` has merged into a frozen weight: unmerge it before the scope, or merge it
-    in a copy or in the module that `averaged_module` returns.
+    Values computed from the training weights before the scope do not change, such as an adapter
+    that `eval()` has merged into a frozen weight: unmerge it before the scope, or merge it in a
+    copy or in the module that `averaged_module` returns.
 
     Use it for evaluation only. Do not backpropagate across the boundary: autograd raises, except
     for graphs from before the scope that are used after it, and where activation checkpointing

@@ -214,7 +214,7 @@ def _shown(modules: Mapping[str, float | None]) -> Table:
 
 
 def _module(name: str, depth: int | None) -> str:
-    """The first `depth` parts of a name; without a depth, up to its first number."""
+    """The first `depth` parts of a name ("all" for 0); without a depth, up to its first number."""
     if depth == 0:
         return "all"
     modules = name.split(".")[:-1]
