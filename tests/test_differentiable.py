@@ -13,6 +13,9 @@ from torch.func import functional_call, grad, jacrev, jvp, vmap
 import emajit
 from emajit import offload
 
+# Of torch 2.15 itself, where derivatives are first taken forward.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+
 DECAYS = (0.9, 0.25)
 forward_ad: Any = torch.autograd.forward_ad
 
