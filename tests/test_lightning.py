@@ -673,7 +673,7 @@ class TestOfWhichWeights:
         plain.fit(model, data())
         plain.save_checkpoint(tmp_path / "plain.ckpt")
         _, callback, other = saved(tmp_path)
-        with pytest.warns(UserWarning, match="they start from its weights"):
+        with pytest.warns(UserWarning, match="has no averages of EMACallback"):
             trainer_of(tmp_path, callback).test(
                 other, data(2), ckpt_path=tmp_path / "plain.ckpt", verbose=False
             )
