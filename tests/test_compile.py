@@ -470,7 +470,8 @@ def test_one_kernel_for_all_leaves_of_a_precision(
         return update(shadow, params, n, decay=schedules.warmup(0.9), **options)
 
     kernels = kernels_of(step, shadow, params, torch.tensor(3))
-    most = 1 if _torch.drops_guards() else 2  # torch 2.6 takes a second one for noise
+    version = tuple(map(int, torch.__version__.split(".")[:2]))
+    most = 1 if version >= (2, 11) else 2  # older ones take a second one for noise
     assert 1 <= kernels.count(leaves) <= most
     assert len(kernels) <= most + others
 
