@@ -82,8 +82,9 @@ class LitEmaState(Tracking):
             self.decay.fill_(float(self.schedule(max(0, int(self.num_updates) - 1))))
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.nonfinite != "skip":
-            held = _shards.local([self.get_buffer(key) for key in self.m_name2s_name.values()])
-            named = dict(zip(self.m_name2s_name, held, strict=True))
+            keys = {n: k for n, k in self.m_name2s_name.items() if k not in self._uninitialised}
+            held = _shards.local([self.get_buffer(key) for key in keys.values()])
+            named = dict(zip(keys, held, strict=True))
             _warn.warn_of_nonfinite(self, {n: a for n, a in named.items() if a.is_cpu})
         for key in self._uninitialised:
             del destination[prefix + key]
