@@ -6,7 +6,6 @@ Each study prints a table, and writes it and a picture into `bench/results/`.
 from __future__ import annotations
 
 import argparse
-import math
 import platform
 import statistics
 import sys
@@ -30,11 +29,6 @@ RESULTS = Path(__file__).parent / "results"
 NOISE = 0.2  # the share of labels that are drawn anew, once
 BATCH, RATE = 8, 0.1
 BEFORE, AFTER, CHECKPOINTS = 4000, 2000, 20
-CURVES: dict[str, Callable[[float], float]] = {
-    "linear": lambda t: 1 - t,
-    "cosine": lambda t: (1 + math.cos(math.pi * t)) / 2,
-    "1-sqrt": lambda t: 1 - math.sqrt(t),
-}
 Data = tuple[Tensor, Tensor]
 
 
@@ -94,7 +88,7 @@ def wsm(seeds: int) -> tuple[dict[str, list[float]], list[str]]:
         model = network()
         trained(model, train, BEFORE, seed, lambda _: RATE)
         start = {name: value.clone() for name, value in model.state_dict().items()}
-        for name, curve in CURVES.items():
+        for name, curve in merging.CURVES.items():
             model.load_state_dict(start)
             trained(model, train, AFTER, seed + 100, lambda i, c=curve: RATE * c(i / AFTER))  # type: ignore[misc]
             losses.setdefault(f"rate decayed, {name}", []).append(loss(model, test))
@@ -110,7 +104,7 @@ def wsm(seeds: int) -> tuple[dict[str, list[float]], list[str]]:
 
             trained(model, train, AFTER, seed + 100, lambda _: RATE, keep)
             losses.setdefault("constant rate, the last weights", []).append(loss(model, test))
-            for rule in (*(f"wsm:{name}" for name in CURVES), "uniform"):
+            for rule in (*(f"wsm:{name}" for name in merging.CURVES), "uniform"):
                 merging.merge(paths, Path(folder, "merged.safetensors"), rule)
                 model.load_state_dict(load_file(Path(folder, "merged.safetensors")))
                 losses.setdefault(f"constant rate, merged {rule}", []).append(loss(model, test))

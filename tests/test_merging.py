@@ -23,9 +23,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.optim.swa_utils import AveragedModel
 
 import emajit
-from emajit import LitEma, checkpoint, cli, merging, posthoc, schedules
+from emajit import LitEma, checkpoint, merging, posthoc, schedules
 from emajit.checkpoint import files
 from tests.counting import own_memory, tells_memory
+from tests.test_cli import emajit as run
 
 
 def state(seed: int) -> dict[str, Tensor]:
@@ -365,9 +366,7 @@ class TestFolders:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         paths = [str(path) for path in self.adapters(tmp_path)]
-        arguments = ["emajit", "merge", *paths, "-o", str(tmp_path / "merged")]
-        monkeypatch.setattr(sys, "argv", arguments)
-        assert cli.main() == 0
+        assert run(monkeypatch, "merge", *paths, "-o", str(tmp_path / "merged")) == 0
         assert "--base MODEL merges the products" in capsys.readouterr().out.replace("\n", " ")
 
     def test_adapters_that_fit_no_base(self, tmp_path: Path) -> None:
@@ -453,10 +452,6 @@ class TestWindow:
 
 
 class TestCommand:
-    def emajit(self, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["emajit", "merge", *arguments])
-        return cli.main()
-
     def test_the_last_of_a_folder(
         self,
         sources: list[Path],
@@ -464,13 +459,10 @@ class TestCommand:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        out = tmp_path / "out" / "merged.safetensors"
+        out = tmp_path / ".out" / "merged.safetensors"  # not one of the checkpoints
         out.parent.mkdir()
         arguments = ["--last", "2", str(tmp_path), "-o", str(out)]
-        (tmp_path / "out").rename(tmp_path / ".out")
-        out = tmp_path / ".out" / "merged.safetensors"
-        arguments[-1] = str(out)
-        assert self.emajit(monkeypatch, *arguments) == 0
+        assert run(monkeypatch, "merge", *arguments) == 0
         assert_same(load_file(out), summed([0.5, 0.5], STATES[2:]))
         shown = capsys.readouterr().out
         assert "step-9.safetensors" in shown.replace("\n", "")
@@ -495,7 +487,7 @@ class TestCommand:
     ) -> None:
         monkeypatch.chdir(tmp_path)
         save_file(STATES[0], "a.safetensors")
-        assert self.emajit(monkeypatch, *arguments) == 2
+        assert run(monkeypatch, "merge", *arguments) == 2
         err = capsys.readouterr().err
         assert line in err
         assert err.count("\n") == 1
@@ -509,8 +501,7 @@ class TestCommand:
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         merging.merge(sources, tmp_path / "out.safetensors")
-        monkeypatch.setattr(sys, "argv", ["emajit", "inspect", str(tmp_path / "out.safetensors")])
-        assert cli.main() == 0
+        assert run(monkeypatch, "inspect", str(tmp_path / "out.safetensors")) == 0
         shown = capsys.readouterr().out
         assert "step-7.safetensors" in shown
         assert "0.25" in shown

@@ -45,6 +45,12 @@ def unwrapped(names: Collection[str]) -> dict[str, str]:
     return {name: short if len(same[short]) == 1 else name for name, short in bare.items()}
 
 
+def unwrap(held: Mapping[str, T]) -> dict[str, T]:
+    """`held` under its `unwrapped` names."""
+    bare = unwrapped(held)
+    return {bare[name]: value for name, value in held.items()}
+
+
 def canonical_of(names: Collection[str]) -> dict[str, str]:
     """Map each name to its `canonical` name, or to itself if two would become equal.
 

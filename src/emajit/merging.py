@@ -53,7 +53,7 @@ def wsm(decays: Sequence[float]) -> list[float]:
     return [a - b for a, b in pairwise(bounded)]
 
 
-_CURVES: dict[str, Callable[[float], float]] = {
+CURVES: dict[str, Callable[[float], float]] = {
     "linear": lambda t: 1 - t,
     "cosine": lambda t: (1 + math.cos(math.pi * t)) / 2,
     "1-sqrt": lambda t: 1 - math.sqrt(t),
@@ -93,11 +93,11 @@ def coefficients(rule: str | Sequence[float], count: int) -> list[float]:
         return [beta ** (count - 1)] + [
             (1 - beta) * beta ** (count - 1 - j) for j in range(1, count)
         ]
-    if kind == "wsm" and told in _CURVES:
+    if kind == "wsm" and told in CURVES:
         steps = count - 1
         if not steps:
             return [1.0]
-        return wsm([_CURVES[told]((i + 0.5) / steps) for i in range(steps)])
+        return wsm([CURVES[told]((i + 0.5) / steps) for i in range(steps)])
     if isinstance(rule, str):
         numbers = [_number(each, rule) for each in rule.split(",")]
     else:
@@ -238,7 +238,7 @@ def merge(
         like.write_folder_of(
             out, first, lambda path: files.write_leaves(path, forms, leaf, header, tell=tell)
         )
-    elif out.suffix in (".bin", ".ckpt", ".pt", ".pth"):
+    elif out.suffix in sources.OF_TORCH:
         state = {name: leaf(name) for name in forms if name not in sums.tied}
         state = {name: state[sums.tied.get(name, name)] for name in forms}
         header()

@@ -206,7 +206,7 @@ def window(
         if not (average.is_floating_point() or average.is_complex()):
             means[name] = average.clone()
             continue
-        mean = average.to(torch.complex128 if average.is_complex() else torch.float64)
+        mean = average.to(_tree.copy_dtype(average, torch.float64))
         if start:
             mean = (stop * mean - start * begin[name].to(mean.dtype)) / (stop - start)
         means[name] = mean
@@ -456,13 +456,13 @@ def _sums(
     newest = _read(held[-1], name)
     if not (newest.is_floating_point() or newest.is_complex()):
         return [newest.clone() for _ in solutions]
-    wide = torch.complex128 if newest.is_complex() else torch.float64
+    wide = _tree.copy_dtype(newest, torch.float64)
     sums = [torch.zeros(newest.shape, dtype=wide) for _ in solutions]
     for i, file in enumerate(held):
         leaf = _read(file, name)
         for total, solution in zip(sums, solutions, strict=True):
             total.add_(leaf, alpha=float(solution.coefficients[i]))
-    narrow = dtype.to_complex() if newest.is_complex() else dtype
+    narrow = _tree.copy_dtype(newest, dtype)
     return [files.cast(repr(name), _with_mask(total, newest), narrow) for total in sums]
 
 

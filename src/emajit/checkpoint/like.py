@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emajit import _alias, _names, _paths
+from emajit import _alias, _paths
 from emajit.checkpoint import files, search, sources
 
 # Stems of weight files, and the suffixes of files to copy: no weights, no training state.
@@ -40,20 +40,16 @@ def fitted(averages: Mapping[str, Tensor], like: str | os.PathLike[str]) -> dict
     ]
     told = [*(f"no {name}" for name in missing), *(f"{name} beside" for name in unknown), *shapes]
     if told:
-        shown = ", ".join(told[:5]) + (f", and {len(told) - 5:,} more" if len(told) > 5 else "")
-        raise ValueError(f"expected averages of the weights in {like}, found {shown}")
+        raise ValueError(f"expected averages of the weights in {like}, found {_paths.some(told)}")
     return {name: averages[name] for name in wanted}
 
 
 def _weights_in(path: Path) -> dict[str, Tensor]:
     held = search.parts(search.containers(sources.content(path)))
-    found = [(part.name, part.tensors) for part in held]
-    models = [(name, tensors) for name, tensors in found if isinstance(tensors, dict)]
-    if len(models) != 1:
-        places = _paths.some([name for name, _ in models]) or "none"
-        raise ValueError(f"{path}: expected the weights of one model, found {places}")
-    bare = _names.unwrapped(models[0][1])
-    return {bare[name]: value for name, value in models[0][1].items()}
+    try:
+        return search.one_model(held)[1]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def write_folder(

@@ -141,7 +141,7 @@ def _called(several: Sequence[Partner], found: Found) -> list[Partner]:
 def _by_name(averages: State, part: Part) -> list[Partner]:
     if not isinstance(part.tensors, dict) or len(part.tensors) < len(averages):
         return []
-    raw, own = (_bare(tensors) for tensors in (part.tensors, averages))
+    raw, own = (_names.unwrap(tensors) for tensors in (part.tensors, averages))
     while True:
         longest = max(own, key=len)
         prefixes = [
@@ -164,7 +164,7 @@ def _by_name(averages: State, part: Part) -> list[Partner]:
 def _by_flat_name(averages: State, part: Part) -> list[Partner]:
     if not isinstance(part.tensors, dict):
         return []
-    raw = _bare(part.tensors)
+    raw = _names.unwrap(part.tensors)
     try:
         module, full = names_from(averages, raw)
     except ValueError:  # the names do not fit, or there are none
@@ -180,7 +180,7 @@ def _by_position(averages: Sequence[Tensor], part: Part) -> list[Partner]:
     """
     if not isinstance(part.tensors, dict):
         return []
-    raw = _bare(part.tensors)
+    raw = _names.unwrap(part.tensors)
     tied = _alias.ties(raw)
     names = [
         name
@@ -226,11 +226,6 @@ def _places(wanted: Iterable[Any], held: Sequence[Any]) -> list[int] | None:
             return None
         places.append(place)
     return places
-
-
-def _bare(tensors: State) -> dict[str, Tensor]:
-    bare = _names.unwrapped(tensors)
-    return {bare[name]: value for name, value in tensors.items()}
 
 
 def _attribute(names: Iterable[str]) -> str:

@@ -217,7 +217,7 @@ def _not_one(
     for path, tensors, why in rows[:_SHOWN]:
         sizes = f"{len(tensors):,} tensors, {sum(v.numel() for v in tensors):,} numbers"
         place, remark = path or '"" (the file)', why and f"; {why}"
-        lines.append(f"  {place}: {sizes}, {dtypes_of(tensors)}{remark}")
+        lines.append(f"  {place}: {sizes}, {' and '.join(dtypes_of(tensors))}{remark}")
     if len(rows) > _SHOWN:
         lines.append(f"  and {len(rows) - _SHOWN:,} more")
     if rows:
@@ -248,8 +248,8 @@ def _places(path: str) -> list[str]:
     return [".".join(keys[:i]) for i in range(len(keys) + 1)]
 
 
-def dtypes_of(tensors: Iterable[Tensor]) -> str:
-    return " and ".join(sorted({str(v.dtype).removeprefix("torch.") for v in tensors}))
+def dtypes_of(tensors: Iterable[Tensor]) -> list[str]:
+    return sorted({str(v.dtype).removeprefix("torch.") for v in tensors})
 
 
 def _pickled(leaves: Iterable[Any]) -> str:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from emajit import _controls, _names
+from emajit import _controls, _names, _paths
 from emajit.checkpoint import followers, marks
 from emajit.checkpoint.averaged import Reading, step_of
 from emajit.checkpoint.layouts import LAYOUTS
@@ -148,6 +148,19 @@ def parts(walked: Sequence[Container]) -> list[Part]:
         if not marks.is_of_neither(path):
             found.append(Part(path, tensors, above))
     return found
+
+
+def one_model(held: Sequence[Part]) -> tuple[Part, dict[str, Tensor]]:
+    """The one state among some parts, and its tensors without the prefixes of wrappers.
+
+    Raises ValueError where there is none, or more than one.
+    """
+    models = [(part, part.tensors) for part in held if isinstance(part.tensors, dict)]
+    if len(models) != 1:
+        places = _paths.some([part.name for part, _ in models]) or "none"
+        raise ValueError(f"expected the weights of one model, found {places}")
+    ((part, tensors),) = models
+    return part, _names.unwrap(tensors)
 
 
 def averages(walked: Sequence[Container], held: Sequence[Part]) -> list[Found]:

@@ -18,7 +18,8 @@ from emajit.checkpoint import files
 from emajit.checkpoint.files import Unordered
 from emajit.checkpoint.saved import KEY, SHADOW, TIED, Saved
 
-SUFFIXES = ".safetensors", ".bin", ".ckpt", ".pkl", ".pt", ".pth"
+OF_TORCH = ".ckpt", ".pt", ".pth", ".bin"  # the names that `torch.save` writes
+SUFFIXES = ".safetensors", ".pkl", *OF_TORCH
 _INDEX = ".index.json"
 # Files beside a model that hold no weights, by their first word.
 _NOT_MODELS = re.compile(r"(optimizer|scheduler|scaler|sampler|rng|random|training_args)")

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from emajit import _alias, _names, _paths
+from emajit import _alias, _paths, _tree
 from emajit.checkpoint import files, partners, reading, search, sources
 from emajit.checkpoint.averaged import Names
 
@@ -22,7 +22,6 @@ ZERO_CRC = "00000000"
 # Numbers: fewer than torch would divide among threads, which wait for each other for a minute where
 # the checksums have a core (2 GB on 2 cores, torch 2.13: 62 s by pieces of 2^16, 2 s by these).
 _PIECE = 2**15 - 1024
-_pool = ThreadPoolExecutor(1, thread_name_prefix="emajit-checksums")
 
 
 class Source:
@@ -81,16 +80,12 @@ def _weights(
             raise ValueError(f"{path}: expected trained weights beside the averages, found none")
         return (), held, averaged.step
     else:
-        chosen = [part for part in parts if isinstance(part.tensors, dict)]
-    if len(chosen) != 1:
-        places = _paths.some([part.name for part in chosen]) or "none"
-        raise ValueError(
-            f"{path}: expected the weights of one model, found {places}; choose with key"
-        )
-    tensors: Any = chosen[0].tensors
-    bare = _names.unwrapped(tensors)
-    step = search.told(chosen[0])[0]
-    return chosen[0].path, {bare[name]: v for name, v in tensors.items()}, step
+        chosen = parts
+    try:
+        part, tensors = search.one_model(chosen)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; choose with key") from None
+    return part.path, tensors, search.told(part)[0]
 
 
 class Sum:
@@ -111,10 +106,17 @@ class Sum:
         Summed in float64 in pieces that stay in the cache, while another core computes checksums.
         """
         values = [source.leaf(name).contiguous() for source in self._held]
-        sums = [
-            _pool.submit(files.checksum, value, int(source.crc, 16))
-            for source, value in zip(self._held, values, strict=True)
-        ]
+        with ThreadPoolExecutor(1) as other:  # not one for all: a fork would have it without thread
+            sums = [
+                other.submit(files.checksum, value, int(source.crc, 16))
+                for source, value in zip(self._held, values, strict=True)
+            ]
+            result = self._summed(name, values, dtype)
+        for source, crc in zip(self._held, sums, strict=True):
+            source.crc = crc.result()
+        return result
+
+    def _summed(self, name: str, values: list[Tensor], dtype: torch.dtype) -> Tensor:
         if dtype.is_floating_point or dtype.is_complex:
             result = torch.empty(values[0].shape, dtype=dtype)
             flat, flats = result.view(-1), [value.view(-1) for value in values]
@@ -125,12 +127,10 @@ class Sum:
             result = values[-1]
             if self._integers == "equal" and any(not torch.equal(v, result) for v in values):
                 raise ValueError(f"{name!r}: expected the same integers in all sources")
-        for source, crc in zip(self._held, sums, strict=True):
-            source.crc = crc.result()
         return result
 
     def _piece(self, name: str, values: list[Tensor], dtype: torch.dtype) -> Tensor:
-        total = torch.zeros(values[0].shape, dtype=_widest(dtype))
+        total = torch.zeros(values[0].shape, dtype=_tree.copy_dtype(values[0], torch.float64))
         for value, x in zip(values, self._c, strict=True):
             total.add_(value.to(torch.float32) if value.dtype.itemsize == 1 else value, alpha=x)
         # The sum takes one pass; it is not finite if an element is not, or if it overflows.
@@ -139,10 +139,6 @@ class Sum:
             broken = [source.path for source, value in each if not torch.isfinite(value).all()]
             raise ValueError(f"{[*broken, self.first.path][0]}: {name!r}: expected finite numbers")
         return files.cast(repr(name), total, dtype)
-
-
-def _widest(dtype: torch.dtype) -> torch.dtype:
-    return torch.complex128 if dtype.is_complex else torch.float64
 
 
 class Deltas(Sum):
@@ -231,8 +227,8 @@ def check_alike(held: Sequence[Source]) -> None:
                 kinds = [f"{kind} of shape {shape}" for kind, shape in map(_kind, (other, value))]
                 told.append(f"{name}, {kinds[0]} for {kinds[1]}")
         if told:
-            shown = ", ".join(told[:5]) + (f" and {len(told) - 5} more" if len(told) > 5 else "")
-            raise ValueError(f"{source.path}: expected the tensors of {first.path}, found {shown}")
+            found = _paths.some(told)
+            raise ValueError(f"{source.path}: expected the tensors of {first.path}, found {found}")
 
 
 def _kind(value: Any) -> tuple[str, tuple[int, ...]]:

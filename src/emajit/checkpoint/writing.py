@@ -18,8 +18,7 @@ from emajit.checkpoint.layouts import WRITERS
 from emajit.checkpoint.layouts.litema import CONTROLS
 from emajit.checkpoint.like import fitted, write_folder
 from emajit.checkpoint.saved import TIED, count
-
-_OF_TORCH = ".ckpt", ".pt", ".pth", ".bin"
+from emajit.checkpoint.sources import OF_TORCH
 
 
 def write(
@@ -76,7 +75,7 @@ def write(
             return
     if isinstance(names, torch.nn.Module) and writer.by_position:
         averaged = _parameters(averaged, names)
-    if writer.safetensors and path.suffix not in _OF_TORCH:
+    if writer.safetensors and path.suffix not in OF_TORCH:
         state = writer.state(averaged, listed(names))
         narrowed = {name: value for name, value in state.items() if name not in CONTROLS}
         casts, header = files.float_casts(narrowed, dtype), {"format": "pt"}
@@ -85,7 +84,7 @@ def write(
         files.write_tensors(path, state, lambda *_: header, casts=casts, tell=tell)
         return
     if path.suffix == ".safetensors":
-        raise ValueError(f"{path}: expected a name with {' or '.join(_OF_TORCH)} for {layout}")
+        raise ValueError(f"{path}: expected a name with {' or '.join(OF_TORCH)} for {layout}")
     weights, raw = (_cast(part, dtype) for part in (averaged.weights, averaged.raw))
     state = writer.state(averaged._replace(weights=weights, raw=raw), listed(names))
     files.write_torch(path, {writer.torch_key: state} if writer.torch_key else state, tell)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from emajit import checkpoint, merging
 from emajit.checkpoint import Averaged, Candidate
+from emajit.checkpoint.reading import dtypes_of
 
 _SAMPLED = 2**14  # numbers of a tensor that a distance compares
 _SHOWN = 40  # modules, without a depth
@@ -51,8 +52,7 @@ def show_averages(
     if several or len(rows) > 1:
         console.print(_table(path, rows), highlight=False)
     if found is None:
-        hint = "choose one with --key PATH" if several else ""
-        console.print(hint, highlight=False, markup=False)
+        console.print("choose one with --key PATH", highlight=False, markup=False)
         return
     console.print(_summary(path, found), highlight=False)
     if modules:
@@ -148,7 +148,7 @@ def _count(tensors: Iterable[Tensor]) -> dict[str, Any]:
         "tensors": len(held),
         "numbers": sum(tensor.numel() for tensor in held),
         "bytes": sum(map(nbytes, held)),
-        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in held}),
+        "dtypes": dtypes_of(held),
     }
 
 
@@ -181,15 +181,14 @@ def _distances(found: Averaged, depth: int | None) -> dict[str, float | None]:
     Only the first numbers of a larger tensor are compared, so that a file of gigabytes is not read.
     None where $p$ is zero.
     """
-    names = [name for name in _averages(found) if name in found.raw]
-    if depth is None and len({_module(name, None) for name in names}) > _SHOWN:
+    averages = {name: v for name, v in _averages(found).items() if name in found.raw}
+    if depth is None and len({_module(name, None) for name in averages}) > _SHOWN:
         depth = 1
     squares: dict[str, list[float]] = {}
-    for name, average in _averages(found).items():
-        raw = found.raw.get(name)
-        if raw is not None and average.is_floating_point():
+    for name, average in averages.items():
+        if average.is_floating_point():
             scale = max(1.0, average.numel() / _SAMPLED)
-            s, p = (_sample(tensor) for tensor in (average, raw))
+            s, p = (_sample(tensor) for tensor in (average, found.raw[name]))
             both = float((s - p).square().sum()), float(p.square().sum())
             for module in dict.fromkeys(["all", _module(name, depth)]):
                 sums = squares.setdefault(module, [0.0, 0.0])
