@@ -20,7 +20,7 @@ from torch import nn
 
 from emajit import LitEma, checkpoint, cli, posthoc, schedules, update_many_
 from emajit import init as emajit_init
-from emajit.checkpoint import files
+from emajit.checkpoint import files, sources
 from emajit.checkpoint.layouts import WRITERS
 from emajit.cli import demo, pictures
 
@@ -334,7 +334,38 @@ class TestCheckpoints:
         assert [row["key"] for row in told["candidates"]] == ["ema.shadow", "model", "best"]
         assert told["average"]["raw_path"] == "model"
         assert told["average"]["trained_only"] == ["table"]
+        assert told["average"]["averaged_only"] == []
+        assert told["average"]["length"] == pytest.approx(10)
         assert told["average"]["distances"]["blocks.0"] == pytest.approx(0.01)
+
+    def test_inspect_a_file_of_thousands_of_tensors(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The deepest modules of which there are at most 40, on lines that fit."""
+        raw = {f"net.blocks.{i}.{j}.w": torch.ones(2) for i in range(50) for j in range(40)}
+        raw |= {f"net.head.{i}.w": torch.ones(2) for i in range(3)}
+        average = {name: value * 1.02 for name, value in raw.items()}
+        torch.save({"model": raw, "ema": average}, tmp_path / "file")
+        monkeypatch.setenv("COLUMNS", "80")
+        assert emajit(monkeypatch, "inspect", str(tmp_path / "file")) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= 80
+        assert len(lines) < 45
+        for module in ("all", "net.blocks", "net.head"):
+            assert sum(module in line and "2.00%" in line for line in lines) == 1
+        assert not any("net.blocks.0" in line for line in lines)
+
+    def test_inspect_reads_a_file_once(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        paths: list[Path] = []
+        content = sources.content
+
+        def counted(path: Path) -> Any:
+            paths.append(path)
+            return content(path)
+
+        monkeypatch.setattr(sources, "content", counted)
+        assert emajit(monkeypatch, "inspect", str(file)) == 0
+        assert paths == [file]
 
     def test_inspect_several(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

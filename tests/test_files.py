@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -55,6 +56,22 @@ def test_a_record_that_is_shorter_than_its_tensor(
     size = 100 * dtype.itemsize
     with pytest.raises(ValueError, match=rf"b\.pt: .*expected {size:,} bytes, found"):
         checkpoint.read(tmp_path / "b.pt")
+
+
+def test_a_record_twice(tmp_path: Path) -> None:
+    """torch takes the first of the two, Python the last, of which the length was checked."""
+    torch.save({"n_averaged": torch.tensor(3), "module.w": torch.ones(100)}, tmp_path / "a.pt")
+    for twice in ("data/1", "data.pkl", "more/data.pkl"):
+        with (
+            zipfile.ZipFile(tmp_path / "a.pt") as source,
+            zipfile.ZipFile(tmp_path / "b.pt", "w") as target,
+            warnings.catch_warnings(action="ignore"),  # of the name twice
+        ):
+            target.writestr(f"a/{twice}", source.read("a/data.pkl")[:2])
+            for record in source.infolist():
+                target.writestr(record.filename, source.read(record.filename))
+        with pytest.raises(ValueError, match="expected one pickle and each record once"):
+            checkpoint.read(tmp_path / "b.pt")
 
 
 def test_storages_that_tensors_share_and_no_plain_containers(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.testing import assert_close
 
 from bench import contestants
-from emajit import LitEma, checkpoint
+from emajit import LitEma, checkpoint, posthoc
 from emajit.checkpoint import layouts
 from emajit.checkpoint.layouts import WRITERS
 from tests import reference
@@ -303,10 +303,50 @@ class TestPeers:
         ema.checkpoint()
         with pytest.raises(ValueError, match="expected one average, found two: ema-pytorch"):
             checkpoint.read(ema.state_dict())
+        both = checkpoint.read_all(ema.state_dict())
+        for i, found in enumerate(both):
+            assert f"length {i} in the order of its sigma_rels" in found.why
+            assert_average(found, ema.ema_models[i].ema_model.state_dict())
         found = checkpoint.read(tmp_path / "1.1.pt")
         assert found.step is None  # it is in float16
         expected = {k: v.half() for k, v in ema.ema_models[1].ema_model.state_dict().items()}
         assert_average(found, expected)
+
+    def test_ema_pytorch_posthoc_of_many_lengths(self, tmp_path: Path) -> None:
+        """The order of its lengths, which safetensors does not keep."""
+        state: dict[str, Tensor] = {}
+        for i in range(11):
+            controls = {"initted": torch.tensor(True), "step": torch.tensor(3)}
+            held = {**controls, "ema_model.w": torch.full((2,), float(i))}
+            state |= {f"ema_models.{i}.{name}": value for name, value in held.items()}
+        save_file(state, tmp_path / "file")
+        found = checkpoint.read_all(tmp_path / "file")
+        assert [int(each.weights["w"][0]) for each in found] == [*range(11)]
+
+    def test_ema_pytorch_posthoc_as_snapshots(self, tmp_path: Path) -> None:
+        """Another length from its files, close to that averaged in training."""
+        ema_pytorch = peer("ema_pytorch")
+        model, lengths = nn.Linear(4, 4), (0.05, 0.28)
+        folder, ours = tmp_path / "theirs", tmp_path / "ours"
+        options: dict[str, Any] = {"checkpoint_dtype": torch.float32, "update_every": 1}
+        options |= {"checkpoint_every_num_steps": 25, "checkpoint_folder": str(folder)}
+        ema = ema_pytorch.PostHocEMA(model, sigma_rels=lengths, **options)
+        wanted = ema_pytorch.KarrasEMA(model, sigma_rel=0.15, update_every=1)
+        for i in range(200):
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.copy_(torch.full_like(p, math.sin(i / 40)))
+            ema.update()
+            wanted.update()
+        told = {tuple(map(int, f.path.split(".")[:2])): f for f in checkpoint.read_all(folder)}
+        for number, step in sorted(told, key=lambda each: each[1]):
+            weights = told[number, step].weights
+            posthoc.save(ours, weights, step, sigma_rel=lengths[number])
+        got = posthoc.reconstruct(posthoc.snapshots(ours), 0.15)
+        expected = parameters(wanted.ema_model)
+        assert_close(got, expected, rtol=0, atol=0.01)
+        for each in ema.ema_models:  # far from those that were kept
+            assert abs(float(each.ema_model.weight.mean() - expected["weight"].mean())) > 0.1
 
     def test_diffusers(self, written: Any) -> None:
         training_utils = peer("diffusers.training_utils")

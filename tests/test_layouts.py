@@ -8,8 +8,12 @@ import json
 import os
 import pkgutil
 import random
+import shutil
+import sys
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import pytest
@@ -540,11 +544,88 @@ class TestFolders:
         assert torch.equal(found.weights["a.weight"], AVERAGE["a.weight"])
         assert torch.equal(found.raw["a.weight"], RAW["a.weight"])
 
-    def test_of_deepspeed(self, tmp_path: Path) -> None:
-        (tmp_path / "global_step7").mkdir()
-        torch.save({}, tmp_path / "global_step7" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
-        with pytest.raises(ValueError, match=r"zero_to_fp32\.py"):
-            checkpoint.read(tmp_path)
+
+class Loss:
+    """As a training script may hand to DeepSpeed: an object that is pickled."""
+
+
+class TestDeepspeed:
+    """Its folders as versions 0.19 writes them, with the averages in the client state."""
+
+    @pytest.fixture(params=["zero", "bf16_zero"])
+    def folder(self, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+        step = tmp_path / "global_step7"
+        step.mkdir()
+        (tmp_path / "latest").write_text("global_step7")
+        torch.save({}, step / f"{request.param}_pp_rank_0_mp_rank_00_optim_states.pt")
+        state = {
+            "module": {name: v.bfloat16() if v.ndim else v for name, v in RAW.items()},
+            "param_shapes": [{name: tuple(RAW[name].shape) for name in NAMES}],
+            "frozen_param_fragments": {"b.bias": RAW["b.bias"].bfloat16()},
+            "global_steps": 7,
+        }
+        torch.save({**state, "ema": AVERAGE}, step / "mp_rank_00_model_states.pt")
+        return tmp_path
+
+    @pytest.fixture
+    def asked(self, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+        """A stand-in for DeepSpeed; what its converter was asked for."""
+        asked: list[Any] = []
+
+        def join(folder: str, tag: str) -> dict[str, Tensor]:
+            print("Detected checkpoint of type zero stage 2")  # noqa: T201, as DeepSpeed does
+            asked.append((Path(folder), tag))
+            if len(asked) > 2:
+                raise FileNotFoundError("no shards")
+            return {name: RAW[name].requires_grad_() for name in NAMES[:-1]}  # one is frozen
+
+        for name in ("deepspeed", "deepspeed.utils", "deepspeed.utils.zero_to_fp32"):
+            module: Any = ModuleType(name)
+            module.__spec__ = ModuleSpec(name, None)
+            monkeypatch.setitem(sys.modules, name, module)
+        module.get_fp32_state_dict_from_zero_checkpoint = join
+        sys.modules["deepspeed.utils"].zero_to_fp32 = module  # type: ignore[attr-defined]
+        return asked
+
+    def test_its_own_converter_joins_the_weights(
+        self, folder: Path, asked: list[Any], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for path in (folder, folder / "global_step7"):
+            found = checkpoint.read(path)
+            assert all(torch.equal(found.weights[name], AVERAGE[name]) for name in NAMES)
+            assert all(torch.equal(found.raw[name], RAW[name]) for name in NAMES[:-1])
+            assert found.raw[NAMES[-1]].dtype == torch.bfloat16
+            assert not found.raw["a.weight"].requires_grad
+            assert (found.path, found.raw_path, found.step) == ("ema", "module", 7)
+        assert asked == [(folder, "global_step7")] * 2
+        assert not capsys.readouterr().out  # of a command that prints JSON
+        with pytest.raises(ValueError, match="shards that DeepSpeed can join, found FileNotFound"):
+            checkpoint.read(folder)
+
+    def test_without_it(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "deepspeed", None)
+        with pytest.raises(ValueError, match=r"install deepspeed, or .* zero_to_fp32\.py"):
+            checkpoint.read(folder)
+        alone = checkpoint.read(folder / "global_step7" / "mp_rank_00_model_states.pt")
+        assert torch.equal(alone.weights["a.weight"], AVERAGE["a.weight"])
+
+    def test_no_object_is_unpickled_by_it(self, folder: Path, asked: list[Any]) -> None:
+        (shards,) = folder.glob("*/*_optim_states.pt")
+        torch.save({"loss": Loss()}, shards)
+        with pytest.raises(ValueError, match=r"runs what it unpickles, found .*Loss; if you trust"):
+            checkpoint.read(folder)
+        assert not asked
+
+    def test_a_step_that_is_not_told(self, folder: Path, asked: list[Any]) -> None:
+        (folder / "latest").unlink()
+        assert checkpoint.read(folder).step == 7
+        shutil.copytree(folder / "global_step7", folder / "global_step8")
+        with pytest.raises(ValueError, match="found global_step7, global_step8"):
+            checkpoint.read(folder)
+        (folder / "global_step8" / "mp_rank_00_model_states.pt").unlink()
+        with pytest.raises(ValueError, match="expected the states of DeepSpeed, found no"):
+            checkpoint.read(folder / "global_step8")
+        assert len(asked) == 1
 
 
 class TestHostile:

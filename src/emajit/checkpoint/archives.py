@@ -7,7 +7,7 @@ import pickle
 import struct
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 _ITEM_SIZES = {  # of the storages of one dtype, as torch.save names them
     f"{name}Storage": size
@@ -21,25 +21,40 @@ _ITEM_SIZES = {  # of the storages of one dtype, as torch.save names them
 }
 
 
-def is_stored(path: Path) -> bool:
-    """Whether no record is compressed, so that torch can map the file."""
-    with zipfile.ZipFile(path) as archive:
-        return all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
+class Scan(NamedTuple):
+    """What a zip archive of `torch.save` says of itself.
+
+    is_stored: whether no record is compressed, so that torch can map the file.
+    names: the classes and functions that its pickle names.
+    """
+
+    is_stored: bool
+    names: set[str]
 
 
-def check_lengths(path: Path) -> None:
-    """Raise ValueError for a record that is shorter than its tensors: torch reads past its end."""
+def scan(path: Path) -> Scan:
+    """Read the directory and the pickle of an archive, in one pass; nothing in it runs.
+
+    Raises ValueError for two records of one name or two pickles, where torch may read another,
+    and for a record that is shorter than its tensors: torch reads past its end.
+    """
     with zipfile.ZipFile(path) as archive:
         records = {record.filename: record for record in archive.infolist()}
-        pickled = next(name for name in records if name.endswith("data.pkl"))
+        pickles = [name for name in records if name.endswith("data.pkl")]
+        if len(pickles) != 1 or len(records) < len(archive.infolist()):
+            # Of two records of one name, torch takes the first and Python the last.
+            raise ValueError(f"expected one pickle and each record once, found {pickles}")
+        pickled = pickles[0]
         text = _held(path, records[pickled]) or archive.read(pickled)
     folder = pickled.removesuffix("data.pkl")
-    found = _Lengths(io.BytesIO(text))
+    found = _Pickled(io.BytesIO(text))
     found.load()
     for key, length in found.lengths.items():
         held = records[f"{folder}data/{key}"].file_size
         if held < length:
             raise ValueError(f"record {key}: expected {length:,} bytes, found {held:,}")
+    stored = all(record.compress_type == zipfile.ZIP_STORED for record in records.values())
+    return Scan(stored, found.names)
 
 
 def _held(path: Path, record: zipfile.ZipInfo) -> bytes:
@@ -53,14 +68,16 @@ def _held(path: Path, record: zipfile.ZipInfo) -> bytes:
         return file.read(record.file_size)
 
 
-class _Lengths(pickle.Unpickler):
-    """Finds the number of bytes of each storage in a file of `torch.save`; makes no object."""
+class _Pickled(pickle.Unpickler):
+    """Finds the bytes of each storage in a file of `torch.save`, and names; makes no object."""
 
     def __init__(self, file: Any) -> None:
         super().__init__(file)
         self.lengths: dict[str, int] = {}
+        self.names: set[str] = set()
 
-    def find_class(self, _: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> Any:
+        self.names.add(f"{module}.{name}")
         return type(name, (_Nothing,), {})
 
     def persistent_load(self, pid: Any) -> None:

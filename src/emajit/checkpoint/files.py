@@ -19,8 +19,6 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from emajit.checkpoint import archives
-
 try:
     from safetensors import SafetensorError, safe_open
 except ModuleNotFoundError as error:
@@ -280,7 +278,7 @@ def _opened(path: Path) -> Any:
     # safetensors opens the path twice, for the header and for the numbers; meanwhile the file may
     # be replaced.
     while True:
-        with _opened_to_read(path) as held:  # Python's OSError names the path
+        with opened_to_read(path) as held:  # Python's OSError names the path
             file = safe_open(path, framework="pt")
             _check_names(path, held)
             if os.path.samestat(os.fstat(held.fileno()), path.stat()):
@@ -291,17 +289,18 @@ def _check_names(path: Path, held: BinaryIO) -> None:
     """Raise ValueError for two tensors of one name; safetensors would take the last."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):
+        held = dict(pairs)
+        if len(held) < len(pairs):
+            names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"{path}: expected each name once, found two of {twice!r}")
-        return dict(pairs)
+        return held
 
     length = int.from_bytes(held.read(8), "little")
     json.loads(held.read(length), object_pairs_hook=once)
 
 
-def _opened_to_read(path: Path) -> BinaryIO:
+def opened_to_read(path: Path) -> BinaryIO:
     """The open file; OSError if it is not regular: opening a pipe would wait for a writer."""
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise OSError(errno.EINVAL, "expected a regular file to read", str(path))
@@ -309,57 +308,12 @@ def _opened_to_read(path: Path) -> BinaryIO:
 
 
 def is_safetensors(path: Path) -> bool:
-    with _opened_to_read(path) as file:
+    with opened_to_read(path) as file:
         return file.read(9)[8:] == b"{"
 
 
 class Unordered(dict[str, Any]):
     """The tensors of a file that does not keep the order of a model's parameters."""
-
-
-class Opaque:
-    """Replaces a pickled object: its class is not imported and runs no code."""
-
-    def __init__(self, *_: object, **__: object) -> None:
-        pass
-
-    def __setstate__(self, _: object) -> None:
-        pass
-
-    def __bool__(self) -> bool:
-        raise TypeError(f"expected a value, found a pickled {type(self).__name__}")
-
-
-def _opaque(path: str) -> type[Opaque]:
-    module, _, name = path.rpartition(".")
-    return type(name, (Opaque,), {"__module__": module})
-
-
-def load_torch(path: Path) -> Any:
-    """The content of a file of `torch.save`, mapped from the disk where possible.
-
-    Only tensors and plain containers are unpickled; an `Opaque` replaces any other object, such as
-    the hyperparameters of a training script, or a whole module. The format of torch before 1.6
-    allows no other objects. Raises ValueError, with the path, for a broken file.
-    """
-    with _opened_to_read(path) as file:
-        start = file.read(2)
-    zipped = start == b"PK"
-    if not (zipped or start[:1] == b"\x80"):
-        raise ValueError(f"{path}: expected a file of safetensors or torch.save, found another")
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
-        with torch.serialization.safe_globals([(_opaque(name), name) for name in names]):
-            mapped = zipped and archives.is_stored(path)
-            if zipped:
-                archives.check_lengths(path)
-            return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
-    except Exception as error:  # noqa: BLE001, whatever a broken file makes of a parser
-        reason = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split())
-        raise ValueError(
-            f"{path}: expected a whole file of torch.save with tensors and plain containers, "
-            f"since nothing else is unpickled, found: {reason or type(error).__name__:.300}"
-        ) from None
 
 
 def tie_equal(held: dict[str, Tensor]) -> None:

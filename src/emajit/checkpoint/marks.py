@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 # Words in a path, between dots, underscores, digits and changes of case.
 _AVERAGED = {"ave", "average", "averaged", "averages", "avg", "ema", "emas", "polyak", "swa"}
@@ -41,13 +42,15 @@ def is_of_neither(path: Sequence[str]) -> bool:
     return any(word in _NEITHER for key in path for word in words(key))
 
 
-def words(key: str) -> list[str]:
+@lru_cache(maxsize=10_000)  # keys repeat
+def words(key: str) -> tuple[str, ...]:
     """The words of a key, in lower case.
 
     >>> words("emaModel2_fp32.avgpool")
-    ['ema', 'model', 'fp', 'avgpool']
+    ('ema', 'model', 'fp', 'avgpool')
     """
-    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", key)]
+    found = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", key)
+    return tuple(word.lower() for word in found)
 
 
 def mark_of_file(name: str) -> str:
@@ -58,18 +61,19 @@ def mark_of_file(name: str) -> str:
     return next((word for word in words(name) if word in _AVERAGED), "")
 
 
-def trained_names(key: str) -> list[str]:
+@lru_cache(maxsize=10_000)  # keys repeat
+def trained_names(key: str) -> tuple[str, ...]:
     """The keys that the trained partner of an average may have.
 
     >>> trained_names("encoder_k"), trained_names("ema_model"), trained_names("teacher")
-    (['encoder_q'], ['model'], ['student'])
+    (('encoder_q',), ('model',), ('student',))
     """
     if key == "encoder_k":  # a "k" alone is a key projection of attention
-        return ["encoder_q"]
+        return ("encoder_q",)
     spelled = re.split(r"([._])", key)
     found = []
     for i in range(0, len(spelled), 2):
         for word in _TRAINED_WORDS.get(spelled[i].lower(), ()):
             other = "".join([*spelled[:i], word, *spelled[i + 1 :]]).strip("._")
             found.append(re.sub(r"([._])[._]+", r"\1", other))
-    return [other for other in found if other]
+    return tuple(other for other in found if other)

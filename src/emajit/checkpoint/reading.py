@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from emajit import _paths
 from emajit.checkpoint import marks, partners, search, sources
 from emajit.checkpoint.averaged import Averaged, NotOneError, Reading, listed, tensors_of
-from emajit.checkpoint.files import Opaque
+from emajit.checkpoint.pickled import Opaque
 from emajit.checkpoint.search import Container, Found, Part
 
 _SHOWN = 12  # candidates in an error
@@ -87,12 +88,71 @@ def candidates(source: str | os.PathLike[str] | Mapping[str, Any]) -> list[Candi
 
     Raises as `read`, but allows none or several.
     """
-    tree = source if isinstance(source, Mapping) else sources.content(Path(source))
+    tree = _content(source)
+    with _told_of(source):
+        return _candidates(_searched(tree))
+
+
+def inspected(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    names: Iterable[str] | torch.nn.Module | None = None,
+    key: str | None = None,
+    raw_key: str | None = None,
+) -> tuple[list[Candidate], Averaged | None]:
+    """The `candidates` and the average that `read` finds, in one pass; None of several averages.
+
+    Raises as `read`, but allows several.
+    """
+    tree = _content(source)
+    with _told_of(source) as name:
+        searched = _searched(tree, name)
+        several = key is None and len(searched.found) > 1
+        found = [] if several else _chosen(searched, names, key, raw_key, several=False)
+        return _candidates(searched), found[0] if found else None
+
+
+class _Searched(NamedTuple):
+    """The content of a checkpoint, the name of its file, and what was found in it."""
+
+    tree: Mapping[str, Any]
+    name: str
+    walked: list[Container]
+    held: list[Part]
+    found: list[Found]
+
+
+def _content(source: str | os.PathLike[str] | Mapping[str, Any]) -> Any:
+    if isinstance(source, Mapping):
+        return source
+    if not isinstance(source, str | os.PathLike):
+        found = type(source).__qualname__
+        raise TypeError(f"source: expected a path, or a mapping as a file holds one, found {found}")
+    return sources.content(Path(source))
+
+
+@contextmanager
+def _told_of(source: str | os.PathLike[str] | Mapping[str, Any]) -> Iterator[str]:
+    """Name the file, if there is one, in the errors about its content; gives its name."""
+    path = None if isinstance(source, Mapping) else Path(source)
+    try:
+        yield "" if path is None else path.name
+    except ValueError as error:
+        if path is None:
+            raise
+        kind = NotOneError if isinstance(error, NotOneError) else ValueError
+        raise kind(f"{path}: {error}") from None
+
+
+def _searched(tree: Any, name: str = "") -> _Searched:
     if not isinstance(tree, Mapping):
-        return []
+        kind = type(tree).__qualname__
+        raise ValueError(  # noqa: TRY004, it is a broken file, not a wrong argument
+            f"expected a mapping of names, found {kind}{_pickled([tree])}"
+        )
     walked = search.containers(tree)
     held = search.parts(walked)
-    return _candidates(held, search.averages(walked, held))
+    return _Searched(tree, name, walked, held, search.averages(walked, held))
 
 
 def _found(
@@ -104,40 +164,22 @@ def _found(
     several: bool = False,
 ) -> list[Averaged]:
     """The averages in a checkpoint: one, or `several`."""
-    if isinstance(source, Mapping):
-        return _in_tree(source, "", names, key, raw_key, several=several)
-    if not isinstance(source, str | os.PathLike):
-        found = type(source).__qualname__
-        raise TypeError(f"source: expected a path, or a mapping as a file holds one, found {found}")
-    path = Path(source)
-    tree = sources.content(path)
-    try:
-        return _in_tree(tree, path.name, names, key, raw_key, several=several)
-    except NotOneError as error:
-        raise NotOneError(f"{path}: {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    tree = _content(source)
+    with _told_of(source) as name:
+        return _chosen(_searched(tree, name), names, key, raw_key, several=several)
 
 
-def _in_tree(
-    tree: Any,
-    name: str,
+def _chosen(
+    searched: _Searched,
     names: Iterable[str] | torch.nn.Module | None,
     key: str | None,
     raw_key: str | None,
     *,
     several: bool,
 ) -> list[Averaged]:
-    """The averages in the content of a file of this `name`."""
+    """The one average that was found or that a key chooses, or `several`."""
     given = listed(names)
-    if not isinstance(tree, Mapping):
-        kind = type(tree).__qualname__
-        raise ValueError(  # noqa: TRY004, it is a broken file, not a wrong argument
-            f"expected a mapping of names, found {kind}{_pickled([tree])}"
-        )
-    walked = search.containers(tree)
-    held = search.parts(walked)
-    found = search.averages(walked, held)
+    tree, name, walked, held, found = searched
     if key is not None:
         chosen = [_at(tree, found, key)]
     elif not found and len(held) == 1 and (word := marks.mark_of_file(name)):
@@ -146,7 +188,7 @@ def _in_tree(
     else:
         chosen = found
     if not chosen or (len(chosen) > 1 and not several):
-        raise NotOneError(_not_one(tree, walked, held, found))
+        raise NotOneError(_not_one(searched))
     beside = others(held, [*found, *chosen])
     if raw_key is not None:
         beside = [Part((raw_key,), tensors_at(tree, raw_key), (tree, search.at(tree, raw_key)))]
@@ -196,13 +238,9 @@ def _is_below(path: str, above: str) -> bool:
     return not above or f"{path}.".startswith(f"{above}.")
 
 
-def _not_one(
-    tree: Mapping[str, Any],
-    walked: Sequence[Container],
-    held: Sequence[Part],
-    found: Sequence[Found],
-) -> str:
+def _not_one(searched: _Searched) -> str:
     """The error if no average or several were found: a table of the candidates."""
+    tree, _, walked, _, found = searched
     if found:
         names = [*dict.fromkeys(each.reading.layout for each in found)]
         layouts = " and ".join(names) if len(names) < 5 else _paths.some(names)
@@ -213,7 +251,7 @@ def _not_one(
         leaves = [leaf for each in walked for leaf in each.leaves()]
         reason = f"found none among {keys}{_pickled(leaves)}"
         lines = [f"expected averages in a layout that is known, or at a key that says so, {reason}"]
-    rows = _candidates(held, found)
+    rows = _candidates(searched)
     for path, tensors, why in rows[:_SHOWN]:
         sizes = f"{len(tensors):,} tensors, {sum(v.numel() for v in tensors):,} numbers"
         place, remark = path or '"" (the file)', why and f"; {why}"
@@ -225,7 +263,8 @@ def _not_one(
     return "\n".join(lines)
 
 
-def _candidates(held: Sequence[Part], found: Sequence[Found]) -> list[Candidate]:
+def _candidates(searched: _Searched) -> list[Candidate]:
+    held, found = searched.held, searched.found
     rows = [Candidate(each.path, each.values(), each.why) for each in found]
     told = {(id(v), each.path) for each in found for v in each.values()}
     above = {(i, place) for i, path in told for place in _places(path)}

@@ -21,7 +21,7 @@ from emajit.checkpoint.layouts import LAYOUTS
 
 _CONTROLS = {"decay", "initted", "n_averaged", "num_updates", "step", "steps", "updates"}
 _STEPS = "num_updates", "updates", "optimization_step", "steps", "step"
-_STEPS_OF_RUN = "global_step", "batch_idx_train", "step", "iteration"
+_STEPS_OF_RUN = "global_step", "global_steps", "batch_idx_train", "step", "iteration"
 _DEEPEST = 100
 _MAPPINGS = dict, Mapping  # most are dicts, which is quicker to tell
 _CONTAINERS = dict, list, tuple, Mapping

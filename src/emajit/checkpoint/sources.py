@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import json
 import re
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from emajit import _names
-from emajit.checkpoint import files
+from emajit.checkpoint import files, pickled, zero
 from emajit.checkpoint.files import Unordered
 from emajit.checkpoint.saved import KEY, SHADOW, TIED, Saved
 
@@ -23,7 +22,6 @@ SUFFIXES = ".safetensors", ".pkl", *OF_TORCH
 _INDEX = ".index.json"
 # Files beside a model that hold no weights, by their first word.
 _NOT_MODELS = re.compile(r"(optimizer|scheduler|scaler|sampler|rng|random|training_args)")
-_OF_ZERO = "zero_pp_rank_*_optim_states.pt", "*/zero_pp_rank_*_optim_states.pt"
 
 
 def content(path: Path, *, on_disk: bool = False) -> Any:
@@ -46,7 +44,7 @@ def content(path: Path, *, on_disk: bool = False) -> Any:
             raise IsADirectoryError(errno.EISDIR, expected, str(path))
         return held
     if not files.is_safetensors(path):
-        return files.load_torch(path)
+        return pickled.load_torch(path)
     with files.opened(path) as file:
         header = file.metadata() or {}
         if any('"crc32"' in told for key, told in header.items() if key != KEY):
@@ -76,8 +74,8 @@ def loaded(tensor: Tensor) -> Tensor:
 
 def _of_folder(path: Path, depth: int = 2) -> dict[str, Any]:
     """The weight files in a folder under their names, the numbers in config.json, and folders."""
-    if any(any(path.glob(pattern)) for pattern in _OF_ZERO):
-        return _of_zero(path)
+    if zero.is_one(path):
+        return zero.content(path)
     names = sorted(each.name for each in path.iterdir() if each.is_file())
     held: dict[str, Any] = {}
     for index in [name for name in names if name.endswith(_INDEX)]:
@@ -119,18 +117,6 @@ def _shards_of(index: Path) -> list[str]:
         if Path(shard).name != shard or not (index.parent / shard).is_file():
             raise ValueError(f"{index}: expected its files beside it, found none at {shard}")
     return shards
-
-
-def _of_zero(path: Path) -> dict[str, Any]:
-    """The weights in a folder of DeepSpeed, joined by its own converter."""
-    if importlib.util.find_spec("deepspeed") is None:
-        raise ValueError(
-            f"{path}: expected whole weights, found the shards of DeepSpeed's ZeRO; join them "
-            "first, with the zero_to_fp32.py in the folder, or install deepspeed"
-        )
-    from deepspeed.utils import zero_to_fp32  # type: ignore[import-not-found]  # noqa: PLC0415
-
-    return {"model": zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(path))}
 
 
 def _tie(path: Path, held: dict[str, Tensor], ties: str) -> None:
@@ -184,7 +170,7 @@ def _of_shards(path: Path, *, on_disk: bool = False) -> dict[str, Any]:
         inner[name] = value
     held = _with_lists(held)
     if (path / "meta.pt").is_file():  # Lightning keeps there what is not sharded
-        held = {**files.load_torch(path / "meta.pt"), **held}
+        held = {**pickled.load_torch(path / "meta.pt"), **held}
         held.setdefault("state_dict", _names.below("state_dict.", flat))
     shadow = _names.below(SHADOW, flat)
     return {"shadow": shadow, "step": flat["step"]} if shadow and "step" in flat else held

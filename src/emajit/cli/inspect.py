@@ -12,9 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from emajit import checkpoint, merging
+from emajit import merging
 from emajit.checkpoint import Averaged, Candidate
-from emajit.checkpoint.reading import dtypes_of
+from emajit.checkpoint.reading import dtypes_of, inspected
 
 _SAMPLED = 2**14  # numbers of a tensor that a distance compares
 _SHOWN = 40  # modules, without a depth
@@ -39,17 +39,13 @@ def show_averages(
         table = text if as_json else _merged(path, merged)
         console.print(table, highlight=False, soft_wrap=as_json)
         return
-    rows = checkpoint.candidates(path)
-    several = key is None and sum(bool(row.why) for row in rows) > 1
-    found = (
-        None if several else checkpoint.read(path, names=names_in(names), key=key, raw_key=raw_key)
-    )
+    rows, found = inspected(path, names=names_in(names), key=key, raw_key=raw_key)
     modules = {} if found is None else _distances(found, depth)
     if as_json:
         told = {"candidates": [_as_dict(row) for row in rows], "average": _told(found, modules)}
         console.print(json.dumps(told, indent=2), highlight=False, markup=False, soft_wrap=True)
         return
-    if several or len(rows) > 1:
+    if found is None or len(rows) > 1:
         console.print(_table(path, rows), highlight=False)
     if found is None:
         console.print("choose one with --key PATH", highlight=False, markup=False)
@@ -133,9 +129,14 @@ def _length(found: Averaged) -> str:
     """The length of an average, if its decay or its profile is known."""
     if found.sigma_rel is not None:
         return f"{found.sigma_rel:g} of the run (sigma_rel)"
+    updates = _updates(found)
+    return "" if updates is None else f"{updates:,.0f} updates, 1 / (1 - decay)"
+
+
+def _updates(found: Averaged) -> float | None:
     if found.decay is None or not 0 <= found.decay < 1:
-        return ""
-    return f"{1 / (1 - found.decay):,.0f} updates, 1 / (1 - decay)"
+        return None
+    return 1 / (1 - found.decay)
 
 
 def _averages(found: Averaged) -> dict[str, Tensor]:
@@ -171,6 +172,8 @@ def _told(found: Averaged | None, modules: Mapping[str, float | None]) -> dict[s
         **{name: getattr(found, name) for name in fields},
         "averaged": _count(_averages(found).values()),
         "trained_only": [*found.raw_only],
+        "averaged_only": [n for n in _averages(found) if found.raw and n not in found.raw],
+        "length": _updates(found),
         "distances": dict(modules),
     }
 
@@ -182,8 +185,10 @@ def _distances(found: Averaged, depth: int | None) -> dict[str, float | None]:
     None where $p$ is zero.
     """
     averages = {name: v for name, v in _averages(found).items() if name in found.raw}
-    if depth is None and len({_module(name, None) for name in averages}) > _SHOWN:
+    if depth is None and _count_of_modules(averages, None) > _SHOWN:
         depth = 1
+        while _count_of_modules(averages, depth) < _count_of_modules(averages, depth + 1) <= _SHOWN:
+            depth += 1
     squares: dict[str, list[float]] = {}
     for name, average in averages.items():
         if average.is_floating_point():
@@ -198,13 +203,17 @@ def _distances(found: Averaged, depth: int | None) -> dict[str, float | None]:
     }
 
 
+def _count_of_modules(names: Iterable[str], depth: int | None) -> int:
+    return len({_module(name, depth) for name in names})
+
+
 def _sample(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1)[:_SAMPLED].double()
 
 
 def _shown(modules: Mapping[str, float | None]) -> Table:
-    table = Table(title="Distance of averaged and trained weights, relative to the trained ones")
-    table.caption = f"from the first {_SAMPLED:,} numbers of a larger tensor"
+    table = Table(title="Distance of the averages from the trained weights", min_width=56)
+    table.caption = f"relative to their norm; of a larger tensor, the first {_SAMPLED:,} numbers"
     table.add_column("module")
     table.add_column("distance", justify="right")
     for name, distance in modules.items():

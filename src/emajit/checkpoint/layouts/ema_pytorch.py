@@ -1,13 +1,17 @@
 """ema-pytorch's `EMA` and `KarrasEMA`: `initted`, `step`, and the averages below `ema_model.`.
 
-The trained weights may be below `online_model.`. `PostHocEMA` has several averages below
-`ema_models.`. "ema-pytorch" writes the state of an `EMA`, which copies the model again until `step`
-exceeds its `update_after_step`. `step` counts all calls, but by default only each tenth averages
-(`update_every`, which no file holds).
+The trained weights may be below `online_model.`. "ema-pytorch" writes the state of an `EMA`, which
+copies the model again until `step` exceeds its `update_after_step`. `step` counts all calls, but by
+default only each tenth averages (`update_every`, which no file holds).
+
+`PostHocEMA` has several averages below `ema_models.`, in the order of its `sigma_rels`, which no
+file holds; it also writes files `INDEX.STEP.pt`. With `update_every=1` their profile is that of
+`emajit.posthoc`, so that `posthoc.save` makes snapshots of them.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +34,8 @@ from emajit.checkpoint.averaged import (
 def _read(tree: Mapping[str, Any]) -> list[Reading]:
     state = tensors_of(tree)
     found = []
-    for prefix in prefixes(state, "initted", "step"):
+    places = sorted(prefixes(state, "initted", "step"), key=_numbers)
+    for prefix in places:
         averages = _names.below(f"{prefix}ema_model.", state)
         if not averages:
             raise ValueError(f"ema-pytorch: expected averages below {prefix}ema_model, found none")
@@ -38,8 +43,16 @@ def _read(tree: Mapping[str, Any]) -> list[Reading]:
         # A float16 step is rounded, and infinite from 65520 on.
         taken = None if step.is_floating_point() else step_of(step)
         raw = _names.below(f"{prefix}online_model.", state) or None
-        found.append(Reading("ema-pytorch", averages, taken, raw=raw, path=f"{prefix}ema_model"))
+        layout = "ema-pytorch"
+        if number := re.search(r"(?:^|\.)ema_models\.(\d+)\.$", prefix):
+            layout += f" PostHocEMA, length {number[1]} in the order of its sigma_rels"
+        found.append(Reading(layout, averages, taken, raw=raw, path=f"{prefix}ema_model"))
     return found
+
+
+def _numbers(prefix: str) -> list[int]:
+    """The numbers in a prefix: safetensors puts 10 before 2."""
+    return [int(number) for number in re.findall(r"\d+", prefix)]
 
 
 def _state(averaged: Averaged, _: Names) -> dict[str, Any]:
