@@ -15,6 +15,8 @@ _ROLES = {
 }
 _NEITHER = {"opt", "optim", "optimizer", "optimizers", "optims", "scaler", "sched", "scheduler"}
 _NEITHER |= {"exp", "grad", "gradient", "gradients", "grads", "sq"}  # as in Adam's `exp_avg`
+# Before a word for an average: "model_non_ema" holds the trained weights.
+_NEGATIONS = {"before", "no", "non", "not", "pre", "without", "wo"}
 # For each word of an averaged module's name, the word in the trained module's name.
 _TRAINED_WORDS: dict[str, tuple[str, ...]] = {
     **{word: ("",) for word, role in _ROLES.items() if role == "averaged"},
@@ -44,13 +46,18 @@ def is_of_neither(path: Sequence[str]) -> bool:
 
 @lru_cache(maxsize=10_000)  # keys repeat
 def words(key: str) -> tuple[str, ...]:
-    """The words of a key, in lower case.
+    """The words of a key, in lower case; without a word for an average that is negated.
 
-    >>> words("emaModel2_fp32.avgpool")
-    ('ema', 'model', 'fp', 'avgpool')
+    >>> words("emaModel2_fp32.avgpool"), words("model_non_ema")
+    (('ema', 'model', 'fp', 'avgpool'), ('model', 'non'))
     """
     found = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", key)
-    return tuple(word.lower() for word in found)
+    spelled = ["", *(word.lower() for word in found)]
+    return tuple(word for i, word in enumerate(spelled[1:]) if not _is_negated(spelled[i], word))
+
+
+def _is_negated(before: str, word: str) -> bool:
+    return before in _NEGATIONS and word in _AVERAGED
 
 
 def mark_of_file(name: str) -> str:
@@ -73,6 +80,8 @@ def trained_names(key: str) -> tuple[str, ...]:
     spelled = re.split(r"([._])", key)
     found = []
     for i in range(0, len(spelled), 2):
+        if i and _is_negated(spelled[i - 2].lower(), spelled[i].lower()):
+            continue
         for word in _TRAINED_WORDS.get(spelled[i].lower(), ()):
             other = "".join([*spelled[:i], word, *spelled[i + 1 :]]).strip("._")
             found.append(re.sub(r"([._])[._]+", r"\1", other))

@@ -100,11 +100,15 @@ def _described(averaged: Averaged, found: Found, raw_path: str = "") -> Averaged
 def _one(found: Found, partners: Sequence[Partner], *, alone: bool) -> Partner | None:
     """The partner that fits, or None; ValueError if several fit, or if only shapes differ."""
     fitting = [partner for partner in partners if not partner.misfits()]
+    own = _called(partners, found)
+    if own and all(partner.misfits() for partner in own):  # others fit by chance
+        fitting = []
     if partners and not fitting:
         if alone:
             return None
-        name = partners[0].misfits()[0]
-        expected, shape = (tuple(part[name].shape) for part in partners[0][1:])
+        partner = next(each for each in [*own, *partners] if each.misfits())
+        name = partner.misfits()[0]
+        expected, shape = (tuple(part[name].shape) for part in partner[1:])
         raise ValueError(f"{name!r}: expected an average of shape {expected}, found {shape}")
     distinct: dict[frozenset[int], Partner] = {}
     for partner in fitting:

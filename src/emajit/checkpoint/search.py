@@ -221,6 +221,8 @@ def _numbered(values: Sequence[Any]) -> dict[str, Any]:
 def _marked(part: Part) -> list[Found]:
     """A part as an average, or the averages in it, by its path and its names."""
     role, word = part.role()
+    if word in ("target", "teacher") and not isinstance(part.tensors, dict):
+        return []  # a batch
     if role == "averaged":
         step, decay = told(part)
         tensors = part.tensors

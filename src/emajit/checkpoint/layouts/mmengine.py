@@ -12,7 +12,7 @@ from emajit.checkpoint.averaged import Layout, Reading, step_of, tensors_below, 
 
 
 def _read(tree: Mapping[str, Any]) -> list[Reading]:
-    if "ema_state_dict" not in tree or not _is_of_mmengine(tree):
+    if not tree.get("ema_state_dict") or not _is_of_mmengine(tree):
         return []
     step = step_of(tree["ema_state_dict"].get("steps"))
     raw = tensors_below("module.", tensors_of(tree["ema_state_dict"]))

@@ -9,7 +9,7 @@ from emajit.checkpoint.averaged import Averaged, Layout, Names, Reading, Writer,
 
 
 def _read(tree: Mapping[str, Any]) -> list[Reading]:
-    if "state_dict_ema" not in tree:
+    if not tree.get("state_dict_ema"):
         return []
     return [Reading("timm", tensors_of(tree["state_dict_ema"]), path="state_dict_ema")]
 
