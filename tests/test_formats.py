@@ -13,9 +13,10 @@ import pickle
 import pkgutil
 import tempfile
 import warnings
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -708,6 +709,143 @@ def unet_of_latent_diffusion() -> nn.Module:
         for name in ("weight", "bias"):
             inner.register_parameter(name, nn.Parameter(torch.randn(2)))
     return root
+
+
+class EmaHook:
+    """As MMCV 1's hook keeps averages: in buffers of the model, which its checkpoint then has.
+
+    After github.com/open-mmlab/mmcv, v1.7, mmcv/runner/hooks/ema.py, written anew: a momentum for
+    the new weights, buffers `ema_` and the name with `_`, registered before a checkpoint is loaded.
+    """
+
+    def __init__(self, model: nn.Module, momentum: float) -> None:
+        self.params = dict(model.named_parameters())
+        self.momentum = momentum
+        self.keys = {name: f"ema_{name.replace('.', '_')}" for name in self.params}
+        for name, key in self.keys.items():
+            model.register_buffer(key, self.params[name].detach().clone())
+        self.model = model
+
+    def after_train_iter(self) -> None:
+        for name, average in self.averages().items():
+            average.mul_(1 - self.momentum).add_(self.params[name].detach(), alpha=self.momentum)
+
+    def averages(self) -> dict[str, Tensor]:
+        return {name: self.model.get_buffer(key) for name, key in self.keys.items()}
+
+
+class Resumed(NamedTuple):
+    """How a library averages on from a state: one update, its averages in order, its decay."""
+
+    update: Callable[[], object]
+    averages: Callable[[], Iterable[Tensor]]
+    decay: float = 0.9
+
+
+def in_latent_diffusion(model: nn.Module, state: Any, _: Path) -> Resumed:
+    ema = reference.LitEma(model, decay=0.5)
+    host = nn.ModuleDict({"model_ema": ema})
+    held = {name: v for name, v in state["state_dict"].items() if name.startswith("model_ema.")}
+    assert len(held) + len(model.state_dict()) == len(state["state_dict"])
+    host.load_state_dict(held)
+    rest = {name: v for name, v in state["state_dict"].items() if name not in held}
+    model.load_state_dict(rest)
+    decay = min(0.9, (1 + 8) / (10 + 8))  # its warm-up, at the eighth update
+    names = [ema.m_name2s_name[name] for name in parameters(model)]
+    return Resumed(lambda: ema(model), lambda: map(ema.get_buffer, names), decay)
+
+
+def in_averaged_model(model: nn.Module, state: Any, _: Path) -> Resumed:
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))  # type: ignore[no-untyped-call]
+    ema.load_state_dict(state)
+    assert ema.n_averaged == 7
+    return Resumed(lambda: ema.update_parameters(model), ema.module.parameters)
+
+
+def in_ema_pytorch(model: nn.Module, state: Any, _: Path) -> Resumed:
+    options = {"beta": 0.9, "update_every": 1, "update_after_step": 0}
+    ema = peer("ema_pytorch").EMA(model, **options)
+    ema.load_state_dict(state)
+    decay = 1 - (1 + 7) ** (-2 / 3)  # its warm-up: 1 - (1 + epoch / inv_gamma) ** -power
+    return Resumed(ema.update, ema.ema_model.parameters, decay)
+
+
+def in_timm(model: nn.Module, _: Any, path: Path) -> Resumed:
+    if find_spec("timm") is None:
+        pytest.skip("timm is installed by hand, without its dependencies")
+    averaging, helpers = map(contestants.timm, ("utils/model_ema.py", "models/_helpers.py"))
+    ema = averaging.ModelEmaV3(model, decay=0.9)
+    helpers.load_checkpoint(model, str(path), use_ema=False)
+    helpers.load_checkpoint(ema.module, str(path), use_ema=True)
+    return Resumed(lambda: ema.update(model), ema.module.parameters)
+
+
+def in_diffusers(model: nn.Module, state: Any, _: Path) -> Resumed:
+    ema = peer("diffusers.training_utils").EMAModel(model.parameters(), decay=0.5)
+    ema.load_state_dict(state)
+    decay = (1 + 7) / (10 + 7)  # its warm-up
+    return Resumed(lambda: ema.step(model.parameters()), lambda: ema.shadow_params, decay)
+
+
+def in_torch_ema(model: nn.Module, state: Any, _: Path) -> Resumed:
+    ema = peer("torch_ema").ExponentialMovingAverage(model.parameters(), decay=0.5)
+    ema.load_state_dict(state)
+    decay = min(0.9, (1 + 8) / (10 + 8))  # its warm-up
+    return Resumed(ema.update, lambda: ema.shadow_params, decay)
+
+
+def in_mmcv(model: nn.Module, state: Any, _: Path) -> Resumed:
+    hook = EmaHook(model, momentum=0.1)
+    model.load_state_dict(state["state_dict"])
+    return Resumed(hook.after_train_iter, lambda: hook.averages().values())
+
+
+RESUMED: dict[str, Callable[[nn.Module, Any, Path], Resumed]] = {
+    "litema": in_latent_diffusion,
+    "averaged-model": in_averaged_model,
+    "ema-pytorch": in_ema_pytorch,
+    "timm": in_timm,
+    "diffusers-ema": in_diffusers,
+    "torch-ema": in_torch_ema,
+    "mmcv": in_mmcv,
+}
+
+
+def test_each_layout_is_resumed() -> None:
+    assert RESUMED.keys() == WRITERS.keys() - {"state_dict"}
+
+
+@pytest.mark.parametrize("layout", ["litema", "mmcv"])
+def test_buffers_of_a_model_have_no_average(tmp_path: Path, layout: str) -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("scale", torch.ones(2))
+    raw = model.state_dict()
+    found = checkpoint.read({"model": raw, "ema": {name: v + 1 for name, v in raw.items()}})
+    options: dict[str, Any] = {"layout": layout, "decay": 0.9, "step": 7}
+    checkpoint.write(tmp_path / "out.pt", found, names=model, **options)
+    state = torch.load(tmp_path / "out.pt", weights_only=True)["state_dict"]
+    assert torch.equal(state["scale"], raw["scale"])
+    assert not {"ema_scale", "model_ema.scale"} & state.keys()
+
+
+@pytest.mark.parametrize("layout", RESUMED)
+def test_from_a_script_to_each_library(tmp_path: Path, layout: str) -> None:
+    """The library's own object loads the state, and averages on from step 7 at decay 0.9."""
+    model, path = net(), tmp_path / "out.pt"
+    raw = copy.deepcopy(model.state_dict())
+    average = {name: v + 1 if v.is_floating_point() else v for name, v in raw.items()}
+    found = checkpoint.read({"model": {f"module.{n}": v for n, v in raw.items()}, "ema": average})
+    checkpoint.write(path, found, layout=layout, names=net(), decay=0.9, step=7)
+    other = net()
+    resumed = RESUMED[layout](other, torch.load(path, weights_only=True), path)
+    names = [*parameters(model)]
+    for name, loaded in zip(names, resumed.averages(), strict=True):
+        assert torch.equal(loaded, average[name])
+    trained(other)
+    resumed.update()
+    for name, got in zip(names, resumed.averages(), strict=True):
+        new = parameters(other)[name]
+        assert_close(got.detach(), resumed.decay * average[name] + (1 - resumed.decay) * new)
 
 
 class TestWritten:

@@ -8,9 +8,11 @@ import json
 import os
 import pkgutil
 import random
+import re
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -213,6 +215,11 @@ def test_the_readme_lists_what_is_read() -> None:
     libraries = {each.name for each in pkgutil.iter_modules(layouts.__path__)}
     libraries -= {"state_dict", "native", "native_lightning"}  # our own
     assert all(library in spelled for library in libraries)
+    told = readme.partition("| folders |")[2].partition("\n")[0]
+    for text, test in FOLDERS.items():
+        assert text in told
+        assert callable(test)
+    assert len(FOLDERS) == len(re.findall(r", (?!which)", told)) + 1
 
 
 def test_the_wider_of_two_precisions() -> None:
@@ -626,6 +633,17 @@ class TestDeepspeed:
         with pytest.raises(ValueError, match="expected the states of DeepSpeed, found no"):
             checkpoint.read(folder / "global_step8")
         assert len(asked) == 1
+
+
+# As the README lists them, by the test that reads one.
+FOLDERS: dict[str, Callable[..., None]] = {
+    "Trainer of transformers": TestFolders.test_of_the_transformers_trainer,
+    "accelerate": TestFolders.test_of_accelerate,
+    "diffusers' pipelines": TestFolders.test_of_a_diffusers_pipeline,
+    "shards with an index": TestFolders.test_of_shards_with_an_index,
+    "torch.distributed.checkpoint": TestFolders.test_of_torch_distributed_checkpoint,
+    "DeepSpeed's ZeRO": TestDeepspeed.test_its_own_converter_joins_the_weights,
+}
 
 
 class TestHostile:

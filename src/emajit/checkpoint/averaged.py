@@ -12,6 +12,7 @@ from torch import Tensor
 from emajit import _alias, _names, _paths
 
 State = Mapping[str, Tensor]
+BUFFERS = {"num_batches_tracked", "running_mean", "running_var"}  # of batch normalisation
 MOST = 100  # averages in one state
 NO_NAMES = "found none; pass names=model, on the command line --names FILE"
 
@@ -210,6 +211,20 @@ def averages_of(averaged: Averaged) -> dict[str, Tensor]:
     named = {n: v for n, v in averaged.weights.items() if n not in averaged.raw_only}
     tied = _alias.ties(named)
     return {name: value for name, value in named.items() if name not in tied}
+
+
+def of_parameters(averaged: Averaged, names: Names) -> dict[str, Tensor]:
+    """The averages of parameters alone, for a layout that has no place for those of buffers.
+
+    A buffer is one of a model that is given, or of a batch normalisation, or of integers.
+    """
+    return {
+        name: value
+        for name, value in averages_of(averaged).items()
+        if name not in names.buffers
+        and name.rpartition(".")[2] not in BUFFERS
+        and (value.is_floating_point() or value.is_complex())
+    }
 
 
 def required(field: str, layout: str, averaged: Averaged) -> Any:

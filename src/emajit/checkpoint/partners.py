@@ -14,6 +14,7 @@ from torch import Tensor
 
 from emajit import _alias, _names, _paths
 from emajit.checkpoint.averaged import (
+    BUFFERS,
     MOST,
     NO_NAMES,
     Averaged,
@@ -26,8 +27,6 @@ from emajit.checkpoint.files import Unordered
 from emajit.checkpoint.layouts.litema import names_from, renamed, unflattened
 from emajit.checkpoint.marks import role, trained_names
 from emajit.checkpoint.search import Found, Part
-
-_BUFFERS = {"num_batches_tracked", "running_mean", "running_var"}
 
 
 class Partner(NamedTuple):
@@ -189,9 +188,7 @@ def _by_position(averages: Sequence[Tensor], part: Part) -> list[Partner]:
     names = [
         name
         for name, value in raw.items()
-        if value.is_floating_point()
-        and name not in tied
-        and name.rpartition(".")[2] not in _BUFFERS
+        if value.is_floating_point() and name not in tied and name.rpartition(".")[2] not in BUFFERS
     ]
     wanted, held = [_shape(average) for average in averages], [raw[name].shape for name in names]
     first = _places(wanted, held)

@@ -22,7 +22,7 @@ from emajit.checkpoint.averaged import (
     Reading,
     State,
     Writer,
-    averages_of,
+    of_parameters,
     prefixes,
     required,
     required_raw,
@@ -144,16 +144,17 @@ def _spellings_of_key(key: str) -> set[str]:
     return {key, _names.bare(key), key.replace("/", "")}
 
 
-def _state(averaged: Averaged, _: Names) -> dict[str, Any]:
+def _state(averaged: Averaged, names: Names) -> dict[str, Any]:
     """The trained weights, and the averages below `model_ema.`.
 
-    They are averages of the module `model` if it holds all of them, else of the whole model.
+    Averages of buffers are left out. The averages are of the module `model` if it holds all of
+    them, else of the whole model.
     """
-    averages = averages_of(averaged)
+    averages = of_parameters(averaged, names)
     raw = required_raw("litema", averaged, averages)
     prefix = "model." if all(name.startswith("model.") for name in averages) else ""
-    names = [name.removeprefix(prefix) for name in averages]
-    keys = _names.flat_keys(names, lambda key: key in ("decay", "num_updates"))
+    bare = [name.removeprefix(prefix) for name in averages]
+    keys = _names.flat_keys(bare, lambda key: key in ("decay", "num_updates"))
     updates = -1 if averaged.step is None else averaged.step  # -1: without warm-up
     if updates >= 2**31:
         found = f"found {updates}"
@@ -162,7 +163,7 @@ def _state(averaged: Averaged, _: Names) -> dict[str, Any]:
         CONTROLS[0]: torch.tensor(required("decay", "litema", averaged), dtype=torch.float32),
         CONTROLS[1]: torch.tensor(updates, dtype=torch.int32),
     }
-    flat = {f"model_ema.{keys[name]}": averages[prefix + name] for name in names}
+    flat = {f"model_ema.{keys[name]}": averages[prefix + name] for name in bare}
     return {**raw, **controls, **flat}
 
 

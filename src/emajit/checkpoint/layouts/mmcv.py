@@ -2,7 +2,7 @@
 
 Its hook swaps parameters and averages around an evaluation. A checkpoint that is saved in between
 (YOLOX, whose hook runs before the saving hook) has the averages under the parameters' own names:
-read it with `key` and `raw_key`.
+read it with `key` and `raw_key`. "mmcv" leaves averages of buffers out, as the hook does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from emajit.checkpoint.averaged import (
     Names,
     Reading,
     Writer,
-    averages_of,
+    of_parameters,
     required_raw,
     tensors_of,
 )
@@ -36,8 +36,8 @@ def _read(tree: Mapping[str, Any]) -> list[Reading]:
     return [Reading("MMCV", {name: state[_key(name)] for name in names}, raw=raw)]
 
 
-def _state(averaged: Averaged, _: Names) -> dict[str, Any]:
-    averages = averages_of(averaged)
+def _state(averaged: Averaged, names: Names) -> dict[str, Any]:
+    averages = of_parameters(averaged, names)
     held = {_key(name): value for name, value in averages.items()}
     if len(held) < len(averages):
         raise ValueError("mmcv: expected names that stay apart with _ for their dots, found two")
