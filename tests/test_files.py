@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -72,6 +74,24 @@ def test_a_record_twice(tmp_path: Path) -> None:
                 target.writestr(record.filename, source.read(record.filename))
         with pytest.raises(ValueError, match="expected one pickle and each record once"):
             checkpoint.read(tmp_path / "b.pt")
+
+
+def test_a_pickle_that_repeats_itself(tmp_path: Path) -> None:
+    """200 kB in the file, and 200 MB of instructions."""
+    with zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as target:
+        target.writestr("a/data.pkl", b"\x80\x02" + b"N0" * (100 << 20) + b"N.")
+    assert (tmp_path / "a.pt").stat().st_size < 2**18
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="names and shapes, found 209,715,204 bytes in 2"):
+        checkpoint.read(tmp_path / "a.pt")
+    assert time.perf_counter() - start < 5  # of a slow machine
+
+
+def test_the_garbage_collector_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "broken.pt").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="expected a whole file"):
+        checkpoint.read(tmp_path / "broken.pt")
+    assert gc.isenabled()
 
 
 def test_storages_that_tensors_share_and_no_plain_containers(tmp_path: Path) -> None:

@@ -20,6 +20,9 @@ _ITEM_SIZES = {  # of the storages of one dtype, as torch.save names them
     for name in names
 }
 
+# A compressed pickle of names and shapes is about a tenth; one that is far smaller repeats itself.
+_MOST_PACKED, _LARGE = 100, 2**20
+
 
 class Scan(NamedTuple):
     """What a zip archive of `torch.save` says of itself.
@@ -35,8 +38,9 @@ class Scan(NamedTuple):
 def scan(path: Path) -> Scan:
     """Read the directory and the pickle of an archive, in one pass; nothing in it runs.
 
-    Raises ValueError for two records of one name or two pickles, where torch may read another,
-    and for a record that is shorter than its tensors: torch reads past its end.
+    Raises ValueError for a compressed pickle that repeats itself; for two pickles or two records of
+    one name, of which torch may read the other; and for a record that is shorter than its tensors:
+    torch reads past its end.
     """
     with zipfile.ZipFile(path) as archive:
         records = {record.filename: record for record in archive.infolist()}
@@ -45,6 +49,11 @@ def scan(path: Path) -> Scan:
             # Of two records of one name, torch takes the first and Python the last.
             raise ValueError(f"expected one pickle and each record once, found {pickles}")
         pickled = pickles[0]
+        size, packed = records[pickled].file_size, records[pickled].compress_size
+        if size > max(_LARGE, _MOST_PACKED * packed):
+            raise ValueError(
+                f"expected a pickle of names and shapes, found {size:,} bytes in {packed:,}"
+            )
         text = _held(path, records[pickled]) or archive.read(pickled)
     folder = pickled.removesuffix("data.pkl")
     found = _Pickled(io.BytesIO(text))
