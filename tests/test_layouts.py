@@ -557,7 +557,7 @@ class Loss:
 
 
 class TestDeepspeed:
-    """Its folders as versions 0.19 writes them, with the averages in the client state."""
+    """Its folders, as version 0.19 writes them, with the averages in the client state."""
 
     @pytest.fixture(params=["zero", "bf16_zero"])
     def folder(self, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
