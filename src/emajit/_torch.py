@@ -162,7 +162,7 @@ FLOATS_WITHOUT_ARITHMETIC = {  # without a sign, and two to an element
 
 def lasting_buffers(module: nn.Module) -> Iterable[str]:
     """The names of a module's own persistent buffers; without the name, of all its buffers."""
-    return module._buffers.keys() - getattr(module, "_non_persistent_buffers_set", set())
+    return {*module._buffers.keys()} - getattr(module, "_non_persistent_buffers_set", set())
 
 
 def wraps(tensor: Tensor) -> bool:

@@ -8,12 +8,13 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import starmap
+from types import CellType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from emajit import _exchange, _pairs, _shards, _torch
+from emajit import _exchange, _names, _pairs, _shards, _torch, _warn
 from emajit._context import contextmanager
 
 # The entered scopes, in order, each with the ids of its parameters and buffers, which the scope
@@ -78,7 +79,8 @@ def ema_scope(model: nn.Module, shadow: Mapping[str, Any], *, copy: bool = False
 
     Values computed from the training weights before the scope do not change, such as an adapter
     that `eval()` has merged into a frozen weight: unmerge it before the scope, or merge it in a
-    copy or in the module that `averaged_module` returns.
+    copy or in the module that `averaged_module` returns. The `weight` that the hooks of the old
+    `weight_norm` and `spectral_norm` compute is of the last forward, inside and afterwards.
 
     Use it for evaluation only. Do not backpropagate across the boundary: autograd raises, except
     for graphs from before the scope that are used after it, and where activation checkpointing
@@ -156,7 +158,8 @@ def averaged_module(model: nn.Module, shadow: Mapping[str, Any]) -> nn.Module:
 
     Parameters without an average, which do not require grad in `model`, are shared with it. Buffers
     are the shadow's where it has them, else copies made now. Everything else is deep-copied:
-    submodules, hooks, attributes. The module is in the training mode of `model`; call `eval()` to
+    submodules, hooks, attributes. Functions are shared: a closure over a layer goes on with the
+    training weights, which warns. The module is in the training mode of `model`; call `eval()` to
     switch dropout off and to keep BatchNorm from writing its statistics. The wrappers of
     `torch.compile`, `DataParallel` and `DistributedDataParallel` around the model are dropped.
 
@@ -207,7 +210,58 @@ def averaged_module(model: nn.Module, shadow: Mapping[str, Any]) -> nn.Module:
         for value in vars(module).values():
             if isinstance(value, Tensor):
                 copies.setdefault(id(value), value.detach().clone())
-    return copying.deepcopy(model, copies)
+    with torch.no_grad():  # TorchScript clones its parameters
+        copied: nn.Module = copying.deepcopy(model, copies)
+    _exchange_other_copies(model, copied, copies)
+    _warn_of_closures(model, copies)
+    return copied
+
+
+def _warn_of_closures(model: nn.Module, copies: dict[int, Any]) -> None:
+    """Warn of functions in attributes or forward hooks that hold layers: they are not copied."""
+    own = {*map(id, model.modules()), *copies}
+    for path, module in model.named_modules():
+        attributes = vars(module)
+        hooks = (f for name in _HOOKS for f in attributes.get(name, {}).values())
+        for function in (*attributes.values(), *hooks):
+            cells = getattr(function, "__closure__", None) or ()
+            if not own.isdisjoint(map(id, map(_content, cells))):
+                _warn.warn(
+                    f"{path or 'model'}: expected functions that hold no layer, found the closure "
+                    f"{function.__qualname__}, which goes on with the training weights; use a "
+                    "method, or ema_scope"
+                )
+
+
+_HOOKS = "_forward_pre_hooks", "_forward_hooks"
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None
+
+
+def _exchange_other_copies(model: nn.Module, copied: nn.Module, copies: dict[int, Any]) -> None:
+    """Make parameters and buffers refer to the memory of `copies` where they are other tensors.
+
+    TorchScript, tensordict and other classes with a `__deepcopy__` of their own do not ask for the
+    replacements: they would compute with copies of the training weights.
+    """
+    for kind in ("parameters", "buffers"):
+        news = _names.named(copied, kind, twice=True)
+        for name, tensor in _names.named(model, kind, twice=True).items():
+            expected, new = copies[id(tensor)], news.get(name)
+            if new is expected:
+                continue
+            if new is None or new.shape != expected.shape or _torch.wraps(new):
+                found = "none" if new is None else "a copy of the training weight"
+                raise ValueError(
+                    f"model: expected {name} in a deep copy, found {found}; use ema_scope"
+                )
+            new.data = expected.detach()
+            new.requires_grad_(expected.requires_grad)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
