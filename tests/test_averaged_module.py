@@ -263,7 +263,7 @@ class TestCopies:
         plain[1].bias.requires_grad_(False)
         made: dict[str, Any] = {
             "script": lambda: torch.jit.script(plain),
-            "trace": lambda: torch.jit.trace(plain, x),
+            "trace": lambda: torch.jit.trace(plain, x),  # type: ignore[no-untyped-call]
             "own": lambda: plain,
         }
         with warnings.catch_warnings():
