@@ -233,6 +233,19 @@ class TestCopies:
         update(shadow, model)
         assert_close(teacher(x), functional_call(model, shadow, (x,)))
 
+    def test_a_weight_that_is_computed_once(self) -> None:
+        """Within `parametrize.cached`, whose key is the model's in torch's own deep copies."""
+        model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
+        x, shadow = torch.randn(1, 3), shadow_of(model)
+        teacher = averaged_module(model, shadow)
+        train(model)
+        with nn.utils.parametrize.cached():
+            trained = model(x)
+            found = teacher(x)
+            assert_close(model(x), trained)
+        assert_close(found, teacher(x))
+        assert not torch.allclose(found, trained)
+
     def test_a_weight_that_a_hook_has_computed(self) -> None:
         model, x = nn.Linear(3, 2), torch.randn(1, 3)
         with pytest.warns(FutureWarning):

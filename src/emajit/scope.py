@@ -13,9 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from emajit import _exchange, _names, _pairs, _shards, _torch, _warn
 from emajit._context import contextmanager
+
+_HOOKS = "_forward_pre_hooks", "_forward_hooks"
 
 # The entered scopes, in order, each with the ids of its parameters and buffers, which the scope
 # keeps alive. Each operation on a dict is atomic for threads and signals.
@@ -152,9 +155,10 @@ def averaged_module(model: nn.Module, shadow: Mapping[str, Any]) -> nn.Module:
     """A module like `model` whose parameters are the tensors of `shadow`.
 
     No average is copied: the module follows every `emajit.update_` of the shadow and every call of
-    a `LitEma` (`averaged_module(model, ema.named_averages())`) for as long as it lives, though not
-    the new tensors that `emajit.update` returns. It can be compiled once, exported, traced, saved,
-    deep-copied, and run as a teacher or in another thread. Its parameters do not require grad.
+    a `LitEma` (`averaged_module(model, ema.named_averages())`) for as long as it lives (one within
+    `parametrize.cached` after its end), though not the new tensors that `emajit.update` returns. It
+    can be compiled once, exported, traced, saved, deep-copied, and run as a teacher or in another
+    thread. Its parameters do not require grad.
 
     Parameters without an average, which do not require grad in `model`, are shared with it. Buffers
     are the shadow's where it has them, else copies made now. Everything else is deep-copied:
@@ -213,8 +217,22 @@ def averaged_module(model: nn.Module, shadow: Mapping[str, Any]) -> nn.Module:
     with torch.no_grad():  # TorchScript clones its parameters
         copied: nn.Module = copying.deepcopy(model, copies)
     _exchange_other_copies(model, copied, copies)
+    _separate_parametrizations(copied)
     _warn_of_closures(model, copies)
     return copied
+
+
+def _separate_parametrizations(copied: nn.Module) -> None:
+    """Inject the properties of parametrizations again: in a copy they refer to the original.
+
+    Within `parametrize.cached` the copy would compute with the weights of the original.
+    """
+    for module in copied.modules():
+        if parametrize.is_parametrized(module) and _torch.inject_property is not None:
+            module.__class__ = type(module).__bases__[0]
+            _torch.inject_class(module)
+            for name in module.parametrizations:  # type: ignore[union-attr]
+                _torch.inject_property(module, name)
 
 
 def _warn_of_closures(model: nn.Module, copies: dict[int, Any]) -> None:
@@ -233,9 +251,6 @@ def _warn_of_closures(model: nn.Module, copies: dict[int, Any]) -> None:
                 )
 
 
-_HOOKS = "_forward_pre_hooks", "_forward_hooks"
-
-
 def _content(cell: CellType) -> Any:
     try:
         return cell.cell_contents
@@ -246,8 +261,7 @@ def _content(cell: CellType) -> Any:
 def _exchange_other_copies(model: nn.Module, copied: nn.Module, copies: dict[int, Any]) -> None:
     """Make parameters and buffers refer to the memory of `copies` where they are other tensors.
 
-    TorchScript, tensordict and other classes with a `__deepcopy__` of their own do not ask for the
-    replacements: they would compute with copies of the training weights.
+    Classes with a `__deepcopy__` of their own (TorchScript, tensordict) copy the training weights.
     """
     for kind in ("parameters", "buffers"):
         news = _names.named(copied, kind, twice=True)
