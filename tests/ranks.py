@@ -11,6 +11,7 @@ import copy
 import io
 import json
 import os
+import random
 import sys
 import traceback
 import warnings
@@ -219,6 +220,40 @@ def several_decays_ties_and_nested_trees(_: Path) -> None:
         for found in (mine, other):
             assert torch.equal(found["head"].full_tensor(), expected["head"])
             assert torch.equal(found["layers"][1][0].full_tensor(), expected["layers"][1][0])
+
+
+@check(2, 3)
+def any_sequence_of_updates_is_that_of_the_whole_bit_for_bit(_: Path) -> None:
+    """With 16-bit averages, rounded at random; the processes choose the same."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for seed in range(12):
+        choose = random.Random(seed)  # noqa: S311
+        torch.manual_seed(seed)
+        shapes = [choose.choice([(4,), (5, 3), (1,), (2, 3, 4)]) for _ in range(4)]
+        dtypes = [choose.choice([torch.bfloat16, torch.float16, torch.float32]) for _ in shapes]
+        places = [[choose.choice([Replicate(), Shard(0), Shard(len(s) - 1)])] for s in shapes]
+
+        def in_shards(tree: dict[str, Tensor], places: Any = places) -> dict[str, Any]:
+            rows = zip(tree.items(), places, strict=True)
+            return {name: distribute_tensor(leaf.clone(), mesh, at) for (name, leaf), at in rows}
+
+        rows = list(zip(shapes, dtypes, strict=True))
+        wholes = [{str(i): torch.randn(s).to(d) for i, (s, d) in enumerate(rows)} for _ in "ab"]
+        parts = [in_shards(whole) for whole in wholes]
+        for step in range(4):
+            params = {str(i): torch.randn(s).to(d) for i, (s, d) in enumerate(rows)}
+            options: Any = {
+                "rounding": choose.choice(["stochastic", "stochastic", "nearest"]),
+                "nonfinite": choose.choice(["propagate", "skip"]),
+            }
+            decays: list[Any] = [
+                choose.choice([0.9, 0.999999, 0.25, schedules.uniform()]) for _ in "ab"
+            ]
+            for trees, given in ((wholes, params), (parts, in_shards(params))):
+                emajit.update_many_(trees, given, step, decays=decays, **options)
+                emajit.update_(trees[0], given, step, decay=decays[1], **options)
+            for whole, part in zip(wholes, parts, strict=True):
+                assert_same(gathered(part), whole)
 
 
 @check(2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,19 @@ class TestCopies:
         update(shadow, model)
         assert_close(teacher(x), functional_call(model, shadow, (x,)))
 
+    def test_a_weight_that_is_computed_once(self) -> None:
+        """Within `parametrize.cached`, whose key is the model's in torch's own deep copies."""
+        model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
+        x, shadow = torch.randn(1, 3), shadow_of(model)
+        teacher = averaged_module(model, shadow)
+        train(model)
+        with nn.utils.parametrize.cached():
+            trained = model(x)
+            found = teacher(x)
+            assert_close(model(x), trained)
+        assert_close(found, teacher(x))
+        assert not torch.allclose(found, trained)
+
     def test_a_weight_that_a_hook_has_computed(self) -> None:
         model, x = nn.Linear(3, 2), torch.randn(1, 3)
         with pytest.warns(FutureWarning):
@@ -249,6 +263,51 @@ class TestCopies:
         teacher = averaged_module(model, shadow)
         update(shadow, model)
         assert_close(teacher(x), nn.functional.linear(x, shadow["weight"], shadow["bias"]))
+
+    @pytest.mark.parametrize("make", ["script", "trace", "own"])
+    def test_of_a_class_that_copies_itself_in_its_own_way(self, make: str) -> None:
+        class Own(nn.Linear):
+            def __deepcopy__(self, memo: dict[int, Any]) -> Own:
+                new = Own(3, 2)
+                new.load_state_dict(self.state_dict())
+                return new
+
+        x, plain = torch.randn(4, 3), nn.Sequential(Own(3, 2), nn.BatchNorm1d(2)).eval()
+        plain[1].bias.requires_grad_(False)
+        made: dict[str, Any] = {
+            "script": lambda: torch.jit.script(plain),
+            "trace": lambda: torch.jit.trace(plain, x),  # type: ignore[no-untyped-call]
+            "own": lambda: plain,
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch's, of TorchScript
+            model = nn.Sequential(made[make]())
+        ema = LitEma(model, decay=0.5)
+        teacher = averaged_module(model, ema.named_averages()).eval()
+        train(model)
+        ema(model)
+        with torch.no_grad(), ema.ema_scope(model.eval()):
+            expected = model(x)
+        assert_close(teacher(x), expected, rtol=0, atol=0)
+        assert not any(p.requires_grad for p in teacher.parameters())
+        held = {p.data_ptr() for p in teacher.parameters()}
+        assert {a.data_ptr() for a in ema.named_averages().values()} < held
+
+    def test_of_a_class_that_loses_its_weights_is_refused(self) -> None:
+        class Loses(nn.Linear):
+            def __deepcopy__(self, memo: dict[int, Any]) -> nn.Linear:
+                return nn.Linear(1, 1)
+
+        model = nn.Sequential(Loses(3, 2))
+        with pytest.raises(ValueError, match=r"expected 0\.weight in a deep copy, found a copy of"):
+            averaged_module(model, shadow_of(model))
+
+    def test_a_closure_over_a_layer_is_told(self) -> None:
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+        first = model[0]
+        model[1].register_forward_pre_hook(lambda _, given: (first(given[0]),))
+        with pytest.warns(UserWarning, match=r"1: expected functions .*<lambda>"):
+            averaged_module(model, shadow_of(model))
 
 
 class TestDtype:

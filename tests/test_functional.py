@@ -8,6 +8,7 @@ import math
 import warnings
 import weakref
 from collections import OrderedDict
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import pytest
@@ -822,6 +823,30 @@ class TestErrors:
         for step in (70_000, torch.tensor(70_000, dtype=torch.int32)):
             found = emajit.update(zero, one, step, decay=quadratic).item()
             assert found == pytest.approx(expected, rel=1e-6)
+
+    @pytest.mark.parametrize(
+        "wrap", [lambda s: s, lambda s: schedules.every(s, 1)], ids=["bare", "every"]
+    )
+    def test_a_schedule_of_the_user_s_is_as_exact_for_a_tensor(self, wrap: Any) -> None:
+        """A quotient of an integer tensor would be float32, and alpha off by 2e-4 of itself."""
+        decay = wrap(lambda step: 1 - 1 / (step + 10_000))
+        zero, one = (torch.full((1,), value, dtype=torch.float64) for value in (0.0, 1.0))
+        for dtype in (torch.int32, torch.int64):
+            step = torch.tensor(12_345, dtype=dtype)
+            update = partial(emajit.update, decay=decay)
+            traced = torch.compile(update, fullgraph=True, backend="aot_eager")
+            for call in (update, traced):
+                assert call(zero, one, step).item() == pytest.approx(1 / 22_345, rel=1e-11)
+
+    def test_what_is_no_data_of_a_module_says_where_it_is(self) -> None:
+        class TensorDictParams(nn.Module):  # tensordict's is a module, too
+            def to_tensordict(self) -> None: ...
+
+        model = TensorDictParams()
+        with pytest.raises(TypeError, match="TensorDictParams; pass its `data`"):
+            emajit.init(model)
+        with pytest.raises(ValueError, match="TensorDictParams; pass its `data`"):
+            emajit.update({"w": torch.ones(1)}, model, 0, decay=0.5)
 
     def test_what_is_no_tree(self) -> None:
         model = nn.Linear(2, 2)

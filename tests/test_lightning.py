@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from emajit import checkpoint, schedules
@@ -1003,6 +1004,8 @@ def test_a_fingerprint_knows_places() -> None:
         torch.randn(3, dtype=torch.cfloat).conj(),
     ):
         assert fingerprint([z]) == fingerprint([z.resolve_conj().contiguous()])
+    both: Any = TwoTensor(w, w + 1)  # type: ignore[no-untyped-call]
+    assert fingerprint([both]) == fingerprint([w, w + 1])
 
 
 def test_no_averages_yet() -> None:

@@ -344,6 +344,21 @@ def test_a_call_on_fake_tensors_leaves_nothing_behind() -> None:
     assert updated().gt(0).all()
 
 
+def test_memory_under_another_name_has_the_noise_of_that_name() -> None:
+    """A cached plan knows names, not addresses alone."""
+    start, param = torch.full((1000,), 1.0).bfloat16(), torch.full((1000,), 1.004).bfloat16()
+    held, options = start.clone(), {"decay": 0.5, "rounding": "stochastic"}
+    found = []
+    for name in ("a", "b", "a"):
+        held.copy_(start)
+        emajit.update_({name: held}, {name: param}, 0, **options)  # type: ignore[arg-type]
+        new = emajit.update({name: start}, {name: param}, 0, **options)  # type: ignore[arg-type]
+        assert torch.equal(held, new[name])
+        found.append(new[name])
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])
+
+
 def test_in_place_and_tied() -> None:
     expected, shadow = update(tree(torch.bfloat16)), tree(torch.bfloat16)
     shadow |= {"tied": shadow["w"]}

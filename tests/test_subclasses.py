@@ -8,6 +8,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import emajit
 from emajit import LitEma, averaged_module
+from emajit.fused import FusedOptimizer
 
 
 def two(value: float) -> Tensor:
@@ -65,3 +66,17 @@ def test_a_module_of_averages_follows() -> None:
     emajit.update_(shadow, dict(model.named_parameters()), 0, decay=0.5)
     assert inner(teacher) == (0.5, 5.0)
     assert inner(model) == (1.0, 10.0)
+
+
+def test_a_fused_step_runs_in_two() -> None:
+    model = model_of(0.0)
+    ema = LitEma(model, decay=0.5, use_num_updates=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    fused = FusedOptimizer(optimizer, ema, model, backend="aot_eager")
+    for _ in range(3):
+        model.weight.grad = two(-1.0)
+        fused.step()
+    assert inner(model) == (3.0, 30.0)
+    average = ema.named_averages()["weight"]
+    assert float(average.a[0, 0]) == 2.125  # type: ignore[attr-defined]
+    assert float(average.b[0, 0]) == 21.25  # type: ignore[attr-defined]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 WITHOUT_FLOAT64 = {"mps"}
@@ -15,3 +17,13 @@ def is_narrow(device: torch.device) -> bool:
 def widest(device: torch.device) -> torch.dtype:
     """The widest real dtype of a device."""
     return torch.float32 if is_narrow(device) else torch.float64
+
+
+def argument(schedule: object, step: Any) -> Any:
+    """The step for a schedule: of a tensor int64, or float64 for a function of the user's.
+
+    A LitEma counts in int32, in which a product may overflow; quotients of integers are float32.
+    """
+    if not isinstance(step, torch.Tensor):
+        return step
+    return step.long() if hasattr(schedule, "alpha") else step.to(widest(step.device))

@@ -13,8 +13,6 @@ from emajit._torch import pytree
 
 PyTree = Any
 
-_HINT = "pass dict(model.named_parameters())"
-
 
 def is_flat(tree: PyTree) -> bool:
     return type(tree) is dict and all(v is None or isinstance(v, Tensor) for v in tree.values())
@@ -74,9 +72,17 @@ def _not_a_leaf(which: str, tree: PyTree, index: int, leaf: object) -> str:
     )
     if isinstance(leaf, torch.nn.Module | Iterator):
         tensors = "named_averages" if hasattr(leaf, "named_averages") else "state_dict"
-        hint = _HINT if which == "params" else f"pass a dict of tensors, such as its {tensors}()"
+        hint = (
+            _hint(leaf) if which == "params" else f"pass a dict of tensors, such as its {tensors}()"
+        )
         return f"{found}; {hint}"
     return found
+
+
+def _hint(params: object) -> str:
+    if hasattr(params, "to_tensordict"):  # TensorDictParams: a module, and no pytree
+        return "pass its `data`, a TensorDict of the same memory"
+    return "pass dict(model.named_parameters())"
 
 
 def not_a_pair(shadow: PyTree, index: int, s: object, p: object) -> Exception:
@@ -124,7 +130,7 @@ def structure_differs(shadow: PyTree, params: PyTree, error: ValueError) -> Valu
     """The error for two trees of different structures."""
     if not (isinstance(params, Tensor) or params is None) and _torch.is_leaf(params):
         kind, other = type(shadow).__qualname__, type(params).__qualname__
-        return ValueError(f"params: expected {kind} as shadow, found {other}; {_HINT}")
+        return ValueError(f"params: expected {kind} as shadow, found {other}; {_hint(params)}")
     ours, theirs = set(paths(shadow)), set(paths(params))
     missing, extra = sorted(ours - theirs), sorted(theirs - ours)
     if not missing and not extra:

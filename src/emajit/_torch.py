@@ -61,8 +61,6 @@ foreach_lerp = _foreach("lerp", torch.lerp)
 foreach_lerp_ = _foreach("lerp_", Tensor.lerp_)
 
 
-# The state of the running code.
-
 _transforms_are_active = _find("torch._C._are_functorch_transforms_active")
 _transform_level = _find("torch._C._functorch.maybe_current_level")
 
@@ -98,8 +96,6 @@ def is_capturing(device: torch.device) -> bool:
     asked = getattr(module, "is_current_stream_capturing", None)
     return asked is not None and bool(asked())
 
-
-# Properties of tensors.
 
 _TensorGuards = _find("torch._C._dynamo.guards.TensorGuards")
 
@@ -155,6 +151,11 @@ def parametrized() -> dict[Any, Any]:
     return {} if held is None else held
 
 
+# The class and the property of a parametrized module; without the names copies share the cache.
+inject_class = _find("torch.nn.utils.parametrize._inject_new_class")
+inject_property = _find("torch.nn.utils.parametrize._inject_property")
+
+
 FLOATS_WITHOUT_ARITHMETIC = {  # without a sign, and two to an element
     getattr(torch, name) for name in ("float8_e8m0fnu", "float4_e2m1fn_x2") if hasattr(torch, name)
 }
@@ -162,7 +163,7 @@ FLOATS_WITHOUT_ARITHMETIC = {  # without a sign, and two to an element
 
 def lasting_buffers(module: nn.Module) -> Iterable[str]:
     """The names of a module's own persistent buffers; without the name, of all its buffers."""
-    return module._buffers.keys() - getattr(module, "_non_persistent_buffers_set", set())
+    return {*module._buffers.keys()} - getattr(module, "_non_persistent_buffers_set", set())
 
 
 def wraps(tensor: Tensor) -> bool:

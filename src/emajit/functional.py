@@ -261,8 +261,7 @@ def _alpha(decay: Decay | Schedule, step: Step) -> float | Tensor:
     step = _checked_step(step)
     if hasattr(decay, "alpha") and isinstance(step, Tensor) and _devices.is_narrow(step.device):
         return decay.alpha(step)  # type: ignore[no-any-return]
-    # A LitEma counts in int32, in which a product may overflow.
-    beta = decay(step.long() if isinstance(step, Tensor) else step) if callable(decay) else decay
+    beta = decay(_devices.argument(decay, step)) if callable(decay) else decay
     if isinstance(beta, Tensor):
         if beta.ndim != 0 or not beta.is_floating_point():
             found = f"shape {tuple(beta.shape)} and {beta.dtype}"

@@ -19,7 +19,6 @@ from emajit import (
     _compile,
     _optimizer,
     _plan,
-    _shards,
     _torch,
     _warn,
     functional,
@@ -45,7 +44,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     The first step runs optimizer and average separately, since it creates the optimizer's state;
     the second compiles, which takes seconds to minutes. The graph depends on all other options of
     the parameter groups, and on which gradients are None. `step` falls back to two separate steps
-    for complex parameters, 0-d float64 parameters, DTensors, an optimizer with step hooks, and,
+    for complex and 0-d float64 parameters, tensor subclasses, an optimizer with step hooks, and,
     with a warning, if options change at nearly every step or `torch.compile` fails (sparse
     gradients). `OneCycleLR` changes the momentum at every step, which torch's optimizers, unlike
     a learning rate, take as a constant: pass `cycle_momentum=False` for the graph.
@@ -263,7 +262,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         scaled = [g for g in self._gradients() if g.layout is torch.strided] if is_scaled else []
         if (
             _torch.in_dispatch_mode()
-            or _shards.are_in(self._weights())
+            or any(map(_torch.wraps, (*leaves, *self._weights())))
             or any(leaf.is_complex() or leaf.is_neg() for leaf in leaves)
             or _compile.aliased_inputs((*leaves, *self._weights(), *scaled))
             or any(not offload.is_hook(hook) for hook in _torch.step_hooks(optimizer))

@@ -6,6 +6,9 @@ call), to the decay $\beta$, the share of the old shadow that is kept. A Python 
 every step), without being read back, so that a schedule can be traced by `torch.compile` and
 captured in a CUDA graph.
 
+Any function may be a schedule. For a tensor step, in a compiled or captured step, it gets a 0-d
+float64 tensor, since quotients of integer tensors are float32; `step.long()` is an index.
+
 On a device without float64 (MPS) the decay for a tensor step is float32, and 1 - decay would lose
 its last digits. There an update calls `schedule.alpha(step)`, which every schedule of this module
 computes without cancellation.
@@ -375,7 +378,7 @@ def delay(schedule: Schedule, start: int) -> Schedule:
     >>> [delayed(step) for step in range(4)]
     [0.0, 0.0, 0.99, 0.99]
     """
-    _check_schedule(schedule)
+    schedule = _checked(schedule)
     start = _integer("start", start, 0)
 
     def from_start(of: Schedule, before: float, step: Step) -> Decay:
@@ -407,7 +410,7 @@ def every(schedule: Schedule, interval: int) -> Schedule:
     >>> [round(sparse(step), 4) for step in range(3)]
     [0.9044, 0.9044, 0.9044]
     """
-    _check_schedule(schedule)
+    schedule = _checked(schedule)
     interval = _integer("interval", interval, 1)
 
     def within(of: Callable[[Step], Decay], step: Step) -> list[Decay]:
@@ -470,8 +473,12 @@ def _integer(name: str, number: int, least: int) -> int:
     return operator.index(number)
 
 
-def _check_schedule(schedule: Schedule) -> None:
+def _checked(schedule: Schedule) -> Schedule:
+    """The schedule; one of the user's gets a tensor in float64, as `emajit.update` gives it."""
     _check(callable(schedule), "schedule", "a schedule, step -> decay", schedule)
+    if hasattr(schedule, "alpha"):
+        return schedule
+    return lambda step: schedule(_devices.argument(schedule, step))
 
 
 def _check_share(name: str, share: float) -> None:

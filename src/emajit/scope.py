@@ -8,13 +8,17 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import starmap
+from types import CellType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from emajit import _exchange, _pairs, _shards, _torch
+from emajit import _exchange, _names, _pairs, _shards, _torch, _warn
 from emajit._context import contextmanager
+
+_HOOKS = "_forward_pre_hooks", "_forward_hooks"
 
 # The entered scopes, in order, each with the ids of its parameters and buffers, which the scope
 # keeps alive. Each operation on a dict is atomic for threads and signals.
@@ -78,7 +82,8 @@ def ema_scope(model: nn.Module, shadow: Mapping[str, Any], *, copy: bool = False
 
     Values computed from the training weights before the scope do not change, such as an adapter
     that `eval()` has merged into a frozen weight: unmerge it before the scope, or merge it in a
-    copy or in the module that `averaged_module` returns.
+    copy or in the module that `averaged_module` returns. The `weight` that the hooks of the old
+    `weight_norm` and `spectral_norm` compute is of the last forward, inside and afterwards.
 
     Use it for evaluation only. Do not backpropagate across the boundary: autograd raises, except
     for graphs from before the scope that are used after it, and where activation checkpointing
@@ -150,13 +155,15 @@ def averaged_module(model: nn.Module, shadow: Mapping[str, Any]) -> nn.Module:
     """A module like `model` whose parameters are the tensors of `shadow`.
 
     No average is copied: the module follows every `emajit.update_` of the shadow and every call of
-    a `LitEma` (`averaged_module(model, ema.named_averages())`) for as long as it lives, though not
-    the new tensors that `emajit.update` returns. It can be compiled once, exported, traced, saved,
-    deep-copied, and run as a teacher or in another thread. Its parameters do not require grad.
+    a `LitEma` (`averaged_module(model, ema.named_averages())`) for as long as it lives (one within
+    `parametrize.cached` after its end), though not the new tensors that `emajit.update` returns. It
+    can be compiled once, exported, traced, saved, deep-copied, and run as a teacher or in another
+    thread. Its parameters do not require grad.
 
     Parameters without an average, which do not require grad in `model`, are shared with it. Buffers
     are the shadow's where it has them, else copies made now. Everything else is deep-copied:
-    submodules, hooks, attributes. The module is in the training mode of `model`; call `eval()` to
+    submodules, hooks, attributes. Functions are shared: a closure over a layer goes on with the
+    training weights, which warns. The module is in the training mode of `model`; call `eval()` to
     switch dropout off and to keep BatchNorm from writing its statistics. The wrappers of
     `torch.compile`, `DataParallel` and `DistributedDataParallel` around the model are dropped.
 
@@ -207,7 +214,68 @@ def averaged_module(model: nn.Module, shadow: Mapping[str, Any]) -> nn.Module:
         for value in vars(module).values():
             if isinstance(value, Tensor):
                 copies.setdefault(id(value), value.detach().clone())
-    return copying.deepcopy(model, copies)
+    with torch.no_grad():  # TorchScript clones its parameters
+        copied: nn.Module = copying.deepcopy(model, copies)
+    _exchange_other_copies(model, copied, copies)
+    _separate_parametrizations(copied)
+    _warn_of_closures(model, copies)
+    return copied
+
+
+def _separate_parametrizations(copied: nn.Module) -> None:
+    """Inject the properties of parametrizations again: in a copy they refer to the original.
+
+    Within `parametrize.cached` the copy would compute with the weights of the original.
+    """
+    for module in copied.modules():
+        if parametrize.is_parametrized(module) and _torch.inject_property is not None:
+            module.__class__ = type(module).__bases__[0]
+            _torch.inject_class(module)
+            for name in module.parametrizations:  # type: ignore[union-attr]
+                _torch.inject_property(module, name)
+
+
+def _warn_of_closures(model: nn.Module, copies: dict[int, Any]) -> None:
+    """Warn of functions in attributes or forward hooks that hold layers: they are not copied."""
+    own = {*map(id, model.modules()), *copies}
+    for path, module in model.named_modules():
+        attributes = vars(module)
+        hooks = (f for name in _HOOKS for f in attributes.get(name, {}).values())
+        for function in (*attributes.values(), *hooks):
+            cells = getattr(function, "__closure__", None) or ()
+            if not own.isdisjoint(map(id, map(_content, cells))):
+                _warn.warn(
+                    f"{path or 'model'}: expected functions that hold no layer, found the closure "
+                    f"{function.__qualname__}, which goes on with the training weights; use a "
+                    "method, or ema_scope"
+                )
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None
+
+
+def _exchange_other_copies(model: nn.Module, copied: nn.Module, copies: dict[int, Any]) -> None:
+    """Make parameters and buffers refer to the memory of `copies` where they are other tensors.
+
+    Classes with a `__deepcopy__` of their own (TorchScript, tensordict) copy the training weights.
+    """
+    for kind in ("parameters", "buffers"):
+        news = _names.named(copied, kind, twice=True)
+        for name, tensor in _names.named(model, kind, twice=True).items():
+            expected, new = copies[id(tensor)], news.get(name)
+            if new is expected:
+                continue
+            if new is None or new.shape != expected.shape or _torch.wraps(new):
+                found = "none" if new is None else "a copy of the training weight"
+                raise ValueError(
+                    f"model: expected {name} in a deep copy, found {found}; use ema_scope"
+                )
+            new.data = expected.detach()
+            new.requires_grad_(expected.requires_grad)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from emajit import (
     _choose,
     _controls,
     _devices,
+    _exchange,
     _module,
     _names,
     _paths,
@@ -143,7 +145,8 @@ def fingerprint(weights: Iterable[Tensor], dtype: torch.dtype | None = None) -> 
     """
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
     code = 0
-    for weight in _shards.local([weight.detach() for weight in weights]):
+    shards = _shards.local([weight.detach() for weight in weights])
+    for weight in chain.from_iterable(map(_exchange.within, shards)):
         if weight.numel():
             if dtype == torch.float64 != _devices.widest(weight.device):
                 weight = weight.cpu()  # noqa: PLW2901
