@@ -135,7 +135,7 @@ def update_(
     The results are those of `update`. Everything is checked before the first leaf is written. One
     operator then writes all float32 and float64 leaves with parameters of the same dtype, and one
     compiled graph writes a compiled group (on the CPU several graphs with stochastic rounding or
-    from 2**27 elements on). An interrupt between two operators or graphs, or between two leaves of
+    from 2**26 elements on). An interrupt between two operators or graphs, or between two leaves of
     any other dtype in eager mode, can leave some leaves updated.
 
     Raises:
