@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -39,7 +40,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 import emajit
-from emajit import checkpoint, schedules
+from emajit import _shards, _torch, checkpoint, schedules
 from emajit.fused import FusedOptimizer
 
 Check = Callable[[Path], None]
@@ -91,6 +92,15 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, value in gathered(found).items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=0, equal_nan=True)
+
+
+def shard_of(whole: Tensor, like: DTensor) -> Tensor:
+    """The part of a whole tensor that this process's shard of a DTensor stands for."""
+    shape, offsets = compute_local_shape_and_global_offset(
+        like.shape, like.device_mesh, like.placements
+    )
+    blocks = zip(offsets, shape, strict=True)
+    return whole[tuple(slice(start, start + size) for start, size in blocks)]
 
 
 def assert_same_on_all_ranks(tensors: dict[str, Tensor]) -> None:
@@ -521,6 +531,7 @@ def lit_ema_goes_on_from_torchs_own_checkpoint(shared: Path) -> None:
 
 @check(4, fsdp=True)
 def two_dimensions_of_processes(_: Path) -> None:
+    # Compared shard by shard: torch 2.8 gathers uneven shards of `mixed` in a wrong order.
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
     hybrid: Any = fully_shard(model_of(), mesh=mesh)
     plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
@@ -533,7 +544,14 @@ def two_dimensions_of_processes(_: Path) -> None:
     fully_shard(mixed, mesh=mesh["outer"])
     for model, make in ((hybrid, model_of), (mixed, even_inside)):
         params = dict(model.named_parameters())
-        whole = gathered({name: p.detach() for name, p in params.items()})
+        whole = {name: p.detach() for name, p in make().named_parameters()}
+        for name, p in params.items():
+            if _torch.gathers_right(p):
+                torch.testing.assert_close(_shards.whole(p.detach()), whole[name])
+            else:
+                assert torch.__version__ < "2.9"
+                with pytest.raises(RuntimeError, match="in a wrong order"):
+                    _shards.whole(p.detach())
         for rounding in ("nearest", "stochastic"):
             options: Any = {"decay": 0.7, "rounding": rounding}
             shadow: Any = emajit.init(params, dtype=torch.bfloat16)
@@ -545,7 +563,9 @@ def two_dimensions_of_processes(_: Path) -> None:
             for step in range(3):
                 emajit.update_(shadow, params, step, **options)
                 emajit.update_(expected, whole, step, **options)
-            assert_same(shadow, expected)
+            for name, value in shadow.items():
+                own = shard_of(expected[name], value)
+                torch.testing.assert_close(value.to_local(), own, rtol=0, atol=0)
         x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
         ema = emajit.LitEma(model)
         with torch.no_grad(), ema.ema_scope(model):

@@ -33,6 +33,8 @@ AT_IMPORT = [
     "torch._C._dynamo.guards.compute_overlapping_tensors",
     "torch._C._dynamo.eval_frame._debug_get_cache_entry_list",
     "torch._C._autograd._unsafe_set_version_counter",
+    "torch.nn.utils.parametrize._inject_new_class",
+    "torch.nn.utils.parametrize._inject_property",
     "torch.float8_e8m0fnu",
     "torch.float4_e2m1fn_x2",
 ]

@@ -24,6 +24,6 @@ def argument(schedule: object, step: Any) -> Any:
 
     A LitEma counts in int32, in which a product may overflow; quotients of integers are float32.
     """
-    if not isinstance(step, torch.Tensor):
+    if not (isinstance(step, torch.Tensor) and callable(schedule)):
         return step
     return step.long() if hasattr(schedule, "alpha") else step.to(widest(step.device))

@@ -8,8 +8,8 @@ of the same memory is a cache hit.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from itertools import chain
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ _BY_ALPHA: list[Group] = [(range(0), _kernels.multi_tensor_by_alpha_)]
 Options = tuple[Any, ...]  # of `find`
 
 
-class Plan(NamedTuple):
+@dataclass(slots=True)
+class Plan:
     """How the leaves of one update are computed. It keeps no tensor of the trees alive."""
 
     groups: list[Group]
@@ -50,48 +51,46 @@ class Plan(NamedTuple):
     fits: Callable[..., bool] | None = None
     firsts: list[int] | None = None
 
-
-class Found(NamedTuple):
-    """A plan, and the leaves of this update."""
-
-    plan: Plan
-    shadows: list[Tensor]
-    params: list[Tensor]
-
-    def run(self, alphas: Sequence[Alpha], step: Any) -> Any:
+    def run(
+        self, shadows: list[Tensor], params: list[Tensor], alphas: Sequence[Alpha], step: Any
+    ) -> Any:
         """Compute the averages: in place, or as a list in the order of the pairs."""
-        plan = self.plan
-        if plan.groups is _BY_ALPHA:
-            return plan.groups[0][1](Update(self.shadows, self.params, alphas))
-        update = self.update(alphas, step)
-        if len(plan.groups) == 1 and isinstance(plan.groups[0][0], range):
-            news = plan.groups[0][1](update)
+        if self.groups is _BY_ALPHA:
+            return self.groups[0][1](Update(shadows, params, alphas))
+        update = self.update(shadows, params, alphas, step)
+        if len(self.groups) == 1 and isinstance(self.groups[0][0], range):
+            news = self.groups[0][1](update)
         else:
             news = {}
-            for leaves, kernel in plan.groups:
+            for leaves, kernel in self.groups:
                 averages = kernel(update.part(leaves))
                 if averages is not None:
                     news.update(zip(leaves, averages, strict=True))
             news = [news[i] for i in range(len(news))]
-        return _tree.deinterleave(news, plan.several) if news else news
+        return _tree.deinterleave(news, self.several) if news else news
 
-    def rebuild(self, shadows: Sequence[PyTree], averages: list[Tensor]) -> list[PyTree]:
-        """The trees of the shadows, with averages in the order of the pairs."""
-        averages = [*map(_laid_out_as, self.shadows, averages)]
-        slots = self.plan.slots
-        size = len(slots) // max(1, len(shadows))
-        each = [slots[i * size : (i + 1) * size] for i in range(len(shadows))]
+    def update(
+        self, shadows: list[Tensor], params: list[Tensor], alphas: Sequence[Alpha], step: Any
+    ) -> Update:
+        """The arguments of the kernels; warns of averages that stall."""
+        for dtype, i in self.low_precision:
+            _warn.warn_of_stall(dtype, alphas[i])
+        keys = self.keys.at(step) if self.keys is not None else None
+        if self.several > 1:
+            return _interleaved(self.several, shadows, params, alphas, self.skip, keys)
+        return Update(shadows, params, alphas, self.skip, keys)
+
+    def rebuild(
+        self, shadows: Sequence[PyTree], olds: list[Tensor], averages: list[Tensor]
+    ) -> list[PyTree]:
+        """The trees of the shadows, with averages in the order of the pairs, laid out as `olds`."""
+        averages = [*map(_laid_out_as, olds, averages)]
+        size = len(self.slots) // max(1, len(shadows))
+        each = [self.slots[i * size : (i + 1) * size] for i in range(len(shadows))]
         return [_tree.rebuild(t, averages, own) for t, own in zip(shadows, each, strict=True)]
 
-    def update(self, alphas: Sequence[Alpha], step: Any) -> Update:
-        """The arguments of the kernels; warns of averages that stall."""
-        plan, shadows, params = self
-        for dtype, i in plan.low_precision:
-            _warn.warn_of_stall(dtype, alphas[i])
-        keys = plan.keys.at(step) if plan.keys is not None else None
-        if plan.several > 1:
-            return _interleaved(plan.several, shadows, params, alphas, plan.skip, keys)
-        return Update(shadows, params, alphas, plan.skip, keys)
+
+Found = tuple[Plan, list[Tensor], list[Tensor]]  # the lists are the leaves of this update
 
 
 def _interleaved(
@@ -149,39 +148,39 @@ def find(
     names = None
     if rounding == "stochastic":  # the noise is a hash of the names
         names = tuple([tuple(s) if type(s) is dict else None for s in shadows])
-    options: tuple[Any, ...] = *given, kinds, names
-    addresses = _addresses(flat)
-    found = _hit((addresses, options), flat)
-    if found is None and _shards.are_in(chain(*flat)):
-        placed = _shards.placed(flat.shadows)
-        if placed != _shards.placed(flat.params) * len(shadows):
+    options: tuple[Any, ...] = given, kinds, names
+    leaves = flat[0] + flat[1]
+    addresses = _addresses(leaves)
+    found = _hit((addresses, options), leaves, flat)
+    if found is None and _shards.are_in(leaves):
+        placed = _shards.placed(flat[0])
+        if placed != _shards.placed(flat[1]) * len(shadows):
             return _made(shadows, params, None, alphas, given, in_place=True)
-        flat = Leaves(_shards.local(flat.shadows), _shards.local(flat.params))
-        addresses, options = _addresses(flat), (*options, tuple(placed))
-        found = _hit((addresses, options), flat)
+        flat = _shards.local(flat[0]), _shards.local(flat[1])
+        leaves = flat[0] + flat[1]
+        addresses, options = _addresses(leaves), (*options, tuple(placed))
+        found = _hit((addresses, options), leaves, flat)
     if found is None:
         found = _made(shadows, params, flat, alphas, given, in_place=True)
         if addresses is not None and not _torch.in_dispatch_mode():
             if len(_plans) >= MOST_PLANS:
                 _plans.clear()
-            _plans[addresses, options] = _remembered(found.plan, flat)
+            _plans[addresses, options] = _remembered(found[0], leaves)
     return found
 
 
-def _addresses(flat: Leaves) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+def _addresses(leaves: list[Any]) -> tuple[int, ...] | None:
     try:
-        return tuple(map(Tensor.data_ptr, flat.shadows)), tuple(map(Tensor.data_ptr, flat.params))
+        return tuple(map(Tensor.data_ptr, leaves))
     except (TypeError, RuntimeError):  # None, or a leaf without memory of its own
         return None
 
 
-def _hit(key: Hashable, flat: Leaves) -> Found | None:
+def _hit(key: Hashable, leaves: list[Any], flat: Leaves) -> Found | None:
     """The cached plan for the leaves at these addresses, if their forms are unchanged."""
-    plan = _plans.get(key)
-    if plan is None or plan.fits is None:
+    if (plan := _plans.get(key)) is None or plan.fits is None:
         return None
     shadows, params = flat
-    leaves = shadows + params
     if plan.unique is not None:  # each duplicate must still be its first object
         if any(leaves[i] is not leaves[j] for i, j in plan.duplicates):
             return None
@@ -192,19 +191,19 @@ def _hit(key: Hashable, flat: Leaves) -> Found | None:
         params = params * plan.several
     if plan.firsts is not None:
         shadows, params = [shadows[i] for i in plan.firsts], [params[i] for i in plan.firsts]
-    return Found(plan, shadows, params)
+    return plan, shadows, params
 
 
-def _remembered(plan: Plan, flat: Leaves) -> Plan:
+def _remembered(plan: Plan, leaves: list[Any]) -> Plan:
     """The plan, completed by the checks for a later cache hit."""
-    leaves = flat.shadows + flat.params
     places: dict[int, int] = {}
     duplicates = [
         (i, j) for i, leaf in enumerate(leaves) if (j := places.setdefault(id(leaf), i)) < i
     ]
     unique = [*places.values()]
     firsts = None if isinstance(plan.slots, range) else _tree.firsts(plan.slots)
-    return plan._replace(
+    return replace(
+        plan,
         unique=unique if duplicates else None,
         duplicates=duplicates,
         fits=_torch.forms([leaves[i] for i in unique]),
@@ -240,15 +239,17 @@ def _made(
     if several > 1 and _choose.is_by_alpha(groups, update, several):
         groups = _BY_ALPHA
     low = _low_precision(pairs, several) if keys is None else []
-    return Found(Plan(groups, pairs.slots, skip, keys, low, several), *pairs[:2])
+    return Plan(groups, pairs.slots, skip, keys, low, several), *pairs[:2]
 
 
 def _low_precision(pairs: Pairs, several: int) -> list[tuple[torch.dtype, int]]:
     """The dtypes in which averages may stall, each with the index of its alpha."""
+    if _warn.NARROW.isdisjoint([s.dtype for s in pairs.shadows]):
+        return []
     each = max(1, len(pairs.shadows) // max(1, several))
     rows = enumerate(zip(pairs.shadows, pairs.params, strict=True))
-    found = [(s.dtype, i // each) for i, (s, p) in rows if p.is_floating_point()]
-    return [*{(dtype, i) for dtype, i in found if dtype in _warn.NARROW}]
+    found = {(s.dtype, i // each) for i, (s, p) in rows if p.is_floating_point()}
+    return [(dtype, i) for dtype, i in found if dtype in _warn.NARROW]
 
 
 def _traced(
@@ -275,7 +276,7 @@ def _traced(
     everything = range(len(pairs.shadows))
     plan = Plan([(everything, kernel)], pairs.slots, nonfinite == "skip", keys, [], len(shadows))
     olds = pairs.shadows if in_place or through else [s.detach() for s in pairs.shadows]
-    return Found(plan, olds, pairs.params if through else [p.detach() for p in pairs.params])
+    return plan, olds, pairs.params if through else [p.detach() for p in pairs.params]
 
 
 def _keys(shadows: Sequence[PyTree], pairs: Pairs) -> Keys:

@@ -123,7 +123,15 @@ def like(leaf: Any, shard: Tensor) -> Any:
 
 
 def whole(tensor: Any) -> Tensor:
-    """A DTensor gathered into host memory, which all processes must call; others unchanged."""
+    """A DTensor gathered into host memory, which all processes must call; others unchanged.
+
+    Raises RuntimeError where torch would put the shards together in a wrong order.
+    """
+    if is_one(tensor) and not _torch.gathers_right(tensor):
+        raise RuntimeError(
+            f"expected shards of one size, found {described(tensor)}, which this torch "
+            f"({torch.__version__}) gathers in a wrong order; use torch 2.10 or later"
+        )
     gathered: Tensor = tensor.full_tensor().cpu() if is_one(tensor) else tensor
     return gathered
 

@@ -24,9 +24,8 @@ __all__ = ["pytree"]  # and the functions below
 
 def is_leaf(tree: Any) -> bool:
     """Whether a tree is a leaf, not a registered pytree container."""
-    ask = getattr(pytree, "tree_is_leaf", None)  # not in torch 2.6
-    if ask is not None:
-        return bool(ask(tree))
+    if hasattr(pytree, "tree_is_leaf"):  # not in torch 2.6
+        return bool(pytree.tree_is_leaf(tree))
     leaves = pytree.tree_leaves(tree)
     return len(leaves) == 1 and leaves[0] is tree
 
@@ -155,7 +154,6 @@ def parametrized() -> dict[Any, Any]:
 inject_class = _find("torch.nn.utils.parametrize._inject_new_class")
 inject_property = _find("torch.nn.utils.parametrize._inject_property")
 
-
 FLOATS_WITHOUT_ARITHMETIC = {  # without a sign, and two to an element
     getattr(torch, name) for name in ("float8_e8m0fnu", "float4_e2m1fn_x2") if hasattr(torch, name)
 }
@@ -185,11 +183,7 @@ def shard(tensor: Any) -> Any:
 
 def shard_offsets(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> Sequence[int]:
     """The index of the first element of this process's shard in the whole tensor."""
-    from torch.distributed import tensor  # noqa: PLC0415, loaded already if there are DTensors
-
-    compute = getattr(
-        getattr(tensor, "_utils", None), "compute_local_shape_and_global_offset", None
-    )
+    compute = _find("torch.distributed.tensor._utils.compute_local_shape_and_global_offset")
     if compute is not None:
         return compute(shape, mesh, placements)[1]  # type: ignore[no-any-return]
     sizes, offsets = [*shape], [0] * len(shape)
@@ -204,6 +198,13 @@ def shard_offsets(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) ->
     return offsets
 
 
+def gathers_right(tensor: Any) -> bool:
+    """Whether `full_tensor` is right: in torch 2.8 not for uneven shards of FSDP upon another."""
+    strided = [p for p in tensor.placements if hasattr(p, "split_factor")]
+    uneven = [p for p in strided if tensor.shape[p.dim] % math.prod(tensor.device_mesh.shape)]
+    return all("_local_shard_size_and_offset" in vars(type(p)) for p in uneven)
+
+
 def constant_in_traces(function: Any) -> Any:
     """`torch.compiler.assume_constant_result` without its import of all of Dynamo."""
     function._dynamo_marked_constant = True
@@ -212,8 +213,8 @@ def constant_in_traces(function: Any) -> Any:
 
 def compile_errors() -> tuple[type[Exception], ...]:
     """The errors that `torch.compile` raises before the function has run."""
-    errors = _find("torch._dynamo.exc.TorchDynamoException")
-    return (errors or RuntimeError, OSError)  # OSError: of its cache on disk
+    found = _find("torch._dynamo.exc.TorchDynamoException") or RuntimeError
+    return found, OSError  # of its cache on disk
 
 
 _cache_entries = _find("torch._C._dynamo.eval_frame._debug_get_cache_entry_list")
@@ -245,8 +246,7 @@ def without_guards() -> dict[str, Any]:
 def inductor_options(wanted: dict[str, Any]) -> dict[str, Any]:
     """The wanted options of Inductor that this torch has; none if it does not list them."""
     import_module("torch._inductor")  # heavy
-    tell = _find("torch._inductor.list_options")
-    known = {*tell()} if tell else set()
+    known: Any = (_find("torch._inductor.list_options") or list)()
     return {name: value for name, value in wanted.items() if name in known}
 
 

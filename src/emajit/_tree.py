@@ -19,11 +19,9 @@ from emajit._torch import pytree
 T = TypeVar("T")
 
 
-class Leaves(NamedTuple):
-    """The leaves of shadows, one tree after the other, and of their params, once for all trees."""
-
-    shadows: list[Any]
-    params: list[Any]
+# The leaves of shadows, one tree after the other, and of their params, once for all trees. A plain
+# tuple: each named one adds 3% to `update_` of a small model.
+Leaves = tuple[list[Any], list[Any]]
 
 
 def flatten(shadows: Sequence[PyTree], params: PyTree) -> Leaves | None:
@@ -38,13 +36,13 @@ def flatten(shadows: Sequence[PyTree], params: PyTree) -> Leaves | None:
             if type(shadow) is not dict or list(shadow) != names:
                 return None
             leaves += shadow.values()
-        return Leaves(leaves, [*params.values()])
+        return leaves, [*params.values()]
     if type(params) is list:
         for shadow in shadows:
             if type(shadow) is not list or len(shadow) != len(params):
                 return None
             leaves += shadow
-        return Leaves(leaves, params)
+        return leaves, params
     return None
 
 
@@ -79,8 +77,8 @@ def pair(
             or two shadows share a tensor or are not tied alike.
         TypeError: a leaf is neither a tensor nor None.
     """
-    if flat is not None and _fit(flat.shadows, flat.params * len(shadows)):
-        return Pairs(flat.shadows, flat.params * len(shadows), range(len(flat.shadows)))
+    if flat is not None and _fit(flat[0], flat[1] * len(shadows)):
+        return Pairs(flat[0], flat[1] * len(shadows), range(len(flat[0])))
     pairs: list[Pairs] = []
     for i, shadow in enumerate(shadows):
         try:

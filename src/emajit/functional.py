@@ -115,8 +115,8 @@ def update(
     {'w': tensor([0.2500])}
     """
     alphas = [_alpha(decay, step)]
-    options = rounding, nonfinite, backend
-    new: Tree = _pure([shadow], params, alphas, step, options, differentiable)[0]
+    given = rounding, nonfinite, backend
+    new: Tree = _pure([shadow], params, alphas, step, given, differentiable)[0]
     return new
 
 
@@ -135,7 +135,7 @@ def update_(
     The results are those of `update`. Everything is checked before the first leaf is written. One
     operator then writes all float32 and float64 leaves with parameters of the same dtype, and one
     compiled graph writes a compiled group (on the CPU several graphs with stochastic rounding or
-    from 2**27 elements on). An interrupt between two operators or graphs, or between two leaves of
+    from 2**26 elements on). An interrupt between two operators or graphs, or between two leaves of
     any other dtype in eager mode, can leave some leaves updated.
 
     Raises:
@@ -152,10 +152,10 @@ def update_(
     {'w': tensor([0.2500])}
     """
     alphas = [_alpha(decay, step)]
-    found = _plan.find([shadow], params, alphas, rounding, nonfinite, backend)
-    scope.check_outside(found.params)
+    plan, s, p = _plan.find([shadow], params, alphas, rounding, nonfinite, backend)
+    scope.check_outside(p)
     with torch.set_grad_enabled(False):  # half a microsecond less than `no_grad`
-        found.run(alphas, step)
+        plan.run(s, p, alphas, step)
     return shadow
 
 
@@ -215,10 +215,10 @@ def update_many_(
     [{'w': tensor([0.5000])}, {'w': tensor([0.2500])}]
     """
     alphas = alphas_of(shadows, decays, step)
-    found = _plan.find(shadows, params, alphas, rounding, nonfinite, backend)
-    scope.check_outside(found.params)
-    with torch.no_grad():
-        found.run(alphas, step)
+    plan, s, p = _plan.find(shadows, params, alphas, rounding, nonfinite, backend)
+    scope.check_outside(p)
+    with torch.set_grad_enabled(False):
+        plan.run(s, p, alphas, step)
     return shadows
 
 
@@ -227,14 +227,14 @@ def _pure(
     params: Any,
     alphas: Sequence[Alpha],
     step: Step,
-    options: tuple[str, str, str],
+    given: tuple[str, str, str],
     differentiable: bool,
 ) -> list[Any]:
     """The new trees."""
-    found = _plan.find(shadows, params, alphas, *options, in_place=False, through=differentiable)
-    scope.check_outside(found.params)
+    plan, s, p = _plan.find(shadows, params, alphas, *given, in_place=False, through=differentiable)
+    scope.check_outside(p)
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-        return found.rebuild(shadows, found.run(alphas, step))
+        return plan.rebuild(shadows, s, plan.run(s, p, alphas, step))
 
 
 def alphas_of(
@@ -249,19 +249,19 @@ def alphas_of(
     return [_alpha(decay, step) for decay in decays]
 
 
-# `float` first: `isinstance` of `Real` is slower, and so is making a union in each call.
-_INTEGERS = int, torch.SymInt
-_NUMBERS = float, Real, torch.SymFloat, torch.SymInt
+_NUMBERS = Real, torch.SymFloat, torch.SymInt
 
 
 def _alpha(decay: Decay | Schedule, step: Step) -> float | Tensor:
     """`1 - decay(step)` in float64: in float32, 1 - 0.9999 is off by 1.7e-4 of itself."""
-    if type(decay) is float and 0.0 <= decay <= 1.0 and type(step) is int and step >= 0:
-        return 1.0 - decay
-    step = _checked_step(step)
-    if hasattr(decay, "alpha") and isinstance(step, Tensor) and _devices.is_narrow(step.device):
-        return decay.alpha(step)  # type: ignore[no-any-return]
-    beta = decay(_devices.argument(decay, step)) if callable(decay) else decay
+    if type(step) is not int or step < 0:
+        step = _checked_step(step)
+        if isinstance(step, Tensor) and hasattr(decay, "alpha") and _devices.is_narrow(step.device):
+            return decay.alpha(step)  # type: ignore[no-any-return]
+        step = _devices.argument(decay, step)
+    beta = decay(step) if callable(decay) else decay
+    if type(beta) is float and 0.0 <= beta <= 1.0:
+        return 1.0 - beta
     if isinstance(beta, Tensor):
         if beta.ndim != 0 or not beta.is_floating_point():
             found = f"shape {tuple(beta.shape)} and {beta.dtype}"
@@ -285,7 +285,7 @@ def _checked_step(step: Step) -> Step:
             found = f"shape {tuple(step.shape)} and {step.dtype}"
             raise ValueError(f"step: expected an int or a 0-d integer tensor, found {found}")
         return step
-    if not isinstance(step, _INTEGERS):
+    if not isinstance(step, (int, torch.SymInt)):
         if not hasattr(step, "__index__"):
             raise TypeError(f"step: expected an int or a 0-d integer tensor, found {step!r}")
         step = operator.index(step)

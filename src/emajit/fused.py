@@ -227,9 +227,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         elif decays is None:
             shadows, decays = [self._ema], [self._decay]
         alphas = functional.alphas_of(shadows, decays, step)
-        found = _plan.find(shadows, params, alphas, *self._options, "eager")
-        scope.check_outside(found.params)
-        update = found.update(alphas, step)
+        plan, s, p = _plan.find(shadows, params, alphas, *self._options, "eager")
+        scope.check_outside(p)
+        update = plan.update(s, p, alphas, step)
         return update._replace(params=self._own(update.params)), updates
 
     def _own(self, params: list[Tensor]) -> list[Tensor]:

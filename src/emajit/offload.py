@@ -13,6 +13,7 @@ tensor([0.2500, 0.2500])
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -131,17 +132,19 @@ def _update_(
         if isinstance(leaf, Offloaded)
     }
     raw = pytree.tree_map_only(Offloaded, lambda leaf: leaf.raw, [*shadows])
-    found = _plan.find(raw, params, alphas, rounding, nonfinite, "eager", same_device=False)
-    scope.check_outside(found.params)
-    expected = [homes.get(id(s), s.device) for s in found.shadows]
-    for i, (home, p) in enumerate(zip(expected, found.params, strict=True)):
+    plan, held, partners = _plan.find(
+        raw, params, alphas, rounding, nonfinite, "eager", same_device=False
+    )
+    scope.check_outside(partners)
+    expected = [homes.get(id(s), s.device) for s in held]
+    for i, (home, p) in enumerate(zip(expected, partners, strict=True)):
         if p.device != home:
-            leaf = _tree.firsts(found.plan.slots)[i]
-            where = _paths.path("params", params, leaf % (len(found.plan.slots) // len(shadows)))
+            leaf = _tree.firsts(plan.slots)[i]
+            where = _paths.path("params", params, leaf % (len(plan.slots) // len(shadows)))
             raise ValueError(f"{where}: expected device {home} as in shadow, found {p.device}")
-    keys, plan = found.plan.keys, found.plan._replace(keys=None)
+    keys = plan.keys
     with torch.no_grad():
-        update = found._replace(plan=plan).update(alphas, step)
+        update = replace(plan, keys=None).update(held, partners, alphas, step)
         ways: dict[tuple[bool, torch.device], list[int]] = {}
         for i, (s, p) in enumerate(zip(update.shadows, update.params, strict=True)):
             ways.setdefault((s.device != p.device, p.device), []).append(i)
