@@ -206,7 +206,8 @@ class TestSums:
 
     def test_integers(self, sources: list[Path], tmp_path: Path) -> None:
         with pytest.raises(
-            ValueError, match=r"'1\.num_batches_tracked': expected the same integers"
+            ValueError,
+            match=r"step-7.*'1\.num_batches_tracked': expected the integers of .*step-10",
         ):
             merging.merge(sources, tmp_path / "out", integers="equal")
         assert not (tmp_path / "out").exists()
@@ -380,16 +381,24 @@ class TestFolders:
 
 
 @tells_memory
-def test_memory_is_that_of_a_leaf_or_two(tmp_path: Path) -> None:
-    """Three sources of 64 MB, of leaves of 4 MB."""
-    paths = [tmp_path / f"{i}.safetensors" for i in range(3)]
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ""])
+def test_memory_is_that_of_a_leaf_or_two(suffix: str, tmp_path: Path) -> None:
+    """Six sources of 64 MB, of two leaves of 32 MB: of a few pieces, if they can be mapped."""
+    paths = [tmp_path / f"{i}{suffix}" for i in range(6)]
     for i, path in enumerate(paths):
-        save_file({f"w{j}": torch.full((2**20,), float(i)) for j in range(16)}, path)
+        held = {f"w{j}": torch.full((2**12, 2**11), float(i)) for j in range(2)}
+        if suffix == ".safetensors":
+            save_file(held, path)
+        elif suffix == ".pt":
+            torch.save(held, path)
+        else:  # not mapped
+            state_dict_saver.save(held, storage_writer=FileSystemWriter(path), no_dist=True)
     before, peaks = own_memory(), [0]
-    merging.merge(paths, tmp_path / "out", tell=lambda _: peaks.append(own_memory() - before))
-    assert len(peaks) == 17
-    assert max(peaks) < 2 * 8 * 2**20
-    assert load_file(tmp_path / "out")["w15"][7] == 1.0
+    out = tmp_path / f"out{suffix}"
+    merging.merge(paths, out, tell=lambda _: peaks.append(own_memory() - before))
+    assert len(peaks) > 17
+    assert max(peaks) < (2 * 64 + 16 if not suffix else 40) * 2**20
 
 
 def test_killed_at_any_moment_the_result_is_old_or_new(sources: list[Path], tmp_path: Path) -> None:
@@ -507,8 +516,8 @@ class TestCommand:
         assert "0.25" in shown
 
 
-def test_write_leaves_refuses_a_dtype_that_safetensors_lacks(tmp_path: Path) -> None:
+def test_a_dtype_that_safetensors_lacks() -> None:
     forms = {"w": files.Form((1,), torch.complex128)}
     with pytest.raises(ValueError, match="expected a dtype that safetensors has"):
-        files.write_leaves(tmp_path / "out", forms, lambda _: torch.ones(1), lambda *_: {})
+        files.in_order(forms)
     assert checkpoint.candidates({"w": {"v": torch.ones(1)}})[0].path == "w"
