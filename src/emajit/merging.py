@@ -18,7 +18,7 @@ import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from emajit import _tree
 from emajit.checkpoint import adapters, files, like, search, sources, streaming, summing
+from emajit.checkpoint.averaged import listed
 from emajit.checkpoint.saved import TIED
 
 __all__ = ["coefficients", "merge", "newest", "steps", "told", "wsm"]
@@ -175,6 +176,7 @@ def merge(
     *,
     of: summing.Of | None = None,
     key: str | None = None,
+    names: Iterable[str] | torch.nn.Module | None = None,
     integers: Literal["last", "equal"] = "last",
     allow_any_sum: bool = False,
     dtype: torch.dtype | None = None,
@@ -195,6 +197,7 @@ def merge(
         rule: as in `coefficients`.
         of: "averages" or "trained", where a checkpoint holds both.
         key: the path of the weights, as in `checkpoint.read`.
+        names: the model or its names, for averages without names, likewise.
         integers: "last" takes integer tensors from the last source; with "equal" they must agree.
         allow_any_sum: take coefficients whose sum is not 1.
         dtype: the dtype of floating-point tensors; default, the first source's.
@@ -230,9 +233,10 @@ def merge(
     for path in [*paths, *([] if base is None else [Path(base)])]:
         if _is_within(out, path):
             raise ValueError(f"out: expected another place than a source, found {out}")
-    held = [summing.Source(path, of, key) for path in paths]
+    known = listed(names)
+    held = [summing.Source(path, of, key, known) for path in paths]
     if base is not None:
-        model = summing.Source(Path(base), None, None)
+        model = summing.Source(Path(base))
         sums: summing.Sum = adapters.Deltas(model, held, c)
     else:
         model = None
@@ -242,6 +246,8 @@ def merge(
     expect(sum(math.prod(form.shape) * form.dtype.itemsize for form in result.forms.values()))
     first = sums.first.path
     form = to or _form_of(out, first)
+    if form == "folder" and not first.is_dir():
+        raise ValueError(f"{first}: expected a folder to write one like it, found a file")
     if form == "folder":
         like.write_folder_of(out, first, lambda path: result.write(path, tell))
     elif form == "torch":

@@ -51,11 +51,17 @@ class Deltas(Sum):
         if uneven := {name for names in whole for name in names ^ whole[0]}:
             found = _paths.some(sorted(uneven))
             raise ValueError(f"expected the same whole tensors in all adapters, found {found}")
-        self._replaced = {name.removeprefix(_PREFIX): name for name in whole[0]}
-        for source in held:
-            for name, kept in self._replaced.items():
+        paired = {name for each in self._adapters for name in each}
+        self._replaced: dict[str, str] = {}
+        for kept in whole[0]:
+            name = kept.removeprefix(_PREFIX).replace(".base_layer.", ".")
+            for source in held:
                 _check_shape(base, name, source, kept, tuple(source.tensors[kept].shape))
-        changed = {*self._replaced, *(name for each in self._adapters for name in each)}
+                # PEFT may save the weight of a layer with a pair too, which is not trained.
+                if name in paired and not torch.equal(source.leaf(kept), base.leaf(name)):
+                    raise ValueError(f"{source.path}: expected {kept!r} as in {base.path}")
+            self._replaced |= {} if name in paired else {name: kept}
+        changed = {*self._replaced, *paired}
         self.tied = {a: b for a, b in self.tied.items() if not changed & {a, b}}
 
     def pieces(self, name: str, dtype: torch.dtype) -> Iterator[Tensor]:

@@ -16,6 +16,7 @@ from emajit.checkpoint.averaged import Names
 
 Of = Literal["averages", "trained"]
 ZERO_CRC = "00000000"
+_NO_NAMES = Names(None, [])
 # Numbers: fewer than torch would divide among threads, which wait for each other for a minute where
 # the checksums have a core (2 GB on 2 cores, torch 2.13: 62 s by pieces of 2^16, 2 s by these).
 _PART = 2**15 - 1024
@@ -25,12 +26,14 @@ PIECE = 32 * _PART  # numbers that one thread hands to another
 class Source:
     """The weights of one checkpoint, read leaf by leaf."""
 
-    def __init__(self, path: Path, of: Of | None, key: str | None) -> None:
+    def __init__(
+        self, path: Path, of: Of | None = None, key: str | None = None, names: Names = _NO_NAMES
+    ) -> None:
         self.path, self.crc = path, ZERO_CRC
         self._stats = _stats(path)
         self.size = sum(size for _, size, _ in self._stats)
         tree = sources.content(path, on_disk=True)
-        self.keys, self.tensors, self.step = _weights(path, tree, of, key)
+        self.keys, self.tensors, self.step = _weights(path, tree, of, key, names)
 
     def leaf(self, name: str) -> Tensor:
         """A leaf in host memory, or mapped from the disk."""
@@ -65,7 +68,7 @@ def _stats(path: Path) -> list[tuple[str, int, int]]:
 
 
 def _weights(
-    path: Path, tree: Any, of: Of | None, key: str | None
+    path: Path, tree: Any, of: Of | None, key: str | None, names: Names
 ) -> tuple[tuple[str, ...], dict[str, Any], int | None]:
     """The keys that lead to the weights, the weights, and the step beside them."""
     walked = search.containers(tree)
@@ -81,7 +84,7 @@ def _weights(
     elif found:
         if len(found) > 1:
             raise ValueError(f"{path}: expected one average, found {len(found)}; choose with key")
-        averaged = partners.named(found[0], reading.others(parts, found), Names(None, []))
+        averaged = partners.named(found[0], reading.others(parts, found), names)
         held = dict(averaged.weights if of == "averages" else averaged.raw)
         if not held:
             raise ValueError(f"{path}: expected trained weights beside the averages, found none")

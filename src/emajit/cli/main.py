@@ -252,6 +252,7 @@ def merge(
         Of | None, typer.Option(help="Which weights, where a checkpoint holds both.")
     ] = None,
     key: Key = None,
+    names: Names = None,
     base: Annotated[
         Path | None,
         typer.Option(
@@ -286,6 +287,7 @@ def merge(
             Console(),
             of=of,
             key=key,
+            names=names_in(names),
             base=base,
             integers=integers,
             allow_any_sum=allow_any_sum,
