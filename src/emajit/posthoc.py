@@ -228,7 +228,7 @@ def _ends(
         held = checkpoint.read(path)
         if held.step is not None and held.step in wanted:
             gamma = each.gamma if isinstance(each, Snapshot) else _gamma_in(path)
-            if gamma is not None and abs(gamma) > 1e-6:
+            if gamma is not None and abs(gamma) > 1e-6:  # nan: of another file of `save`
                 length = gamma_to_sigma_rel(gamma)
                 raise ValueError(
                     f"{path}: expected a mean since the start, found sigma_rel {length:g}"
@@ -241,7 +241,11 @@ def _ends(
 
 def _gamma_in(path: Path) -> float | None:
     """The gamma of a snapshot; None for another file."""
-    return next((s.gamma for s in snapshots(path.parent) if s.path == path), None)
+    try:
+        with opened(path) as saved:
+            return float(saved.record.metadata.get(_GAMMA, "nan"))
+    except (OSError, ValueError):
+        return None
 
 
 def profile(t: Tensor, step: float, gamma: float) -> Tensor:

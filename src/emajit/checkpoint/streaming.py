@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from torch import Tensor
 from emajit.checkpoint import archives, files
 
 Pieces = Callable[[str], Iterable[Tensor]]
+T = TypeVar("T")
+_CORES = 4  # the disk and the checksums are slower than the sums of more threads
 _WAITING = 2  # pieces that a thread may be behind: they are held in memory
 
 
@@ -43,6 +45,26 @@ class Behind:
 def behind() -> Iterator[Behind]:
     with ThreadPoolExecutor(1) as pool:  # not one for all: a fork would have it without a thread
         yield Behind(pool)
+
+
+@contextmanager
+def ahead(calls: Iterable[Callable[[], T]]) -> Iterator[Iterator[T]]:
+    """The results of calls, in order, which as many threads compute as there are cores."""
+    workers = min(_CORES, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:
+        yield _in_order(pool, calls, workers)
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, calls: Iterable[Callable[[], T]], workers: int
+) -> Iterator[T]:
+    waiting: deque[Future[T]] = deque()
+    for call in calls:
+        if len(waiting) > workers:
+            yield waiting.popleft().result()
+        waiting.append(pool.submit(call))
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def write_safetensors(

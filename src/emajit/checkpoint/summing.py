@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,7 +95,8 @@ def _weights(
     try:
         part, tensors = search.one_model(chosen)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}; choose with key") from None
+        last = ", or take the last checkpoints in a folder with --last" if path.is_dir() else ""
+        raise ValueError(f"{path}: {error}; choose with key{last}") from None
     return part.path, tensors, search.told(part)[0]
 
 
@@ -113,7 +115,8 @@ class Sum:
     def pieces(self, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
         r"""$\sum_j c_j \theta_j$ in `dtype`, or the integers, flat and in pieces.
 
-        Summed in float64 in parts that stay in the cache, while another thread computes checksums.
+        Summed in float64 in parts that stay in the cache, several pieces at a time, while another
+        thread computes checksums.
         """
         if not (dtype.is_floating_point or dtype.is_complex):
             yield self._agreed(name)
@@ -125,18 +128,26 @@ class Sum:
                 name, dtype, len(total), lambda start, n: total[start : start + n]
             )
             return
-        count = mapped[0].numel()
-        held, work = (torch.empty(min(_PART, count), dtype=wide(mapped[0])) for _ in range(2))
-        with streaming.behind() as behind:
-
-            def summed(start: int, n: int) -> Tensor:
-                if start % PIECE == 0:
-                    behind(self._note, [value[start : start + PIECE] for value in mapped])
-                _add(held[:n], [value[start : start + n] for value in mapped], self._c, work[:n])
-                return held[:n]
-
-            yield from self._rounded(name, dtype, count, summed)
+        calls = [partial(self._piece, name, dtype, values) for values in _cut(mapped)]
+        if len(calls) < 2:  # not worth a thread
+            self._note(mapped)
+            yield from (call() for call in calls)
+            return
+        with streaming.behind() as behind, streaming.ahead(calls) as pieces:
+            for values, piece in zip(_cut(mapped), pieces, strict=True):
+                behind(self._note, values)
+                yield piece
             behind.finish()
+
+    def _piece(self, name: str, dtype: torch.dtype, values: Sequence[Tensor]) -> Tensor:
+        count = min(_PART, len(values[0]))
+        held, work = (torch.empty(count, dtype=wide(values[0])) for _ in range(2))
+
+        def summed(start: int, n: int) -> Tensor:
+            _add(held[:n], [value[start : start + n] for value in values], self._c, work[:n])
+            return held[:n]
+
+        return next(self._rounded(name, dtype, len(values[0]), summed))
 
     def _loaded(self, name: str) -> Tensor:
         """The flat sum of a leaf, with one source's leaf in memory beside it."""
@@ -194,6 +205,12 @@ class Sum:
     def _note(self, values: Sequence[Tensor]) -> None:
         for source, value in zip(self._held, values, strict=True):
             source.note(value)
+
+
+def _cut(values: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The pieces of flat tensors."""
+    for start in range(0, values[0].numel(), PIECE):
+        yield [value[start : start + PIECE] for value in values]
 
 
 def wide(value: Tensor) -> torch.dtype:

@@ -31,7 +31,9 @@ def merge_checkpoints(
     sources, shares, told = _chosen(sources, rule, last, window)
     if window is not None:
         options |= {"of": options["of"] or "averages"}
-    table = Table("checkpoint", "coefficient", title=escape(told) or None, title_justify="left")
+    if told:
+        console.print(told, highlight=False, markup=False)
+    table = Table("checkpoint", "coefficient")
     for source, share in zip(sources, shares, strict=True):
         table.add_row(escape(source.name or str(source)), f"{share:.6g}")
     console.print(table, highlight=False)
@@ -76,10 +78,12 @@ def _chosen(
     if last is not None:
         if len(sources) != 1 or not sources[0].is_dir():
             raise ValueError(f"--last: expected one folder of checkpoints, found {len(sources)}")
-        found_steps = merging.steps(sources[0])
+        held = merging.steps(sources[0])
         sources = merging.newest(sources[0], last)
-        by = "names" if None in found_steps.values() else "steps"
-        told = f"the last {last} of {len(found_steps)} checkpoints, by their {by}"
+        by = "names" if None in held.values() else "steps"
+        told = f"the last {last} of {len(held)} checkpoints, by their {by}"
+        if by == "steps":
+            told += f": {', '.join(str(held[each]) for each in sources)}"
     return sources, merging.coefficients(rule or "uniform", len(sources)), told
 
 
