@@ -6,8 +6,9 @@ average of them, or an emulated decay of the learning rate (WSM, 2507.17634):
     emajit merge --last 5 checkpoints/ -o merged.safetensors
     emajit merge a.pt b.pt c.pt -o merged.pt --coefficients wsm:1-sqrt
 
-Sums are taken in float64 and rounded once. Memory holds one leaf of each source at a time, beside
-the mapped files. The result appears whole or not at all.
+Sums are taken in float64 and rounded once, in pieces of mapped files, which are all the memory that
+is needed. Where a tensor has to be loaded (from a folder of torch.distributed.checkpoint), memory
+holds the leaf's sum and one source's leaf. The result appears whole or not at all.
 """
 
 from __future__ import annotations

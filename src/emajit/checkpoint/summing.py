@@ -21,7 +21,7 @@ _NO_NAMES = Names(None, [])
 # Numbers: fewer than torch would divide among threads, which wait for each other for a minute where
 # the checksums have a core (2 GB on 2 cores, torch 2.13: 62 s by pieces of 2^16, 2 s by these).
 _PART = 2**15 - 1024
-PIECE = 32 * _PART  # numbers that one thread hands to another
+PIECE = 8 * _PART  # numbers that one thread hands to another
 
 
 class Source:
