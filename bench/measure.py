@@ -17,8 +17,10 @@ Times = dict[str, list[float]]
 Interleave = Callable[[Calls, int], Times]
 
 
-def interleave(calls: Calls, rounds: int, device: str) -> Times:
-    """The seconds of each call in each round.
+def interleave(
+    calls: Calls, rounds: int, device: str, prepare: Callable[[str], object] = lambda _: None
+) -> Times:
+    """The seconds of each call in each round, after `prepare` of its name.
 
     On a GPU it is called ten times in a row: as in a training, the host may run ahead.
     """
@@ -26,6 +28,7 @@ def interleave(calls: Calls, rounds: int, device: str) -> Times:
     several = 10 if device.startswith("cuda") else 1
     for _ in range(rounds):
         for name in random.sample(list(calls), len(calls)):
+            prepare(name)
             synchronize(device)
             began = time.perf_counter()
             for _ in range(several):

@@ -33,6 +33,7 @@ TITLES = {
     "fused": "Fused with the optimizer",
     "bandwidth": "Bandwidth",
     "compilation": "The first call, a float32 shadow of bfloat16 parameters",
+    "merge": "A merge of checkpoints",
     "size": "Cost against the number of elements, in 32 tensors",
     "tensors": "Cost against the number of tensors, of 2^20 elements together",
 }

@@ -451,7 +451,7 @@ class TestAtomic:
 
             monkeypatch.setattr(owner, name, call)
 
-        owners = ((files, "_header"), (files, "_bytes"), (os, "fsync"), (Path, "replace"))
+        owners = ((files, "header"), (files, "memory"), (os, "fsync"), (Path, "replace"))
         for owner, name in owners:
             failing(owner, name)
         while True:

@@ -375,7 +375,7 @@ class TestDefects:
             ran = operators.counts
             ran.pop("aten.can_cast.default", None)  # inside of a mode, all is checked each time
             read: int = ran.pop("aten._local_scalar_dense.default", 0)
-            assert ran == {"aten._foreach_lerp_.Scalar": 1, "aten.add_.Tensor": 1}
+            assert ran == {"aten._foreach_lerp_.Scalar": 1, "aten.fill_.Scalar": 1}
             return read
 
         assert reads() == 2  # decay and number of updates, once

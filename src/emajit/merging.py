@@ -6,8 +6,9 @@ average of them, or an emulated decay of the learning rate (WSM, 2507.17634):
     emajit merge --last 5 checkpoints/ -o merged.safetensors
     emajit merge a.pt b.pt c.pt -o merged.pt --coefficients wsm:1-sqrt
 
-Sums are taken in float64 and rounded once. Memory holds one leaf of each source at a time, beside
-the mapped files. The result appears whole or not at all.
+Sums are taken in float64 and rounded once, in pieces of mapped files, which are all the memory that
+is needed. Where a tensor has to be loaded (from a folder of torch.distributed.checkpoint), memory
+holds the leaf's sum and one source's leaf. The result appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -16,22 +17,27 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from emajit import _tree
-from emajit.checkpoint import files, like, search, sources, summing
+from emajit.checkpoint import adapters, files, like, search, sources, streaming, summing
+from emajit.checkpoint.averaged import listed
 from emajit.checkpoint.saved import TIED
 
-__all__ = ["coefficients", "merge", "newest", "told", "wsm"]
+__all__ = ["coefficients", "merge", "newest", "steps", "told", "wsm"]
 
 KEY = "emajit.merged"  # in the header of a result
+Form = Literal["safetensors", "torch", "folder", "distributed"]
 
 
 def wsm(decays: Sequence[float]) -> list[float]:
@@ -128,21 +134,27 @@ def newest(folder: str | os.PathLike[str], count: int) -> list[Path]:
     """
     if count < 1:
         raise ValueError(f"last: expected a number of checkpoints, found {count}")
-    found = [each for each in Path(folder).iterdir() if _is_checkpoint(each)]
+    found = [*steps(folder)]
     if len(found) < count:
         raise ValueError(f"{folder}: expected {count} checkpoints, found {len(found)}")
-    steps = {each: _step_of(each) for each in found}
-    if all(step is not None for step in steps.values()):
-        found.sort(key=lambda each: steps[each] or 0)
-    else:
-        found.sort(key=_natural)
     return found[-count:]
 
 
-def _is_checkpoint(path: Path) -> bool:
-    if path.name.startswith("."):  # a file that is still being written
-        return False
-    return path.is_dir() or (path.is_file() and path.suffix in sources.SUFFIXES)
+def steps(folder: str | os.PathLike[str]) -> dict[Path, int | None]:
+    """The checkpoints in a folder and the steps that they hold, sorted as by `newest`."""
+    found = {}
+    for path in sorted(Path(folder).iterdir(), key=_natural):
+        if path.name.startswith(".") or sources.NOT_MODELS.match(path.name):
+            continue  # a file that is still being written; or an optimizer's
+        if path.is_dir() or (path.is_file() and path.suffix in sources.SUFFIXES):
+            try:
+                found[path] = _step_of(path)
+            except IsADirectoryError:  # a folder of other things
+                continue
+    told = {path: step for path, step in found.items() if step is not None}
+    if len(told) < len(found):
+        return found
+    return {path: told[path] for path in sorted(told, key=told.__getitem__)}
 
 
 def _step_of(path: Path) -> int | None:
@@ -165,11 +177,14 @@ def merge(
     *,
     of: summing.Of | None = None,
     key: str | None = None,
+    names: Iterable[str] | torch.nn.Module | None = None,
     integers: Literal["last", "equal"] = "last",
     allow_any_sum: bool = False,
     dtype: torch.dtype | None = None,
     base: str | os.PathLike[str] | None = None,
+    to: Form | None = None,
     tell: Callable[[int], object] = lambda _: None,
+    expect: Callable[[int], object] = lambda _: None,
 ) -> list[float]:
     r"""Write $\sum_j c_j \theta_j$ over the weights in checkpoints; returns the coefficients.
 
@@ -177,22 +192,29 @@ def merge(
         checkpoints: files or folders, from the oldest to the newest: everything that
             `checkpoint.read` takes, and plain models. They may differ in container, not in names,
             shapes and kind of number.
-        out: the file; or a new folder with config and tokenizer, if the first source is a folder
-            for `from_pretrained`. A file is written with safetensors, or with `torch.save` if it
-            ends in `.bin`, `.ckpt`, `.pt` or `.pth`.
+        out: the file or the new folder, in the form of `to`. By default its name tells the form
+            (`.safetensors`; `.bin`, `.ckpt`, `.pt`, `.pth` for `torch.save`), else the first
+            source (the base, if there is one) does.
         rule: as in `coefficients`.
         of: "averages" or "trained", where a checkpoint holds both.
         key: the path of the weights, as in `checkpoint.read`.
+        names: the model or its names, for averages without names, likewise.
         integers: "last" takes integer tensors from the last source; with "equal" they must agree.
         allow_any_sum: take coefficients whose sum is not 1.
         dtype: the dtype of floating-point tensors; default, the first source's.
         base: the model of PEFT adapters. The result is this model plus the mean of their products
             $\sum_j c_j s_j B_j A_j$. Without a base A and B are averaged separately, and the
             product of means is not the mean of products.
-        tell: called with the number of bytes of each written tensor.
+        to: "safetensors"; "torch" for `torch.save`, with the weights below the keys of the first
+            source; "folder" for `from_pretrained`, with the config and the tokenizer of the first
+            source; "distributed" for a folder of torch.distributed.checkpoint.
+        tell: called with the number of bytes of each written piece.
+        expect: called once, with the number of bytes of all of them.
 
-    The header of a safetensors result has the sources' names, sizes and checksums, the coefficients
-    and emajit's version; `emajit inspect` shows it.
+    The header of a safetensors result, and a record in a file of `torch.save`, have the sources'
+    names, sizes and checksums, the coefficients, the last step and emajit's version; `emajit
+    inspect` shows them. A checksum is the CRC-32 of the weights that were read, in the order of the
+    result.
 
     Raises:
         ValueError: names, shapes or kinds differ (the message has the first five); a number is not
@@ -209,70 +231,142 @@ def merge(
             "allow_any_sum=True, on the command line --allow-any-sum"
         )
     out = Path(out)
-    if any(out.exists() and out.samefile(path) for path in paths):
-        raise ValueError(f"out: expected another place than a source, found {out}")
-    held = [summing.Source(path, of, key) for path in paths]
+    for path in [*paths, *([] if base is None else [Path(base)])]:
+        if _is_within(out, path):
+            raise ValueError(f"out: expected another place than a source, found {out}")
+    known = listed(names)
+    held = [summing.Source(path, of, key, known) for path in paths]
     if base is not None:
-        sums: summing.Sum = summing.Deltas(summing.Source(Path(base), of, None), held, c)
+        model = summing.Source(Path(base))
+        sums: summing.Sum = adapters.Deltas(model, held, c)
     else:
+        model = None
         summing.check_alike(held)
         sums = summing.Sum(held, c, integers)
-    forms = {
-        name: files.Form(
-            form.shape, dtype if dtype and form.dtype.is_floating_point else form.dtype
-        )
-        for name, form in sums.forms().items()
-    }
-
-    def leaf(name: str) -> Tensor:
-        return sums.leaf(name, forms[name].dtype)
-
-    def header(*_: object) -> dict[str, str]:
-        for source in held:
-            source.check_unchanged()
-        told = {"format": "pt", KEY: json.dumps(_provenance(held, c))}
-        return told | ({TIED: json.dumps(sums.tied)} if sums.tied else {})
-
-    first = Path(base) if base is not None else paths[0]
-    if first.is_dir() and not out.suffix:
-        like.write_folder_of(
-            out, first, lambda path: files.write_leaves(path, forms, leaf, header, tell=tell)
-        )
-    elif out.suffix in sources.OF_TORCH:
-        state = {name: leaf(name) for name in forms if name not in sums.tied}
-        state = {name: state[sums.tied.get(name, name)] for name in forms}
-        header()
-        files.write_torch(out, sums.first.nested(state), tell)
+    result = _Result(held, c, model, sums, dtype)
+    expect(sum(math.prod(form.shape) * form.dtype.itemsize for form in result.forms.values()))
+    first = sums.first.path
+    form = to or _form_of(out, first)
+    if form == "folder" and not first.is_dir():
+        raise ValueError(f"{first}: expected a folder to write one like it, found a file")
+    if form == "folder":
+        like.write_folder_of(out, first, lambda path: result.write(path, tell))
+    elif form == "torch":
+        result.write_torch(out, tell)
+    elif form == "distributed":
+        _write_distributed(out, result, tell)
     else:
-        files.write_leaves(out, forms, leaf, header, tell=tell)
+        result.write(out, tell)
     return c
 
 
+class _Result:
+    """A sum over sources, and where it comes from."""
+
+    def __init__(
+        self,
+        held: Sequence[summing.Source],
+        c: Sequence[float],
+        base: summing.Source | None,
+        sums: summing.Sum,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self._held, self._c, self._base, self.sums = held, c, base, sums
+        self.forms = {
+            name: files.Form(shape, dtype if dtype and own.is_floating_point else own)
+            for name, (shape, own) in sums.forms().items()
+        }
+
+    def write(self, path: Path, tell: Callable[[int], object]) -> None:
+        """Write a file of safetensors."""
+        tied = {TIED: json.dumps(self.sums.tied)} if self.sums.tied else {}
+
+        def header() -> dict[str, str]:
+            return {"format": "pt", **self._provenance(), **tied}
+
+        streaming.write_safetensors(path, self.forms, self._pieces, header, tell)
+
+    def write_torch(self, path: Path, tell: Callable[[int], object]) -> None:
+        """Write a file of `torch.save`."""
+        of, tied = self.sums.first.nested, self.sums.tied
+        streaming.write_torch(path, self.forms, tied, of, self._pieces, self._provenance, tell)
+
+    def _pieces(self, name: str) -> Iterator[Tensor]:
+        return self.sums.pieces(name, self.forms[name].dtype)
+
+    def _provenance(self) -> dict[str, str]:
+        """Raises ValueError where a source has changed meanwhile."""
+        base = [] if self._base is None else [self._base]
+        for source in [*base, *self._held]:
+            source.check_unchanged()
+        try:
+            version = metadata.version("emajit")
+        except metadata.PackageNotFoundError:
+            version = "unknown"
+        told: dict[str, Any] = {
+            "sources": [_record(*each) for each in zip(self._held, self._c, strict=True)],
+            "step": self._held[-1].step,
+            "emajit": version,
+        }
+        return {KEY: json.dumps(told | ({"base": _record(base[0], 1.0)} if base else {}))}
+
+
+def _is_within(out: Path, source: Path) -> bool:
+    """Whether `out` is a source, or would be in one."""
+    places = [out.resolve(), *(out.resolve().parents if source.is_dir() else ())]
+    return source.resolve() in places
+
+
+def _form_of(out: Path, first: Path) -> Form:
+    """The form that a name tells, else that of the first source."""
+    if out.suffix in sources.OF_TORCH:
+        return "torch"
+    if out.suffix == ".safetensors":
+        return "safetensors"
+    if first.is_dir():
+        return "distributed" if (first / ".metadata").is_file() else "folder"
+    return "safetensors" if files.is_safetensors(first) else "torch"
+
+
+def _write_distributed(out: Path, result: _Result, tell: Callable[[int], object]) -> None:
+    """A folder of torch.distributed.checkpoint, from a file that is mapped meanwhile."""
+    from emajit.checkpoint import sharded  # noqa: PLC0415, half a second for this alone
+
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        result.write(Path(folder, "merged"), tell)
+        sharded.write(out, result.sums.first.nested(load_file(Path(folder, "merged"))))
+
+
 def told(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The sources and coefficients in a safetensors result of `merge`; None for other files."""
+    """The sources and coefficients in a result of `merge`; None for other files and folders."""
     path = Path(path)
-    if path.is_dir() or not files.is_safetensors(path):
-        return None
-    with files.opened(path) as file:
-        text = (file.metadata() or {}).get(KEY)
+    if path.is_dir():
+        found = sorted(path.glob("*.safetensors"))
+        return told(found[0]) if len(found) == 1 else None
+    text = _text_of(path)
     if text is None:
         return None
     try:
         held: dict[str, Any] = json.loads(text)
-        for each in held["sources"]:
+        for each in [*held["sources"], *([held["base"]] if "base" in held else [])]:
             float(each["coefficient"]), int(each["bytes"]), each["name"], each["crc32"]
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path}: expected the merged sources, found {text:.200}") from None
     return held
 
 
-def _provenance(held: Sequence[summing.Source], c: Sequence[float]) -> dict[str, Any]:
-    try:
-        version = metadata.version("emajit")
-    except metadata.PackageNotFoundError:
-        version = "unknown"
-    told = [
-        {"name": source.path.name, "bytes": source.size, "crc32": source.crc, "coefficient": x}
-        for source, x in zip(held, c, strict=True)
-    ]
-    return {"sources": told, "step": held[-1].step, "emajit": version}
+def _text_of(path: Path) -> str | None:
+    if files.is_safetensors(path):
+        with files.opened(path) as file:
+            told: str | None = (file.metadata() or {}).get(KEY)
+            return told
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if name.partition("/")[2] == KEY]
+        return archive.read(names[0]).decode(errors="replace") if names else None
+
+
+def _record(source: summing.Source, x: float) -> dict[str, Any]:
+    name, size = source.path.resolve().name, source.size
+    return {"name": name, "bytes": size, "crc32": source.crc, "coefficient": x}

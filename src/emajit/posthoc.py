@@ -183,18 +183,7 @@ def window(
     Raises ValueError where no average has one of the steps, a snapshot is of another profile, the
     names differ, or `start` is not before `stop`.
     """
-    if not 0 <= start < stop:
-        raise ValueError(f"start: expected 0 <= start < stop, found {start} and {stop}")
-    wanted = (start, stop) if start else (stop,)
-    found: dict[int, dict[str, Tensor]] = {}
-    for each in averages:
-        if isinstance(each, Snapshot) and each.step not in wanted:
-            continue
-        step, weights = _uniform(each)
-        if step is not None and step in wanted:
-            found.setdefault(step, weights)
-    if missing := [step for step in wanted if step not in found]:
-        raise ValueError(f"averages: expected one at each of {wanted}, found none at {missing}")
+    found = {step: weights for step, _, weights in _ends(averages, start, stop)}
     end, begin = found[stop], found.get(start, {})
     if start and begin.keys() != end.keys():
         raise ValueError(
@@ -213,14 +202,50 @@ def window(
     return means
 
 
-def _uniform(source: Snapshot | str | os.PathLike[str]) -> tuple[int | None, dict[str, Tensor]]:
-    """The step and the averages of a mean since the start."""
-    path = source.path if isinstance(source, Snapshot) else Path(source)
-    if isinstance(source, Snapshot) and abs(source.gamma) > 1e-6:
-        length = gamma_to_sigma_rel(source.gamma)
-        raise ValueError(f"{path}: expected a mean since the start, found sigma_rel {length:g}")
-    found = checkpoint.read(path)
-    return found.step, found.weights
+def window_of(
+    averages: Iterable[Snapshot | str | os.PathLike[str]], start: int, stop: int
+) -> dict[Path, float]:
+    """The files whose sum, with these coefficients, is the `window` from `start` to `stop`."""
+    shares = {start: -start / (stop - start), stop: stop / (stop - start)} if start < stop else {}
+    return {path: shares[step] for step, path, _ in _ends(averages, start, stop)}
+
+
+def _ends(
+    averages: Iterable[Snapshot | str | os.PathLike[str]], start: int, stop: int
+) -> list[tuple[int, Path, dict[str, Tensor]]]:
+    """The step, file and weights of the averages at `start`, if it is not 0, and at `stop`.
+
+    Raises ValueError as `window`.
+    """
+    if not 0 <= start < stop:
+        raise ValueError(f"start: expected 0 <= start < stop, found {start} and {stop}")
+    wanted = (start, stop) if start else (stop,)
+    found: dict[int, tuple[int, Path, dict[str, Tensor]]] = {}
+    for each in averages:
+        if isinstance(each, Snapshot) and each.step not in wanted:
+            continue
+        path = each.path if isinstance(each, Snapshot) else Path(each)
+        held = checkpoint.read(path)
+        if held.step is not None and held.step in wanted:
+            gamma = each.gamma if isinstance(each, Snapshot) else _gamma_in(path)
+            if gamma is not None and abs(gamma) > 1e-6:  # nan: of another file of `save`
+                length = gamma_to_sigma_rel(gamma)
+                raise ValueError(
+                    f"{path}: expected a mean since the start, found sigma_rel {length:g}"
+                )
+            found.setdefault(held.step, (held.step, path, held.weights))
+    if missing := [step for step in wanted if step not in found]:
+        raise ValueError(f"averages: expected one at each of {wanted}, found none at {missing}")
+    return [found[step] for step in wanted]
+
+
+def _gamma_in(path: Path) -> float | None:
+    """The gamma of a snapshot; None for another file."""
+    try:
+        with opened(path) as saved:
+            return float(saved.record.metadata.get(_GAMMA, "nan"))
+    except (OSError, ValueError):
+        return None
 
 
 def profile(t: Tensor, step: float, gamma: float) -> Tensor:

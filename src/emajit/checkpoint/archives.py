@@ -71,10 +71,16 @@ def _held(path: Path, record: zipfile.ZipInfo) -> bytes:
     if record.compress_type != zipfile.ZIP_STORED:
         return b""
     with path.open("rb") as file:
-        file.seek(record.header_offset + 26)
-        lengths = struct.unpack("<HH", file.read(4))  # of the name and of the extra field
-        file.seek(sum(lengths), io.SEEK_CUR)
+        file.seek(begin(path, record))
         return file.read(record.file_size)
+
+
+def begin(path: Path, record: zipfile.ZipInfo) -> int:
+    """Where the bytes of a record begin in the file, behind its local header."""
+    with path.open("rb") as file:
+        file.seek(record.header_offset + 26)
+        name, extra = struct.unpack("<HH", file.read(4))  # the lengths of both
+        return file.tell() + int(name) + int(extra)
 
 
 class _Pickled(pickle.Unpickler):

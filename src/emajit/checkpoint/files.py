@@ -111,40 +111,32 @@ def write_tensors(
         for name, tensor in tensors.items()
     }
 
-    def leaf(name: str) -> Tensor:
-        return cast(repr(name), tensors[name].detach().to("cpu"), forms[name].dtype)
-
-    write_leaves(path, forms, leaf, metadata, seed, tell=tell)
-
-
-def write_leaves(
-    path: Path,
-    forms: Mapping[str, Form],
-    leaf: Callable[[str], Tensor],
-    metadata: Callable[[Mapping[str, str], Mapping[str, Form]], Mapping[str, str]],
-    seed: int = 0,
-    *,
-    tell: Callable[[int], object] = lambda _: None,
-) -> None:
-    """As `write_tensors`, for tensors that `leaf` makes; `metadata` must keep its length."""
-    for name, form in forms.items():
-        if form.dtype not in _CODES:
-            raise ValueError(f"{name!r}: expected a dtype that safetensors has, found {form.dtype}")
-    # Wide dtypes first, so that each number is aligned.
-    names = sorted(forms, key=lambda name: (-forms[name].dtype.itemsize, name))
+    names = in_order(forms)
 
     def fill(file: BinaryIO) -> None:
         checksums = dict.fromkeys(forms, "00000000")
-        file.write(_header(forms, names, metadata(checksums, forms)))
+        file.write(header(forms, names, metadata(checksums, forms)))
         for name in names:
-            host = leaf(name).resolve_conj().resolve_neg().contiguous()
+            host = cast(repr(name), tensors[name].detach().to("cpu"), forms[name].dtype)
+            host = host.resolve_conj().resolve_neg().contiguous()
             checksums[name] = checksum(host, seed)
-            file.write(_bytes(host))
+            file.write(memory(host))
             tell(host.nbytes)
         file.seek(0)
-        file.write(_header(forms, names, metadata(checksums, forms)))
+        file.write(header(forms, names, metadata(checksums, forms)))
 
     write(path, fill)
+
+
+def in_order(forms: Mapping[str, Form]) -> list[str]:
+    """The names in the order of a safetensors file: wide dtypes first, so each number is aligned.
+
+    Raises ValueError for a dtype that the format does not have.
+    """
+    for name, form in forms.items():
+        if form.dtype not in _CODES:
+            raise ValueError(f"{name!r}: expected a dtype that safetensors has, found {form.dtype}")
+    return sorted(forms, key=lambda name: (-forms[name].dtype.itemsize, name))
 
 
 def float_casts(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, torch.dtype]:
@@ -229,7 +221,7 @@ class Form(NamedTuple):
     dtype: torch.dtype
 
 
-def _header(forms: Mapping[str, Form], names: list[str], metadata: Mapping[str, str]) -> bytes:
+def header(forms: Mapping[str, Form], names: list[str], metadata: Mapping[str, str]) -> bytes:
     """The length in 8 bytes, then JSON, padded with spaces to a multiple of 8."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
@@ -250,10 +242,10 @@ def _header(forms: Mapping[str, Form], names: list[str], metadata: Mapping[str, 
 
 def checksum(host: Tensor, seed: int) -> str:
     """The CRC-32 of a contiguous tensor in host memory, in 8 hexadecimal digits."""
-    return f"{zlib.crc32(_bytes(host), seed):08x}"
+    return f"{zlib.crc32(memory(host), seed):08x}"
 
 
-def _bytes(host: Tensor) -> Any:
+def memory(host: Tensor) -> Any:
     """The memory of a contiguous tensor as a buffer; the caller must keep the tensor alive."""
     return (ctypes.c_ubyte * host.nbytes).from_address(host.data_ptr()) if host.nbytes else b""
 

@@ -23,7 +23,7 @@ OF_TORCH = ".ckpt", ".pt", ".pth", ".bin"  # the names that `torch.save` writes
 SUFFIXES = ".safetensors", ".pkl", *OF_TORCH
 _INDEX = ".index.json"
 # Files beside a model that hold no weights, by their first word.
-_NOT_MODELS = re.compile(r"(optimizer|scheduler|scaler|sampler|rng|random|training_args)")
+NOT_MODELS = re.compile(r"(optimizer|scheduler|scaler|sampler|rng|random|training_args)")
 
 
 @contextmanager
@@ -53,7 +53,7 @@ def content(path: Path, *, on_disk: bool = False) -> Any:
     if (path / ".metadata").is_file():
         return _of_shards(path, on_disk=on_disk)
     if path.is_dir():
-        held = _of_folder(path)
+        held = _of_folder(path, on_disk=on_disk)
         if not held:
             expected = (
                 "expected a file, or a folder of torch.distributed.checkpoint or of files of "
@@ -90,7 +90,7 @@ def loaded(tensor: Tensor) -> Tensor:
     return value
 
 
-def _of_folder(path: Path, depth: int = 2) -> dict[str, Any]:
+def _of_folder(path: Path, depth: int = 2, *, on_disk: bool) -> dict[str, Any]:
     """The weight files in a folder under their names, the numbers in config.json, and folders."""
     if zero.is_one(path):
         return zero.content(path)
@@ -105,11 +105,12 @@ def _of_folder(path: Path, depth: int = 2) -> dict[str, Any]:
     if "model.safetensors" in names:  # the same weights, as transformers may write them too
         names = [name for name in names if name != "pytorch_model.bin"]
     for name in names:
-        if name.endswith(SUFFIXES) and not _NOT_MODELS.match(name):
+        if name.endswith(SUFFIXES) and not NOT_MODELS.match(name):
             held[name.rpartition(".")[0]] = content(path / name)
     for folder in sorted(each for each in path.iterdir() if each.is_dir()) if depth else ():
-        inner = _of_shards(folder) if (folder / ".metadata").is_file() else None
-        if inner := inner or _of_folder(folder, depth - 1):
+        is_sharded = (folder / ".metadata").is_file()
+        inner = _of_shards(folder, on_disk=on_disk) if is_sharded else None
+        if inner := inner or _of_folder(folder, depth - 1, on_disk=on_disk):
             held[folder.name] = inner
     if held and "config.json" in names:  # where diffusers keeps the state of an `EMAModel`
         told = _told(path / "config.json")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,29 +12,42 @@ import torch
 from torch import Tensor
 
 from emajit import _alias, _paths, _tree
-from emajit.checkpoint import files, partners, reading, search, sources
+from emajit.checkpoint import files, partners, reading, search, sources, streaming
 from emajit.checkpoint.averaged import Names
 
 Of = Literal["averages", "trained"]
 ZERO_CRC = "00000000"
+_NO_NAMES = Names(None, [])
 # Numbers: fewer than torch would divide among threads, which wait for each other for a minute where
 # the checksums have a core (2 GB on 2 cores, torch 2.13: 62 s by pieces of 2^16, 2 s by these).
-_PIECE = 2**15 - 1024
+_PART = 2**15 - 1024
+PIECE = 8 * _PART  # numbers that one thread hands to another
 
 
 class Source:
     """The weights of one checkpoint, read leaf by leaf."""
 
-    def __init__(self, path: Path, of: Of | None, key: str | None) -> None:
+    def __init__(
+        self, path: Path, of: Of | None = None, key: str | None = None, names: Names = _NO_NAMES
+    ) -> None:
         self.path, self.crc = path, ZERO_CRC
         self._stats = _stats(path)
         self.size = sum(size for _, size, _ in self._stats)
         tree = sources.content(path, on_disk=True)
-        self.keys, self.tensors, self.step = _weights(path, tree, of, key)
+        self.keys, self.tensors, self.step = _weights(path, tree, of, key, names)
 
     def leaf(self, name: str) -> Tensor:
         """A leaf in host memory, or mapped from the disk."""
         return sources.loaded(self.tensors[name])
+
+    def mapped(self, name: str) -> Tensor | None:
+        """A leaf, flat and without a copy; None where it has to be loaded or copied."""
+        value: Tensor = self.tensors[name]
+        return value.view(-1) if value.is_contiguous() and not value.is_meta else None
+
+    def note(self, value: Tensor) -> None:
+        """Add the bytes of a contiguous tensor to the checksum."""
+        self.crc = files.checksum(value, int(self.crc, 16))
 
     def nested(self, state: Mapping[str, Tensor]) -> dict[str, Any]:
         """A state nested below the keys at which this source has its weights."""
@@ -58,7 +69,7 @@ def _stats(path: Path) -> list[tuple[str, int, int]]:
 
 
 def _weights(
-    path: Path, tree: Any, of: Of | None, key: str | None
+    path: Path, tree: Any, of: Of | None, key: str | None, names: Names
 ) -> tuple[tuple[str, ...], dict[str, Any], int | None]:
     """The keys that lead to the weights, the weights, and the step beside them."""
     walked = search.containers(tree)
@@ -74,7 +85,7 @@ def _weights(
     elif found:
         if len(found) > 1:
             raise ValueError(f"{path}: expected one average, found {len(found)}; choose with key")
-        averaged = partners.named(found[0], reading.others(parts, found), Names(None, []))
+        averaged = partners.named(found[0], reading.others(parts, found), names)
         held = dict(averaged.weights if of == "averages" else averaged.raw)
         if not held:
             raise ValueError(f"{path}: expected trained weights beside the averages, found none")
@@ -84,7 +95,8 @@ def _weights(
     try:
         part, tensors = search.one_model(chosen)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}; choose with key") from None
+        last = ", or take the last checkpoints in a folder with --last" if path.is_dir() else ""
+        raise ValueError(f"{path}: {error}; choose with key{last}") from None
     return part.path, tensors, search.told(part)[0]
 
 
@@ -100,115 +112,136 @@ class Sum:
     def forms(self) -> dict[str, files.Form]:
         return {name: files.Form(tuple(v.shape), v.dtype) for name, v in self.first.tensors.items()}
 
-    def leaf(self, name: str, dtype: torch.dtype) -> Tensor:
-        r"""$\sum_j c_j \theta_j$ in `dtype`, or the integers.
+    def pieces(self, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
+        r"""$\sum_j c_j \theta_j$ in `dtype`, or the integers, flat and in pieces.
 
-        Summed in float64 in pieces that stay in the cache, while another core computes checksums.
+        Summed in float64 in parts that stay in the cache, several pieces at a time, while another
+        thread computes checksums.
         """
-        values = [source.leaf(name).contiguous() for source in self._held]
-        with ThreadPoolExecutor(1) as other:  # not one for all: a fork would have it without thread
-            sums = [
-                other.submit(files.checksum, value, int(source.crc, 16))
-                for source, value in zip(self._held, values, strict=True)
-            ]
-            result = self._summed(name, values, dtype)
-        for source, crc in zip(self._held, sums, strict=True):
-            source.crc = crc.result()
-        return result
+        if not (dtype.is_floating_point or dtype.is_complex):
+            yield self._agreed(name)
+            return
+        mapped = [flat for source in self._held if (flat := source.mapped(name)) is not None]
+        if len(mapped) < len(self._held):
+            total = self._loaded(name)
+            yield from self._rounded(
+                name, dtype, len(total), lambda start, n: total[start : start + n]
+            )
+            return
+        calls = [partial(self._piece, name, dtype, values) for values in _cut(mapped)]
+        if len(calls) < 2:  # not worth a thread
+            self._note(mapped)
+            yield from (call() for call in calls)
+            return
+        with streaming.behind() as behind, streaming.ahead(calls) as pieces:
+            for values, piece in zip(_cut(mapped), pieces, strict=True):
+                behind(self._note, values)
+                yield piece
+            behind.finish()
 
-    def _summed(self, name: str, values: list[Tensor], dtype: torch.dtype) -> Tensor:
-        if dtype.is_floating_point or dtype.is_complex:
-            result = torch.empty(values[0].shape, dtype=dtype)
-            flat, flats = result.view(-1), [value.view(-1) for value in values]
-            for start in range(0, flat.numel(), _PIECE):
-                piece = slice(start, start + _PIECE)
-                flat[piece] = self._piece(name, [value[piece] for value in flats], dtype)
+    def _piece(self, name: str, dtype: torch.dtype, values: Sequence[Tensor]) -> Tensor:
+        count = min(_PART, len(values[0]))
+        held, work = (torch.empty(count, dtype=wide(values[0])) for _ in range(2))
+
+        def summed(start: int, n: int) -> Tensor:
+            _add(held[:n], [value[start : start + n] for value in values], self._c, work[:n])
+            return held[:n]
+
+        return next(self._rounded(name, dtype, len(values[0]), summed))
+
+    def _loaded(self, name: str) -> Tensor:
+        """The flat sum of a leaf, with one source's leaf in memory beside it."""
+        total = torch.zeros(self.first.tensors[name].numel(), dtype=wide(self.first.tensors[name]))
+        work = torch.empty(min(_PART, len(total)), dtype=total.dtype)
+        for i, (source, x) in enumerate(zip(self._held, self._c, strict=True)):
+            value = source.leaf(name).contiguous().view(-1)
+            source.note(value)
+            for start in range(0, len(total), _PART):
+                part = slice(start, start + _PART)
+                into = total[part]
+                _add(into, [value[part]], [x], work[: len(into)], is_first=i == 0)
+            del value
+        return total
+
+    def _rounded(
+        self, name: str, dtype: torch.dtype, count: int, summed: Callable[[int, int], Tensor]
+    ) -> Iterator[Tensor]:
+        """`count` numbers in `dtype`, in pieces; `summed` gives a part of them in float64.
+
+        Raises ValueError, with the source and the tensor, for a number that is not finite.
+        """
+        for start in range(0, count, PIECE):
+            narrow = torch.empty(min(PIECE, count - start), dtype=dtype)
+            for i in range(0, len(narrow), _PART):
+                into = narrow[i : i + _PART]
+                total = summed(start + i, len(into))
+                into.copy_(total)
+                if not _is_finite(into):
+                    self._check_finite(name, total)
+                    into.copy_(files.cast(repr(name), total, dtype))
+            yield narrow
+
+    def _check_finite(self, name: str, total: Tensor) -> None:
+        if torch.isfinite(total).all():
+            return
+        for source in self._held:
+            if not torch.isfinite(source.leaf(name)).all():
+                raise ValueError(f"{source.path}: {name!r}: expected finite numbers")
+        raise ValueError(f"{name!r}: expected a sum within float64, found a larger one")
+
+    def _agreed(self, name: str) -> Tensor:
+        """The integers of the last source; ValueError where they must agree and do not."""
+        result = self._held[-1].leaf(name).contiguous()
+        for source in self._held:
+            value = source.leaf(name).contiguous()
+            source.note(value)
+            if self._integers == "equal" and not torch.equal(value, result):
+                raise ValueError(
+                    f"{source.path}: {name!r}: expected the integers of {self._held[-1].path}, "
+                    "found others"
+                )
+        return result.view(-1)
+
+    def _note(self, values: Sequence[Tensor]) -> None:
+        for source, value in zip(self._held, values, strict=True):
+            source.note(value)
+
+
+def _cut(values: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The pieces of flat tensors."""
+    for start in range(0, values[0].numel(), PIECE):
+        yield [value[start : start + PIECE] for value in values]
+
+
+def wide(value: Tensor) -> torch.dtype:
+    """The dtype of sums: float64 or complex128."""
+    return _tree.copy_dtype(value, torch.float64)
+
+
+def _add(
+    total: Tensor,
+    values: Sequence[Tensor],
+    c: Sequence[float],
+    work: Tensor,
+    *,
+    is_first: bool = True,
+) -> None:
+    """Add the sum of c times values to `total`, or put it there if it is the first."""
+    for value, x in zip(values, c, strict=True):
+        if is_first:
+            total.copy_(value).mul_(x)
         else:
-            result = values[-1]
-            if self._integers == "equal" and any(not torch.equal(v, result) for v in values):
-                raise ValueError(f"{name!r}: expected the same integers in all sources")
-        return result
-
-    def _piece(self, name: str, values: list[Tensor], dtype: torch.dtype) -> Tensor:
-        total = torch.zeros(values[0].shape, dtype=_tree.copy_dtype(values[0], torch.float64))
-        for value, x in zip(values, self._c, strict=True):
-            total.add_(value.to(torch.float32) if value.dtype.itemsize == 1 else value, alpha=x)
-        # The sum takes one pass; it is not finite if an element is not, or if it overflows.
-        if not (torch.isfinite(total.sum()) or torch.isfinite(total).all()):
-            each = zip(self._held, values, strict=True)
-            broken = [source.path for source, value in each if not torch.isfinite(value).all()]
-            raise ValueError(f"{[*broken, self.first.path][0]}: {name!r}: expected finite numbers")
-        return files.cast(repr(name), total, dtype)
+            total.add_(work.copy_(value), alpha=x)
+        is_first = False
 
 
-class Deltas(Sum):
-    """A base model and the mean of the products of adapters."""
-
-    def __init__(self, base: Source, held: Sequence[Source], c: Sequence[float]) -> None:
-        super().__init__([base], [1.0], "last")
-        self._adapters = [_adapter(source) for source in held]
-        self._shares, self._sources = c, held
-        targets = {name for adapter in self._adapters for name in adapter}
-        if missing := sorted(targets - base.tensors.keys()):
-            raise ValueError(
-                f"{base.path}: expected the weights that the adapters change, found none at "
-                f"{_paths.some(missing)}"
-            )
-
-    def leaf(self, name: str, dtype: torch.dtype) -> Tensor:
-        each = [
-            (source, *adapter[name], share)
-            for source, adapter, share in zip(
-                self._sources, self._adapters, self._shares, strict=True
-            )
-            if name in adapter
-        ]
-        if not each:
-            return super().leaf(name, dtype)
-        total = super().leaf(name, torch.float64)
-        for source, a, b, scale, is_turned, share in each:
-            down, up = (source.leaf(part) for part in (a, b))
-            for value in (down, up):
-                source.crc = files.checksum(value.contiguous(), int(source.crc, 16))
-            delta = up.double() @ down.double()
-            total.add_(delta.T if is_turned else delta, alpha=share * scale)
-            if not torch.isfinite(total).all():
-                raise ValueError(f"{source.path}: expected finite numbers in {a!r} and {b!r}")
-        return files.cast(repr(name), total, dtype)
-
-
-def _adapter(source: Source) -> dict[str, tuple[str, str, float, bool]]:
-    """For each weight that an adapter changes: A, B, their scale, and whether it is transposed."""
-    file = source.path / "adapter_config.json"
-    if not file.is_file():
-        raise ValueError(f"{source.path}: expected a folder of a PEFT adapter, found none")
-    told = json.loads(file.read_text(encoding="utf-8"))
-    if told.get("peft_type") != "LORA" or told.get("use_dora"):
-        raise ValueError(f"{file}: expected LoRA without DoRA, found {told.get('peft_type')}")
-    found = {}
-    for a in [name for name in source.tensors if name.endswith(".lora_A.weight")]:
-        module = a.removesuffix(".lora_A.weight")
-        bare = module.removeprefix("base_model.model.")
-        rank = _of_pattern(told.get("rank_pattern"), bare, told["r"])
-        alpha = _of_pattern(told.get("alpha_pattern"), bare, told["lora_alpha"])
-        scale = alpha / (math.sqrt(rank) if told.get("use_rslora") else rank)
-        turned = bool(told.get("fan_in_fan_out"))
-        found[f"{bare}.weight"] = (a, f"{module}.lora_B.weight", scale, turned)
-    others = [n for n in source.tensors if ".lora_A." not in n and ".lora_B." not in n]
-    if others or not found:
-        kinds = _paths.some(others) or "nothing"
-        raise ValueError(
-            f"{source.path}: expected pairs of lora_A and lora_B, found {kinds} beside"
-        )
-    return found
-
-
-def _of_pattern(patterns: Mapping[str, float] | None, name: str, default: float) -> float:
-    """The value of the first PEFT pattern that matches a module's name, else the default."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
+def _is_finite(values: Tensor) -> bool:
+    """Whether all are; in one pass, which large numbers may deceive into False."""
+    if values.is_complex():
+        values = torch.view_as_real(values)
+    if values.dtype.itemsize == 1:
+        values = values.to(torch.float32)
+    return math.isfinite(values.sum(dtype=torch.promote_types(values.dtype, torch.float32)).item())
 
 
 def _ties(source: Source) -> dict[str, str]:

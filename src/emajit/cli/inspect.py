@@ -57,11 +57,15 @@ def show_averages(
 
 def _merged(path: Path, told: Mapping[str, Any]) -> Table:
     """The sources of a file of `emajit merge`."""
-    table = Table(title=f"{escape(str(path))} is merged")
+    step = "" if told.get("step") is None else f", step {told['step']}"
+    by = escape(f"by emajit {told.get('emajit')}{step}")
+    table = Table(title=f"{escape(str(path))} is merged", caption=by)
     for column in ("checkpoint", "MiB", "crc32", "coefficient"):
         table.add_column(column, justify="left" if column == "checkpoint" else "right")
-    for each in told["sources"]:
-        size, share = f"{each['bytes'] / 2**20:,.1f}", f"{each['coefficient']:.6g}"
+    based = [{**told["base"], "coefficient": "base"}] if "base" in told else []
+    for each in [*based, *told["sources"]]:
+        size, share = f"{each['bytes'] / 2**20:,.1f}", each["coefficient"]
+        share = share if isinstance(share, str) else f"{share:.6g}"
         table.add_row(escape(str(each["name"])), size, escape(str(each["crc32"])), share)
     return table
 

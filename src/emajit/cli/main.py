@@ -14,7 +14,7 @@ try:
     import typer
     from rich.console import Console
 
-    from emajit import checkpoint
+    from emajit import checkpoint, merging
     from emajit.checkpoint.averaged import NotOneError
     from emajit.checkpoint.layouts import WRITERS
     from emajit.cli.convert import write_averages
@@ -227,22 +227,32 @@ def merge(
     out: Annotated[
         Path,
         typer.Option(
-            "--out", "-o", help="The file; or a new folder, if the first source is a model folder."
+            "--out", "-o", help="The file, or a new folder if the first source is a folder."
         ),
     ],
     coefficients: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="uniform, ema:BETA, wsm:linear, wsm:cosine, wsm:1-sqrt, or numbers with commas."
+            help="uniform (the default), ema:BETA, wsm:linear, wsm:cosine, wsm:1-sqrt, or numbers "
+            "with commas."
         ),
-    ] = "uniform",
+    ] = None,
     last: Annotated[
         int | None, typer.Option(metavar="K", help="The last K checkpoints in the folder.")
+    ] = None,
+    window: Annotated[
+        str | None,
+        typer.Option(
+            metavar="START:STOP",
+            help="The mean of the steps behind START up to STOP, from means since the start of the "
+            "run at both: snapshots of schedules.uniform(), or icefall's checkpoints.",
+        ),
     ] = None,
     of: Annotated[
         Of | None, typer.Option(help="Which weights, where a checkpoint holds both.")
     ] = None,
     key: Key = None,
+    names: Names = None,
     base: Annotated[
         Path | None,
         typer.Option(
@@ -256,6 +266,13 @@ def merge(
     allow_any_sum: Annotated[
         bool, typer.Option("--allow-any-sum", help="Take coefficients that do not sum to 1.")
     ] = False,
+    to: Annotated[
+        merging.Form | None,
+        typer.Option(
+            help="The written form: folder is for from_pretrained, distributed for "
+            "torch.distributed.checkpoint. Default: as the name says, else the first source's."
+        ),
+    ] = None,
     dtype: Cast = None,
 ) -> None:
     """Average the weights of several checkpoints of a run."""
@@ -265,13 +282,16 @@ def merge(
             out,
             coefficients,
             last,
+            window,
             dtype,
             Console(),
             of=of,
             key=key,
+            names=names_in(names),
             base=base,
             integers=integers,
             allow_any_sum=allow_any_sum,
+            to=to,
         )
 
 

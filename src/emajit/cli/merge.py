@@ -8,33 +8,34 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from emajit import merging
+from emajit import merging, posthoc
 
 
 def merge_checkpoints(
     sources: list[Path],
     out: Path,
-    rule: str,
+    rule: str | None,
     last: int | None,
+    window: str | None,
     dtype: str | None,
     console: Console,
     **options: Any,
 ) -> None:
-    """Merge the sources, or the `last` checkpoints in a folder, and show the coefficients.
+    """Merge the sources, or some of those in a folder, and show the coefficients.
 
     Raises ValueError and OSError as `merging.merge`.
     """
-    if last is not None:
-        if len(sources) != 1 or not sources[0].is_dir():
-            raise ValueError(f"--last: expected one folder of checkpoints, found {len(sources)}")
-        sources = merging.newest(sources[0], last)
-    shares = merging.coefficients(rule, len(sources))
+    sources, shares, told = _chosen(sources, rule, last, window)
+    if window is not None:
+        options |= {"of": options["of"] or "averages"}
+    if told:
+        console.print(told, highlight=False, markup=False)
     table = Table("checkpoint", "coefficient")
     for source, share in zip(sources, shares, strict=True):
-        table.add_row(escape(source.name), f"{share:.6g}")
+        table.add_row(escape(source.name or str(source)), f"{share:.6g}")
     console.print(table, highlight=False)
     if options["base"] is None and any(
         (source / "adapter_config.json").is_file() for source in sources
@@ -44,7 +45,7 @@ def merge_checkpoints(
             "the mean of products; --base MODEL merges the products"
         )
         console.print(told, style="yellow", highlight=False, markup=False)
-    columns = TextColumn("merging"), BarColumn(), DownloadColumn()
+    columns = TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=None)
         merging.merge(
@@ -53,6 +54,41 @@ def merge_checkpoints(
             shares,
             dtype=None if dtype is None else getattr(torch, dtype),
             tell=lambda size: progress.advance(task, size),
+            expect=lambda size: progress.update(task, total=size),
             **options,
         )
     console.print(f"written into {out}", highlight=False, markup=False)
+
+
+def _chosen(
+    sources: list[Path], rule: str | None, last: int | None, window: str | None
+) -> tuple[list[Path], list[float], str]:
+    """The checkpoints, their coefficients, and a word on how they were found."""
+    if window is not None:
+        if last is not None or rule is not None:
+            raise ValueError("--window: expected neither --last nor --coefficients beside it")
+        start, stop = _steps(window)
+        given = sources
+        if len(sources) == 1 and sources[0].is_dir():
+            found = posthoc.snapshots(sources[0])
+            given = [each.path for each in found] or [*merging.steps(sources[0])]
+        shares = posthoc.window_of(given, start, stop)
+        return [*shares], [*shares.values()], f"the mean of the steps {start + 1} to {stop}"
+    told = ""
+    if last is not None:
+        if len(sources) != 1 or not sources[0].is_dir():
+            raise ValueError(f"--last: expected one folder of checkpoints, found {len(sources)}")
+        held = merging.steps(sources[0])
+        sources = merging.newest(sources[0], last)
+        by = "names" if None in held.values() else "steps"
+        told = f"the last {last} of {len(held)} checkpoints, by their {by}"
+        if by == "steps":
+            told += f": {', '.join(str(held[each]) for each in sources)}"
+    return sources, merging.coefficients(rule or "uniform", len(sources)), told
+
+
+def _steps(window: str) -> tuple[int, int]:
+    start, _, stop = window.partition(":")
+    if not (start.isdecimal() and stop.isdecimal()):
+        raise ValueError(f"--window: expected START:STOP in steps, found {window!r}")
+    return int(start), int(stop)
