@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +55,47 @@ CASES: list[tuple[str, Schedule, Callable[[int], float]]] = [
         lambda t: (1 - 1 / (t + 1)) ** 4,
     ),
     ("every constant", schedules.every(schedules.constant(0.99), 7), lambda _: 0.99**7),
+    (
+        "half_life_fraction",
+        schedules.half_life_fraction(0.05),
+        lambda t: math.exp(-20 * math.log(2) / (t + 1)),
+    ),
+    (
+        "exponential_ramp",
+        schedules.exponential_ramp(0.9998, 50),
+        lambda t: 0.9998 - 0.9998 * math.exp(-(t + 1) / 50),
+    ),
+    (
+        "momentum_annealing",
+        schedules.momentum_annealing(0.02, 100),
+        lambda t: 1 - max(0.02, 100 / (100 + t)),
+    ),
+    (
+        "inverse_power",
+        schedules.inverse_power(0.5, 10, 2.0, 0.05),
+        lambda t: 1 - max(0.05, 1 / math.sqrt(10 + 2 * t)),
+    ),
+    ("scaled constant", schedules.scaled(schedules.constant(0.99), 2.5), lambda _: 0.99**2.5),
+    (
+        "scaled",
+        schedules.scaled(schedules.power_function(gamma=3.0), 0.3),
+        lambda t: (0.3 * t / (0.3 * t + 1)) ** 1.2,
+    ),
+    (
+        "scaled delay",
+        schedules.scaled(schedules.delay(schedules.uniform(), 5), 1.5),
+        lambda t: 0.0 if 1.5 * t < 5 else ((1.5 * t - 5) / (1.5 * t - 4)) ** 1.5,
+    ),
+    (
+        "scaled twice",
+        schedules.scaled(schedules.scaled(schedules.uniform(), 2), 1.5),
+        lambda t: (3 * t / (3 * t + 1)) ** 3,
+    ),
+    (
+        "scaled every",
+        schedules.scaled(schedules.every(schedules.uniform(), 4), 1.5),
+        lambda t: (6 * t / (6 * t + 4)) ** 1.5,
+    ),
 ]
 
 
@@ -110,6 +152,18 @@ class TestEachSchedule:
         (schedules.uniform(), {0: 0.0, 1: 1 / 2, 9: 9 / 10}),
         # arXiv 1412.6980, section 3: the second value weighs 1/1.9 of the average at 0.9.
         (schedules.debiased(0.9), {0: 0.0, 1: 1 - 1 / 1.9}),
+        # torchtitan: 0.05 "matches the common decay = 2 ** (-20 / t) rule of thumb".
+        (schedules.half_life_fraction(), {0: 2**-20, 19: 1 / 2, 39: 2**-0.5}),
+        # ultralytics: decay * (1 - exp(-updates / tau)), counted before the update.
+        (schedules.exponential_ramp(), {0: 0.9999 * 4.9987502e-4, 1999: 0.9999 * (1 - 1 / math.e)}),
+        # mmdetection: a momentum of (1 - 0.0002) exp(-(1 + steps) / 2000) + 0.0002.
+        (schedules.exponential_ramp(0.9998), {1999: 1 - (0.9998 / math.e + 0.0002)}),
+        # mmengine: max(momentum, gamma / (gamma + steps)).
+        (schedules.momentum_annealing(), {0: 0.0, 100: 1 / 2, 499_900: 0.9998, 10**6: 0.9998}),
+        # TRL: a weight of (10 + step) ** -0.5 for the parameters.
+        (schedules.inverse_power(), {390: 1 - 1 / 20, 9990: 0.99}),
+        # arXiv 2307.13813, definition 1.2: a momentum of rho ** kappa.
+        (schedules.scaled(schedules.constant(0.996), 8), {0: 0.996**8, 10**6: 0.996**8}),
     ],
 )
 def test_published_values(schedule: Schedule, values: dict[int, float]) -> None:
@@ -140,15 +194,54 @@ def test_sigma_rel_is_inverted(gamma: float) -> None:
 
 
 def test_sigma_rel_is_the_width_of_the_profile() -> None:
-    weights = torch.zeros(2000, dtype=torch.float64)
-    schedule = schedules.power_function(sigma_rel=0.1)
-    for step in range(2000):
+    assert width(schedules.power_function(sigma_rel=0.1), 2000) == pytest.approx(0.1, rel=1e-3)
+
+
+def width(schedule: Schedule, steps: int) -> float:
+    """The standard deviation of the profile of an average, relative to the run."""
+    weights = torch.zeros(steps, dtype=torch.float64)
+    for step in range(steps):
         beta = schedule(step)
         weights = weights * beta
         weights[step] = 1 - beta
-    t = torch.arange(1, 2001, dtype=torch.float64) / 2000
+    t = torch.arange(1, steps + 1, dtype=torch.float64) / steps
     mean = (weights * t).sum()
-    assert ((weights * (t - mean) ** 2).sum().sqrt()).item() == pytest.approx(0.1, rel=1e-3)
+    return float((weights * (t - mean) ** 2).sum().sqrt())
+
+
+def test_a_half_life_fraction_is_a_power_function_average() -> None:
+    """Of the exponent log(2) / fraction - 1; a relative length of 0.063 for torchtitan's 0.05."""
+    for fraction in (0.05, 0.2):
+        sigma = schedules.gamma_to_sigma_rel(math.log(2) / fraction - 1)
+        assert width(schedules.half_life_fraction(fraction), 2000) == pytest.approx(sigma, rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        schedules.constant(0.9995),
+        schedules.warmup(0.9999),
+        schedules.cosine(0.99, 1.0, 8000),
+        schedules.power_function(sigma_rel=0.1),
+    ],
+    ids=repr,
+)
+def test_a_scaled_average_is_as_long_in_samples(schedule: Schedule) -> None:
+    """A quarter of the updates, each of four times as many samples."""
+    dense = width(schedule, 4000)
+    assert width(schedules.scaled(schedule, 4), 1000) == pytest.approx(dense, rel=0.02)
+
+
+def test_no_digit_is_lost_near_decay_1() -> None:
+    small = schedules.momentum_annealing(1e-12, 1)
+    for kappa in (0.5, 3):
+        found: Any = schedules.scaled(small, kappa)
+        assert found.alpha(10**14) == pytest.approx(kappa * 1e-12, rel=1e-11)
+        assert float(found.alpha(torch.tensor(10**14))) == pytest.approx(kappa * 1e-12, rel=1e-11)
+    slow: Any = schedules.half_life_fraction(1.0)
+    assert slow.alpha(10**15) == pytest.approx(math.log(2) * 1e-15, rel=1e-11)
+    ramp: Any = schedules.exponential_ramp(1.0, tau=1.0)
+    assert ramp.alpha(49) == pytest.approx(math.exp(-50), rel=1e-11)
 
 
 def average(values: torch.Tensor, schedule: Schedule) -> torch.Tensor:
@@ -218,6 +311,21 @@ def test_small_integer_steps_do_not_overflow() -> None:
         (lambda: schedules.linear(0, 1, 0), "steps: expected an integer >= 1, found 0"),
         (lambda: schedules.delay(schedules.uniform(), -1), "start: expected an integer >= 0"),
         (lambda: schedules.every(schedules.uniform(), 0), "interval: expected an integer >= 1"),
+        (lambda: schedules.half_life_fraction(0), "fraction: expected a number > 0, found 0"),
+        (lambda: schedules.exponential_ramp(2), r"decay: expected a number in \[0, 1\], found 2"),
+        (lambda: schedules.exponential_ramp(1, 0), "tau: expected a number > 0, found 0"),
+        (lambda: schedules.momentum_annealing(-1), r"momentum: expected a number in \[0, 1\]"),
+        (lambda: schedules.momentum_annealing(0, 0), "gamma: expected a number > 0, found 0"),
+        (lambda: schedules.inverse_power(-1), "power: expected a number >= 0, found -1"),
+        (lambda: schedules.inverse_power(lag=0.5), "lag: expected a number >= 1, found 0.5"),
+        (lambda: schedules.inverse_power(multiplier=-1), "multiplier: expected a number >= 0"),
+        (lambda: schedules.inverse_power(min_alpha=2), r"min_alpha: expected a number in \[0, 1\]"),
+        (lambda: schedules.scaled(schedules.uniform(), 0), "kappa: expected a number > 0, found 0"),
+        (
+            lambda: schedules.scaled(schedules.uniform(), math.inf),
+            "kappa: expected a number > 0, found inf",
+        ),
+        (lambda: schedules.scaled(0.9, 2), "schedule: expected a schedule, step -> decay, found"),  # type: ignore[arg-type]
     ],
 )
 def test_bad_arguments(make: Callable[[], Schedule], message: str) -> None:
@@ -238,6 +346,11 @@ def test_bad_arguments(make: Callable[[], Schedule], message: str) -> None:
         schedules.cosine(0.9, 1.0, 10),
         schedules.linear(0.9, 1.0, 10),
         schedules.delay(schedules.every(schedules.warmup(0.9), 2), start=3),
+        schedules.half_life_fraction(0.1),
+        schedules.exponential_ramp(tau=100),
+        schedules.momentum_annealing(0.001, gamma=10),
+        schedules.inverse_power(0.5, lag=20),
+        schedules.scaled(schedules.warmup(0.9), kappa=2.5),
     ],
     ids=repr,
 )
@@ -247,6 +360,33 @@ def test_pickled_printed_and_compared_as_its_call(schedule: schedules.Schedule) 
     assert hash(again) == hash(schedule)
     assert [again(step) for step in range(9)] == [schedule(step) for step in range(9)]
     assert schedule != schedules.constant(0.123)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        schedules.half_life_fraction(0.1),
+        schedules.exponential_ramp(0.99, 10),
+        schedules.momentum_annealing(0.01, 10),
+        schedules.inverse_power(),
+        schedules.scaled(schedules.warmup(0.9), 2.5),
+    ],
+    ids=repr,
+)
+def test_a_litema_goes_on_with_it_after_a_restart(schedule: Schedule) -> None:
+    model = torch.nn.Linear(2, 1)
+    ema = emajit.LitEma(model, decay=schedule)
+    expected = model.weight.detach().double()
+    for step in range(6):
+        if step == 3:
+            ema = pickle.loads(pickle.dumps(ema))
+        with torch.no_grad():
+            model.weight += 1
+        ema(model)
+        beta = float(schedule(step))
+        expected = beta * expected + (1 - beta) * model.weight.detach().double()
+    assert_close(ema.named_averages()["weight"].double(), expected, rtol=1e-6, atol=0)
+    assert repr(schedule) in repr(ema)
 
 
 def test_one_call_however_it_is_written() -> None:

@@ -20,6 +20,7 @@ touches, beside its tests:
 """
 
 from emajit import schedules
+from emajit._names import select
 from emajit.functional import init, update, update_, update_many, update_many_
 from emajit.litema import LitEma
 from emajit.scope import averaged_module, ema_scope
@@ -30,6 +31,7 @@ __all__ = [
     "ema_scope",
     "init",
     "schedules",
+    "select",
     "update",
     "update_",
     "update_many",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emajit import _alias, _paths, _shards, _torch
+from emajit import _alias, _names, _paths, _shards, _torch
 
 # A function, and its arguments.
 Call = tuple[Any, ...]
@@ -198,3 +198,23 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
 
 def parameters_of(modules: list[nn.Module]) -> set[Tensor]:
     return {p for module in modules for p in module._parameters.values() if p is not None}
+
+
+def refer_to(copies: dict[int, Any], model: nn.Module, copied: nn.Module) -> None:
+    """Make parameters and buffers refer to the memory of `copies` where they are other tensors.
+
+    Classes with a `__deepcopy__` of their own (TorchScript, tensordict) copy the training weights.
+    """
+    for kind in ("parameters", "buffers"):
+        news = _names.named(copied, kind, twice=True)
+        for name, tensor in _names.named(model, kind, twice=True).items():
+            expected, new = copies[id(tensor)], news.get(name)
+            if new is expected:
+                continue
+            if new is None or new.shape != expected.shape or _torch.wraps(new):
+                found = "none" if new is None else "a copy of the training weight"
+                raise ValueError(
+                    f"model: expected {name} in a deep copy, found {found}; use ema_scope"
+                )
+            new.data = expected.detach()
+            new.requires_grad_(expected.requires_grad)

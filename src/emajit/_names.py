@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from inspect import signature
 from typing import Any, NamedTuple, TypeVar
@@ -142,6 +142,44 @@ class Filter(NamedTuple):
             for pattern in _listed(option, patterns):
                 if names and not any(fnmatchcase(name, pattern) for name in names):
                     raise ValueError(f"{option}: expected names, found none that match {pattern!r}")
+
+
+def select(
+    named: Mapping[str, T] | Iterable[tuple[str, T]],
+    *,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+) -> dict[str, T]:
+    """The entries of `named` that are to be averaged, in their order, under their own names.
+
+    Where parameters are left out, enter `ema_scope` with `strict=False`: they keep their training
+    weights there, and an `averaged_module` shares them with the model.
+
+    Args:
+        named: named tensors, such as `model.named_parameters()` or a `state_dict()`.
+        include: names with wildcards such as "encoder.*", one or a list, or a predicate on the
+            name. They are compared with the names without the prefixes of `torch.compile`,
+            `DistributedDataParallel`, FSDP and activation checkpointing. By default all.
+        exclude: in the same form, names to leave out of those.
+
+    Raises:
+        ValueError: a pattern matches no name, or no entry is left.
+        TypeError: another type of pattern, or a module in place of its parameters.
+
+    >>> params = {"router.bias": 1, "expert.bias": 2, "expert.weight": 3}
+    >>> select(params, include="*.bias", exclude="router.*")
+    {'expert.bias': 2}
+    """
+    if hasattr(named, "named_parameters"):
+        found = type(named).__qualname__
+        raise TypeError(f"named: expected model.named_parameters(), found the module {found}")
+    entries = dict(named)
+    chosen, bare = Filter(include, exclude), canonical_of(entries)
+    chosen.check(bare.values())
+    kept = {name: value for name, value in entries.items() if chosen.keeps(bare[name])}
+    if entries and not kept:
+        raise ValueError("include, exclude: expected entries of named, found that none is left")
+    return kept
 
 
 def _matches(patterns: Patterns, name: str) -> bool:

@@ -13,8 +13,13 @@ from emajit import _names, _paths, _shards
 _VALUES = (Tensor, type(None), Mapping)
 
 
-def pairs(model: nn.Module, shadow: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
-    """Each averaged parameter and buffer of the model once, with its average."""
+def pairs(
+    model: nn.Module, shadow: Mapping[str, Any], *, strict: bool = True
+) -> list[tuple[Tensor, Tensor]]:
+    """Each averaged parameter and buffer of the model once, with its average.
+
+    If `strict`, each parameter that requires grad must have an average.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, found {type(model).__qualname__}")
     shadow = _flat(shadow)
@@ -42,12 +47,23 @@ def pairs(model: nn.Module, shadow: Mapping[str, Any]) -> list[tuple[Tensor, Ten
                 "found another"
             )
     missing = [name for name, p in params.items() if p.requires_grad and p not in averages]
-    if missing:
+    if strict and missing:
         raise ValueError(
-            "shadow: expected an average of each trainable parameter, missing "
+            "shadow: expected an average of each trainable parameter, or strict=False, missing "
             f"{_paths.few(missing)}"
         )
     return [(tensor, average) for tensor, (_, average) in averages.items()]
+
+
+def check_present(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Raise ValueError if a tensor of the model has no memory here, and its average has."""
+    for tensor, average in pairs:
+        _shards.check_present("model", tensor)
+        if tensor.is_meta and not average.is_meta:
+            raise ValueError(
+                f"model: expected parameters with memory, found one of shape {tuple(tensor.shape)} "
+                "on the meta device; load the weights, or remove the hooks that unload them"
+            )
 
 
 def _flat(shadow: object) -> dict[str, Tensor | None]:

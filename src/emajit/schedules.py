@@ -284,6 +284,98 @@ def half_life(images: float, batch_size: int, rampup_ratio: float | None = 0.05)
 
 
 @_factory
+def half_life_fraction(fraction: float = 0.05) -> Schedule:
+    r"""A half-life of a share of the updates so far: $\beta_t = 2^{-1/(f n)}$, $n = t + 1$.
+
+    torchtitan's default, with `fraction` $f = 0.05$. For $n \gg 1/f$ the average is that of
+    `power_function` with the exponent $\gamma = \ln 2 / f - 1$. So its relative length is 0.063 for
+    $f = 0.05$:
+
+    >>> round(gamma_to_sigma_rel(math.log(2) / 0.05 - 1), 3)
+    0.063
+    >>> schedule = half_life_fraction()
+    >>> [round(schedule(step), 4) for step in (0, 19, 39, 9999)]
+    [0.0, 0.5, 0.7071, 0.9986]
+    """
+    _check(0 < fraction < math.inf, "fraction", "a number > 0", fraction)
+
+    def halvings(step: Step) -> Decay:
+        return 1 / (fraction * (_real(step) + 1))
+
+    def schedule(step: Step) -> Decay:
+        n = halvings(step)
+        return torch.exp2(-n) if isinstance(n, Tensor) else 2.0**-n
+
+    return _Schedule(schedule, lambda step: -_expm1(-math.log(2) * halvings(step)))
+
+
+@_factory
+def exponential_ramp(decay: float = 0.9999, tau: float = 2000.0) -> Schedule:
+    r"""A decay that grows with a time constant: $\beta_t = \beta (1 - e^{-n/\tau})$, $n = t + 1$.
+
+    The average of YOLOv5 and ultralytics (`ModelEMA`), and mmdetection's `ExpMomentumEMA`, whose
+    `momentum` is $1 - \beta$ and whose `gamma` is $\tau$.
+
+    >>> schedule = exponential_ramp()
+    >>> [round(schedule(step), 4) for step in (0, 1999, 9999)]
+    [0.0005, 0.6321, 0.9932]
+    """
+    _check_share("decay", decay)
+    _check(tau > 0, "tau", "a number > 0", tau)
+
+    def schedule(step: Step) -> Decay:
+        return -decay * _expm1(-(_real(step) + 1) / tau)
+
+    return _Schedule(schedule, lambda step: 1 - decay + decay * _exp(-(_real(step) + 1) / tau))
+
+
+@_factory
+def momentum_annealing(momentum: float = 0.0002, gamma: float = 100.0) -> Schedule:
+    r"""A share of the parameters that falls to `momentum`: $\beta_t = 1 - \max(m, g / (g + t))$.
+
+    mmengine's `MomentumAnnealingEMA`, whose `momentum` $m$ is 1 minus the decay. $g$ is `gamma`.
+    With $g = 1$ it is the equal average, until its share has fallen to $m$.
+
+    >>> schedule = momentum_annealing()
+    >>> [round(schedule(step), 4) for step in (0, 1, 100, 499_900)]
+    [0.0, 0.0099, 0.5, 0.9998]
+    """
+    _check_share("momentum", momentum)
+    _check(gamma > 0, "gamma", "a number > 0", gamma)
+
+    def schedule(step: Step) -> Decay:
+        t = _real(step)
+        return _minimum(t / (gamma + t), 1 - momentum)
+
+    return _Schedule(schedule, lambda step: _maximum(gamma / (gamma + _real(step)), momentum))
+
+
+@_factory
+def inverse_power(
+    power: float = 0.5, lag: float = 10.0, multiplier: float = 1.0, min_alpha: float = 0.0
+) -> Schedule:
+    r"""A share of the parameters that falls as a power of the step: $(\rho + \gamma t)^{-\kappa}$.
+
+    $\beta_t = 1 - \max(a, (\rho + \gamma t)^{-\kappa})$ with `power` $\kappa$, `lag` $\rho$,
+    `multiplier` $\gamma$ and `min_alpha` $a$: the average of BEMA (arXiv 2508.00180) under the
+    defaults of TRL's `BEMACallback`, which counts $t$ in training steps. See `emajit.bema`.
+
+    >>> schedule = inverse_power()
+    >>> [round(schedule(step), 4) for step in (0, 390, 9990)]
+    [0.6838, 0.95, 0.99]
+    """
+    _check(0 <= power < math.inf, "power", "a number >= 0", power)
+    _check(1 <= lag < math.inf, "lag", "a number >= 1", lag)
+    _check(0 <= multiplier < math.inf, "multiplier", "a number >= 0", multiplier)
+    _check_share("min_alpha", min_alpha)
+
+    def alpha(step: Step) -> Decay:
+        return _maximum((lag + multiplier * _real(step)) ** -power, min_alpha)
+
+    return _Schedule(lambda step: 1 - alpha(step), alpha)
+
+
+@_factory
 def debiased(decay: float) -> Schedule:
     r"""Without the bias of the start: $\beta_t = \beta (1 - \beta^t) / (1 - \beta^{t+1})$.
 
@@ -384,13 +476,13 @@ def delay(schedule: Schedule, start: int) -> Schedule:
     def from_start(of: Schedule, before: float, step: Step) -> Decay:
         if not isinstance(step, Tensor):
             return before if step < start else of(step - start)
-        step = step.to(torch.int64)
-        wide = _devices.widest(step.device)
-        later = of((step - start).clamp(min=0))
+        t: Tensor = _unbounded(step)
+        wide = _devices.widest(t.device)
+        later = of((t - start).clamp(min=0))
         if not isinstance(later, Tensor):
             # `as_tensor` would copy it from the host.
-            later = torch.full((), later, dtype=wide, device=step.device)
-        return torch.where(step < start, before, later.to(wide))
+            later = torch.full((), later, dtype=wide, device=t.device)
+        return torch.where(t < start, before, later.to(wide))
 
     def alpha(step: Step) -> Decay:
         return from_start(functools.partial(_alpha, schedule), 1.0, step)
@@ -414,9 +506,8 @@ def every(schedule: Schedule, interval: int) -> Schedule:
     interval = _integer("interval", interval, 1)
 
     def within(of: Callable[[Step], Decay], step: Step) -> list[Decay]:
-        if hasattr(step, "dtype"):  # step * interval may be more than a small type holds
-            step = step.to(torch.int64) if isinstance(step, Tensor) else operator.index(step)
-        return [of(step * interval + i) for i in range(interval)]
+        first = _unbounded(step) * interval
+        return [of(first + i) for i in range(interval)]
 
     def product(step: Step) -> Decay:
         return functools.reduce(operator.mul, within(schedule, step), 1.0)
@@ -426,6 +517,39 @@ def every(schedule: Schedule, interval: int) -> Schedule:
         return -_expm1(functools.reduce(operator.add, [_log1p(-a) for a in alphas]))
 
     return _Schedule(product, alpha)
+
+
+@_factory
+def scaled(schedule: Schedule, kappa: float) -> Schedule:
+    r"""For a batch $\kappa$ times larger: $\beta'_t = \beta(\kappa t)^\kappa$.
+
+    The scaling rule of arXiv 2307.13813, to be used with the scaling rule of the optimizer (SGD:
+    a learning rate $\kappa$ times larger). The average is as long in samples as before. Here $t$
+    counts the updates at the larger batch, and $\beta$ is written for updates at the smaller one:
+    a `cosine` keeps its `steps`. $\kappa$ is any number > 0, and $\beta$ is taken at real numbers.
+
+    >>> large = scaled(constant(0.9995), kappa=16)
+    >>> [round(large(step), 4) for step in range(3)]
+    [0.992, 0.992, 0.992]
+    """
+    schedule = _checked(schedule)
+    _check(0 < kappa < math.inf, "kappa", "a number > 0", kappa)
+
+    def before(step: Step) -> Step:
+        at: Any = kappa * (_real(step) if isinstance(step, Tensor) else _unbounded(step))
+        return at  # type: ignore[no-any-return]
+
+    def alpha(step: Step) -> Decay:
+        return -_expm1(kappa * _log1p(-_alpha(schedule, before(step))))
+
+    return _Schedule(lambda step: schedule(before(step)) ** kappa, alpha)
+
+
+def _unbounded(step: Any) -> Any:
+    """The step in a type that holds its products; the real step of `scaled` as it is."""
+    if isinstance(step, Tensor):
+        return step if step.is_floating_point() else step.to(torch.int64)
+    return operator.index(step) if hasattr(step, "dtype") else step  # an integer of NumPy
 
 
 def _real(step: Step) -> Decay:
@@ -446,6 +570,10 @@ def _maximum(a: Decay, b: Decay) -> Decay:
 
 def _expm1(x: Decay) -> Decay:
     return torch.expm1(x) if isinstance(x, Tensor) else math.expm1(x)
+
+
+def _exp(x: Decay) -> Decay:
+    return torch.exp(x) if isinstance(x, Tensor) else math.exp(x)
 
 
 def _log1p(x: Decay) -> Decay:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from emajit import _exchange, _names, _pairs, _shards, _torch, _warn
+from emajit import _exchange, _pairs, _shards, _torch, _warn
 from emajit._context import contextmanager
 
 _HOOKS = "_forward_pre_hooks", "_forward_hooks"
@@ -62,7 +62,9 @@ def check_outside(tensors: Iterable[Tensor], *, before: object = None) -> None:
 
 
 @contextmanager
-def ema_scope(model: nn.Module, shadow: Mapping[str, Any], *, copy: bool = False) -> Iterator[None]:
+def ema_scope(
+    model: nn.Module, shadow: Mapping[str, Any], *, copy: bool = False, strict: bool = True
+) -> Iterator[None]:
     """A context in which `model` computes with the tensors of `shadow` themselves.
 
     Nothing is copied: inside, each parameter refers to the memory of its average; afterwards it
@@ -99,6 +101,8 @@ def ema_scope(model: nn.Module, shadow: Mapping[str, Any], *, copy: bool = False
             may leave out parameters that do not require grad and all but one of the names of a
             tied parameter.
         copy: copy every average into the memory of its parameter, as described above.
+        strict: whether each parameter that requires grad must have an average. If not, a parameter
+            without an average keeps its training weight inside; see `emajit.select`.
 
     Raises:
         ValueError: a name is missing in `shadow` or unknown to `model`, a shape or device differs,
@@ -115,7 +119,7 @@ def ema_scope(model: nn.Module, shadow: Mapping[str, Any], *, copy: bool = False
     """
     if isinstance(model, nn.Module):
         _shards.reshard(model)
-    with exchanged(model, _pairs.pairs(model, shadow), copy=copy):
+    with exchanged(model, _pairs.pairs(model, shadow, strict=strict), copy=copy):
         yield
 
 
@@ -127,7 +131,7 @@ def exchanged(
 
     A signal is handled before an exchange or after it, never between two tensors.
     """
-    _check_present(averages)
+    _pairs.check_present(averages)
     scope, modules, raised = object(), _exchange.modules_of(model), sys.exception()
     tensors = [tensor for tensor, _ in averages]
     undo: list[_exchange.Call] = [
@@ -151,7 +155,9 @@ def exchanged(
         _exchange.finish(leave)
 
 
-def averaged_module(model: nn.Module, shadow: Mapping[str, Any]) -> nn.Module:
+def averaged_module(
+    model: nn.Module, shadow: Mapping[str, Any], *, strict: bool = True
+) -> nn.Module:
     """A module like `model` whose parameters are the tensors of `shadow`.
 
     No average is copied: the module follows every `emajit.update_` of the shadow and every call of
@@ -160,8 +166,8 @@ def averaged_module(model: nn.Module, shadow: Mapping[str, Any]) -> nn.Module:
     can be compiled once, exported, traced, saved, deep-copied, and run as a teacher or in another
     thread. Its parameters do not require grad.
 
-    Parameters without an average, which do not require grad in `model`, are shared with it. Buffers
-    are the shadow's where it has them, else copies made now. Everything else is deep-copied:
+    Parameters without an average share their memory with `model`. Buffers are the shadow's where it
+    has them, else copies made now. Everything else is deep-copied:
     submodules, hooks, attributes. Functions are shared: a closure over a layer goes on with the
     training weights, which warns. The module is in the training mode of `model`; call `eval()` to
     switch dropout off and to keep BatchNorm from writing its statistics. The wrappers of
@@ -174,6 +180,7 @@ def averaged_module(model: nn.Module, shadow: Mapping[str, Any]) -> nn.Module:
     Args:
         model: the trained module, outside of an `ema_scope`. It is not changed.
         shadow: as in `ema_scope`.
+        strict: as in `ema_scope`.
 
     Raises:
         ValueError: as `ema_scope`; also for a model that `fully_shard` has wrapped, which cannot be
@@ -189,15 +196,25 @@ def averaged_module(model: nn.Module, shadow: Mapping[str, Any]) -> nn.Module:
     """
     if isinstance(model, nn.Module):
         model = _unwrapped(model)
-    averages = _pairs.pairs(model, shadow)
+    averages = _pairs.pairs(model, shadow, strict=strict)
     check_outside([*model.parameters(), *model.buffers()])
     if _shards.has_fsdp(model):
         raise ValueError(
             "model: expected one that can be copied, found fully_shard; use ema_scope, or build "
             "another model from the full averages"
         )
-    # The replacement that `deepcopy` puts in place of each tensor, by the id of the tensor.
-    copies: dict[int, Any] = {id(p): p for p in model.parameters()}
+    copies = _copies(model, averages)
+    with torch.no_grad():  # TorchScript clones its parameters
+        copied: nn.Module = copying.deepcopy(model, copies)
+    _exchange.refer_to(copies, model, copied)
+    _separate_parametrizations(copied)
+    _warn_of_closures(model, copies)
+    return copied
+
+
+def _copies(model: nn.Module, averages: list[tuple[Tensor, Tensor]]) -> dict[int, Any]:
+    """The replacement that `deepcopy` puts in place of each tensor, by the id of the tensor."""
+    copies: dict[int, Any] = {}
     dtypes: dict[torch.dtype, set[torch.dtype]] = {}
     for tensor, average in averages:
         if isinstance(tensor, nn.Parameter):
@@ -205,6 +222,9 @@ def averaged_module(model: nn.Module, shadow: Mapping[str, Any]) -> nn.Module:
             copies[id(tensor)] = nn.Parameter(average.detach(), requires_grad=False)
         else:
             copies[id(tensor)] = average.detach()
+    for p in model.parameters():
+        if id(p) not in copies:
+            copies[id(p)] = nn.Parameter(p.detach(), requires_grad=False) if p.requires_grad else p
     for buffer in model.buffers():
         if id(buffer) not in copies:
             beside = dtypes.get(buffer.dtype, ())
@@ -214,12 +234,7 @@ def averaged_module(model: nn.Module, shadow: Mapping[str, Any]) -> nn.Module:
         for value in vars(module).values():
             if isinstance(value, Tensor):
                 copies.setdefault(id(value), value.detach().clone())
-    with torch.no_grad():  # TorchScript clones its parameters
-        copied: nn.Module = copying.deepcopy(model, copies)
-    _exchange_other_copies(model, copied, copies)
-    _separate_parametrizations(copied)
-    _warn_of_closures(model, copies)
-    return copied
+    return copies
 
 
 def _separate_parametrizations(copied: nn.Module) -> None:
@@ -258,26 +273,6 @@ def _content(cell: CellType) -> Any:
         return None
 
 
-def _exchange_other_copies(model: nn.Module, copied: nn.Module, copies: dict[int, Any]) -> None:
-    """Make parameters and buffers refer to the memory of `copies` where they are other tensors.
-
-    Classes with a `__deepcopy__` of their own (TorchScript, tensordict) copy the training weights.
-    """
-    for kind in ("parameters", "buffers"):
-        news = _names.named(copied, kind, twice=True)
-        for name, tensor in _names.named(model, kind, twice=True).items():
-            expected, new = copies[id(tensor)], news.get(name)
-            if new is expected:
-                continue
-            if new is None or new.shape != expected.shape or _torch.wraps(new):
-                found = "none" if new is None else "a copy of the training weight"
-                raise ValueError(
-                    f"model: expected {name} in a deep copy, found {found}; use ema_scope"
-                )
-            new.data = expected.detach()
-            new.requires_grad_(expected.requires_grad)
-
-
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The module inside its wrappers."""
     wrappers = nn.DataParallel, nn.parallel.DistributedDataParallel
@@ -288,13 +283,3 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             model = model._orig_mod  # type: ignore[assignment]
         else:
             return model
-
-
-def _check_present(averages: list[tuple[Tensor, Tensor]]) -> None:
-    for tensor, average in averages:
-        _shards.check_present("model", tensor)
-        if tensor.is_meta and not average.is_meta:
-            raise ValueError(
-                f"model: expected parameters with memory, found one of shape {tuple(tensor.shape)} "
-                "on the meta device; load the weights, or remove the hooks that unload them"
-            )
