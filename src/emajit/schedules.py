@@ -32,7 +32,7 @@ from typing import Any, ParamSpec, overload
 import torch
 from torch import Tensor
 
-from emajit import _devices
+from emajit import _choose, _devices, functional
 
 Step = int | Tensor
 Decay = float | Tensor
@@ -87,6 +87,45 @@ def _factory(function: Callable[P, Schedule]) -> Callable[P, Schedule]:
 def _alpha(schedule: Schedule, step: Step) -> Decay:
     alpha = getattr(schedule, "alpha", None)  # a user's schedule may not have it
     return 1 - schedule(step) if alpha is None else alpha(step)
+
+
+def multi_avg_fn(
+    decay: float | Schedule,
+    *,
+    rounding: functional.Rounding = "nearest",
+    nonfinite: functional.Nonfinite = "propagate",
+    backend: str = "auto",
+) -> Callable[[Any, Any, Step], None]:
+    """The update of `emajit.update_` for torch's `AveragedModel(model, multi_avg_fn=...)`.
+
+    Lightning's `WeightAveraging` takes it, too. Its step is `AveragedModel`'s `n_averaged`, which
+    is 0 for the copy in the first `update_parameters`: that copy counts as the first update. It is
+    not read back. An integer buffer (`use_buffers=True`) is copied. The result can be pickled.
+
+    Args:
+        decay: a number in [0, 1] or a schedule.
+        rounding: as in `emajit.update`. `AveragedModel` averages in the dtype of each parameter:
+            "stochastic" keeps 16-bit averages from stalling.
+        nonfinite: as in `emajit.update`.
+        backend: as in `emajit.update`.
+
+    Raises ValueError and TypeError for a decay that `emajit.update` would refuse.
+
+    >>> from torch.optim.swa_utils import AveragedModel
+    >>> model = torch.nn.Linear(1, 1)
+    >>> averaged = AveragedModel(model, multi_avg_fn=multi_avg_fn(warmup(0.999)))
+    >>> averaged.update_parameters(model)  # after each optimizer step
+    """
+    functional.check_decay(decay)
+    _choose.check_options(rounding, nonfinite)
+    _choose.check_backend(backend)
+    return functools.partial(
+        _average, decay=decay, rounding=rounding, nonfinite=nonfinite, backend=backend
+    )
+
+
+def _average(averages: Any, params: Any, num_averaged: Step, **options: Any) -> None:
+    functional.update_([*averages], [*params], num_averaged, **options)
 
 
 @_factory
