@@ -201,6 +201,23 @@ def shards_of_complex_numbers_are_rounded_as_the_whole(_: Path) -> None:
 
 
 @check(2, 3)
+def pulls_and_bema_of_shards_are_those_of_the_whole(_: Path) -> None:
+    params = whole_params()
+    shadow, initial = ({name: p + i for name, p in params.items()} for i in (1.0, -2.0))
+    trees: list[dict[str, Any]] = [params, shadow, initial]
+    theirs, s, p0 = map(sharded, trees)
+    leaves = {name: nn.Parameter(p.clone()) for name, p in theirs.items()}
+    with CommDebugMode() as seen:  # type: ignore[no-untyped-call]
+        corrected = emajit.bema(s, leaves, p0, 1014)
+        emajit.pull_(leaves, s, 0.25)
+    assert not seen.get_total_counts()
+    assert_same(corrected, emajit.bema(shadow, params, initial, 1014))
+    assert_same(
+        {name: p.detach() for name, p in leaves.items()}, emajit.pull_(params, shadow, 0.25)
+    )
+
+
+@check(2, 3)
 def several_decays_ties_and_nested_trees(_: Path) -> None:
     whole = whole_params()
     shards = sharded(whole)

@@ -6,6 +6,7 @@ leaves, checked and paired by `_tree`; the cache), `_choose` (which kernel for w
 touches, beside its tests:
 
     a schedule, a bias-corrected average   schedules.py
+    averages that go back into training    combine.py
     a layout of checkpoints                checkpoint/layouts/: a module, and a line in __init__.py
     a torch release                        _torch.py
     how "auto" chooses                     _choose.py
@@ -21,6 +22,7 @@ touches, beside its tests:
 
 from emajit import schedules
 from emajit._names import select
+from emajit.combine import bema, pull_
 from emajit.functional import init, update, update_, update_many, update_many_
 from emajit.litema import LitEma
 from emajit.scope import averaged_module, ema_scope
@@ -28,8 +30,10 @@ from emajit.scope import averaged_module, ema_scope
 __all__ = [
     "LitEma",
     "averaged_module",
+    "bema",
     "ema_scope",
     "init",
+    "pull_",
     "schedules",
     "select",
     "update",

@@ -82,6 +82,8 @@ def _not_a_leaf(which: str, tree: PyTree, index: int, leaf: object) -> str:
 def _hint(params: object) -> str:
     if hasattr(params, "to_tensordict"):  # TensorDictParams: a module, and no pytree
         return "pass its `data`, a TensorDict of the same memory"
+    if hasattr(params, "named_averages"):
+        return "pass its named_averages()"
     return "pass dict(model.named_parameters())"
 
 

@@ -255,7 +255,7 @@ _NUMBERS = Real, torch.SymFloat, torch.SymInt
 def _alpha(decay: Decay | Schedule, step: Step) -> float | Tensor:
     """`1 - decay(step)` in float64: in float32, 1 - 0.9999 is off by 1.7e-4 of itself."""
     if type(step) is not int or step < 0:
-        step = _checked_step(step)
+        step = checked_step(step)
         if isinstance(step, Tensor) and hasattr(decay, "alpha") and _devices.is_narrow(step.device):
             return decay.alpha(step)  # type: ignore[no-any-return]
         step = _devices.argument(decay, step)
@@ -277,7 +277,7 @@ def _alpha(decay: Decay | Schedule, step: Step) -> float | Tensor:
     return 1.0 - float(beta)
 
 
-def _checked_step(step: Step) -> Step:
+def checked_step(step: Step) -> Step:
     """The step; a NumPy integer, whose products may overflow, becomes an int."""
     if isinstance(step, Tensor):
         integer = not (step.is_floating_point() or step.is_complex() or step.dtype == torch.bool)
