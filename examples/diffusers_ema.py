@@ -1,8 +1,8 @@
 """Train a small diffusion model with diffusers and accelerate, and keep its averages by emajit.
 
-In place of diffusers' `EMAModel`: the lines that name the averages are all that is needed. They go
-on after `load_state`, are validated and saved without a copy of the training weights, and the
-folder `unet_ema` loads with `UNet2DModel.from_pretrained`.
+In place of diffusers' `EMAModel`, with its numbers: the lines with `ema` or `decay` are all that is
+needed. The averages go on after `load_state`, are validated and saved without a copy of the
+training weights, and the folder `unet_ema` loads with `UNet2DModel.from_pretrained`.
 
     python examples/diffusers_ema.py
 """
@@ -40,7 +40,7 @@ def train(folder: Path, steps: int = 1000) -> tuple[LitEma, list[dict[str, float
     unet, optimizer = accelerator.prepare(unet, optimizer)
     bare = accelerator.unwrap_model(unet)
 
-    decay = schedules.warmup(0.999)
+    decay = schedules.delay(schedules.warmup(0.999), 1)
     ema = LitEma(bare, decay=decay)
     accelerator.register_for_checkpointing(ema)
 

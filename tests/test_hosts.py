@@ -225,9 +225,33 @@ class TestDiffusers:
         assert sum(any(word in line for word in words) for line in code.splitlines()) <= 12
 
     @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+    def test_has_the_numbers_of_diffusers(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        example = self.example()
+        EMAModel = import_module("diffusers.training_utils").EMAModel  # noqa: N806
+        peers: list[Any] = []
+        decays: list[float] = []
+
+        class Watched(emajit.LitEma):
+            def __init__(self, model: nn.Module, decay: Any) -> None:
+                super().__init__(model, decay)
+                peers.append(EMAModel(model.parameters(), decay=0.999))
+
+            def forward(self, model: nn.Module) -> None:
+                super().forward(model)
+                peers[0].step(model.parameters())
+                decays.append(peers[0].cur_decay_value)
+
+        monkeypatch.setattr(example, "LitEma", Watched)
+        ema, logged = example.train(tmp_path, steps=6)
+        assert_close([*ema.named_averages().values()], peers[0].shadow_params)
+        assert [each["ema_decay"] for each in logged] == pytest.approx(decays)
+
+    @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
     def test_saves_the_averages_and_resumes(self, tmp_path: Path) -> None:
         example, diffusers = self.example(), import_module("diffusers")
-        whole, logged = example.train(tmp_path / "whole", steps=6)
+        whole, _ = example.train(tmp_path / "whole", steps=6)
         example.train(tmp_path / "parts", steps=3)
         parts, _ = example.train(tmp_path / "parts", steps=6)
         assert_close(parts.named_averages(), whole.named_averages(), rtol=0, atol=0)
@@ -236,4 +260,3 @@ class TestDiffusers:
             assert_close(dict(loaded.named_parameters()), whole.named_averages(), rtol=0, atol=0)
             trained = diffusers.UNet2DModel.from_pretrained(tmp_path / name / "unet")
             assert not torch.equal(trained.conv_in.weight, loaded.conv_in.weight)
-        assert [each["ema_decay"] for each in logged] == [(2 + t) / (11 + t) for t in range(6)]

@@ -68,6 +68,8 @@ for name, average in ema.named_averages().items():
   then torch averages also integers, such as BatchNorm's `num_batches_tracked`, and cuts off the
   fraction, where emajit copies them.
 - **Count**: `n_averaged` is the number of updates.
+- **In the old class**: `AveragedModel(model, multi_avg_fn=emajit.schedules.multi_avg_fn(decay))`
+  takes every schedule, as does Lightning's `WeightAveraging`.
 - **The checkpoint** has the averages, the buffers and the count, but neither decay nor function.
 - **`averaged_module`** shares the averages: make it once, and it follows every update.
   `torch.optim.swa_utils.update_bn(loader, averaged)` works on it as on an `AveragedModel`.
@@ -192,6 +194,7 @@ for name, average in ema.named_averages().items():
 - **Numbers**: the same up to rounding. `use_ema_warmup=False` still warms up, by another formula.
 - **`min_decay`** of diffusers has no effect on its first update, which copies the model. That of
   `inverse_gamma` has.
+- **With accelerate** and `save_pretrained`: see `examples/diffusers_ema.py`.
 - **Buffers**: not averaged; the model keeps its own.
 - **Count**: `optimization_step` is the number of updates.
 - **The checkpoint** has averages by position, which `names=model` names, the count and the decay.
