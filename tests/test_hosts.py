@@ -216,10 +216,10 @@ class TestDiffusers:
     def example(self) -> Any:
         for name in ("accelerate", "diffusers"):
             pytest.importorskip(name, reason=f"{name} is of the bench extra")
-        return import_module("examples.diffusers_ema")
+        return import_module("docs.diffusers_ema")
 
     def test_is_as_short_as_it_says(self) -> None:
-        text = (Path(__file__).parents[1] / "examples/diffusers_ema.py").read_text()
+        text = (Path(__file__).parents[1] / "docs/diffusers_ema.py").read_text()
         code = text.split('"""')[2]
         words = ("ema", "decay", "sync_gradients")
         assert sum(any(word in line for word in words) for line in code.splitlines()) <= 12

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -40,6 +41,8 @@ def test_the_core_names_nothing_above_it() -> None:
 def test_no_module_is_too_long_to_read() -> None:
     documentation = {"schedules.py", "posthoc.py"}
     for path in SOURCES.rglob("*.py"):
-        lines = len(path.read_text().splitlines())
+        text = path.read_text()
+        guide = ast.get_docstring(ast.parse(text), clean=False) or ""
+        lines = len(text.splitlines()) - len(guide.splitlines())
         if path.name not in documentation:
             assert lines <= (300 if path.parent == SOURCES and path.name in CORE else 400), path

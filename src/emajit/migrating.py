@@ -194,7 +194,7 @@ for name, average in ema.named_averages().items():
 - **Numbers**: the same up to rounding. `use_ema_warmup=False` still warms up, by another formula.
 - **`min_decay`** of diffusers has no effect on its first update, which copies the model. That of
   `inverse_gamma` has.
-- **With accelerate** and `save_pretrained`: see `examples/diffusers_ema.py`.
+- **With accelerate** and `save_pretrained`: see `docs/diffusers_ema.py`.
 - **Buffers**: not averaged; the model keeps its own.
 - **Count**: `optimization_step` is the number of updates.
 - **The checkpoint** has averages by position, which `names=model` names, the count and the decay.

@@ -1,13 +1,35 @@
-"""Averages in host memory for parameters on a GPU (experimental: not yet measured on a GPU).
+r"""Averages in host memory for parameters on a GPU (experimental: not yet measured on a GPU).
+
+For a model that leaves no room for its averages on the GPU. `init` and `update_` stand in place of
+`emajit.init` and `emajit.update_`; `fetch` brings the averages to the device for an evaluation:
+
+>>> import torch
+>>> from torch import nn
+>>> from emajit import ema_scope, offload
+>>> model = nn.Linear(2, 1)  # .cuda()
+>>> params = dict(model.named_parameters())
+>>> shadow = offload.init(params, dtype=torch.float32, pin_memory=True)
+>>> for step in range(3):  # train, then
+...     _ = offload.update_(shadow, params, step, decay=0.999)
+>>> with torch.no_grad(), ema_scope(model, offload.fetch(shadow)):
+...     prediction = model(torch.ones(2))
 
 An update copies the averages to the device of their parameters, averages there, and copies back:
-piece by piece, so that the device needs little memory whatever the size of the model. It runs in a
-side stream; with page-locked averages neither the host nor the training waits.
+piece by piece, so that the device needs little memory whatever the size of the model (16 to 160
+MiB). It runs in a side stream. With page-locked averages, `pin_memory=True`, neither the host nor
+the training waits. A read of an average waits for the device. The bits are those of
+`emajit.update_` on the device. `update_many_` is for several averages.
+`emajit.checkpoint.save` and `load` take the shadow as any other.
 
->>> params = {"w": torch.zeros(2)}
->>> shadow = init(params, pin_memory=True)
->>> update_(shadow, {"w": torch.ones(2)}, 0, decay=0.75)["w"]
-tensor([0.2500, 0.2500])
+## Limits
+
+- CUDA devices only. For parameters on a CPU the shadow is an ordinary one.
+- For an evaluation the device has to hold all averages. Free memory of the training before.
+- Page-locked memory is rounded up to powers of two, to at most twice its size; see `init`.
+- Before anything but an optimizer of `torch.optim` writes the parameters, call
+  `torch.cuda.synchronize()`.
+- DTensors are refused, and so are captures of CUDA graphs.
+- Tested with stand-ins for a device and its streams.
 """
 
 from __future__ import annotations
@@ -25,6 +47,8 @@ from emajit._kernels import Update
 from emajit._shards import Region
 from emajit._torch import pytree
 from emajit.functional import Decay, Nonfinite, Rounding, Schedule, Step, Tree
+
+__all__ = ["init", "update_", "update_many_", "fetch"]  # noqa: RUF022, in the order of use
 
 # The most numbers in a piece. It takes at most 80 bytes for each on the device, 160 MiB.
 _PIECE = 2**21

@@ -1,11 +1,67 @@
-r"""Choose the averaging length after training: reconstruct any average from snapshots of two.
+r"""Choose the averaging length after training: any average, from snapshots of two.
+
+Update two power-function averages of different lengths in one pass, and save snapshots of them.
+Afterwards an average of any length between them is put together from the files. The length is the
+standard deviation of an average's profile over time, as a share of the run.
+
+>>> import tempfile
+>>> import torch
+>>> from torch import nn
+>>> import emajit
+>>> from emajit import posthoc, schedules
+>>> model, folder = nn.Linear(8, 1), tempfile.mkdtemp()  # a folder for each run
+>>> params = dict(model.named_parameters())
+>>> lengths = [0.05, 0.10]  # of the run
+>>> decays = [schedules.power_function(sigma_rel) for sigma_rel in lengths]
+>>> shadows = [emajit.init(params) for _ in decays]
+>>> for step in range(640):  # train, then
+...     _ = emajit.update_many_(shadows, params, step, decays=decays)
+...     if (step + 1) % 40 == 0:
+...         _ = posthoc.save(folder, shadows, step + 1, sigma_rel=lengths)
+>>> weights = posthoc.reconstruct(posthoc.snapshots(folder), 0.07)
+>>> with torch.no_grad(), emajit.ema_scope(model, weights):
+...     prediction = model(torch.ones(8))
+
+On the command line, three lengths, and a picture of their profiles:
+
+```sh
+emajit reconstruct snapshots --sigma-rel 0.06 0.07 0.08 -o averages --plot
+```
+
+`emajit demo --posthoc` draws the loss of the demo's model against the length, from snapshots alone.
+It leaves 110 MB of snapshots.
+
+## Choices
+
+- **Lengths**: 0.05 and 0.10, as in EDM2. Lengths outside of the saved span are possible, with a
+  warning that tells the expected error.
+- **Snapshots**: 64 in a run are enough, see below.
+- **Size of the files**: `save(..., dtype=torch.float16)` halves it.
+- **Memory**: it holds the results and one leaf at a time. For several lengths make one call of
+  `reconstruct`, which then reads the files once.
+- **The mean of a stretch**: with `schedules.uniform()` in place of the two lengths, `window` gives
+  the exact mean of the weights of any stretch between two snapshots.
+
+## How it works
 
 Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models" (arXiv
 2312.02696), section 3 and appendix C. The power-function average of the weights $\theta$ at time
 $T$ is $\int_0^T p(t) \theta(t) dt$ with the profile $p(t) = (\gamma + 1) t^\gamma / T^{\gamma + 1}$
-on $[0, T]$. Its length, relative to the run, is $\sigma_{rel}$, the standard deviation of $p$
-divided by $T$. A weighted sum of averages is the average of the same weighted sum of profiles: so
-the wanted profile is fitted by the profiles of the snapshots.
+on $[0, T]$. Its relative length $\sigma_{rel}$ is the standard deviation of $p$ divided by $T$. A
+weighted sum of averages is the average of the same weighted sum of profiles: so the wanted profile
+is fitted by the profiles of the snapshots.
+
+The coefficients sum to 1 here, while the paper leaves the sum free. With few snapshots, or between
+two, the error is then several times smaller.
+
+## Limits
+
+- From snapshots at 64 steps of a random walk, lengths from 0.05 to 0.10 have a relative error of at
+  most 5e-6 (1e-6 with a drift, 3e-4 from float16 files). The error of the profile, which the
+  command shows and warnings tell, is a bound for noise: 2e-4 here.
+- Reconstruct at saved steps only. Between them the error of the profile reaches 0.8, more among the
+  first ten, and a warning says so.
+- The step has to count all updates from the start of the run, since the profile does.
 """
 
 from __future__ import annotations
@@ -28,17 +84,17 @@ from emajit.checkpoint import files
 from emajit.checkpoint.saved import Saved, count, opened
 from emajit.schedules import gamma_to_sigma_rel, sigma_rel_to_gamma
 
-__all__ = [
+__all__ = [  # noqa: RUF022, in the order of use
+    "save",
+    "snapshots",
+    "reconstruct",
+    "window",
     "Snapshot",
-    "Solution",
+    "sigma_rel_to_gamma",
     "gamma_to_sigma_rel",
     "profile",
-    "reconstruct",
-    "save",
-    "sigma_rel_to_gamma",
-    "snapshots",
     "solve_coefficients",
-    "window",
+    "Solution",
 ]
 
 _GAMMA = "posthoc.gamma"

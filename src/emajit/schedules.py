@@ -1,20 +1,51 @@
-r"""Decay as a function of the step.
+r"""Schedules: the decay as a function of the step.
 
-A schedule maps the step, which counts the updates that the shadow has already taken (0 on the first
-call), to the decay $\beta$, the share of the old shadow that is kept. A Python int gives a float. A
-0-d integer tensor gives a 0-d float64 tensor on its device (a float where the decay is the same at
-every step), without being read back, so that a schedule can be traced by `torch.compile` and
-captured in a CUDA graph.
+An average with a high decay is smooth, but remembers the first steps for long. A schedule makes the
+decay lower at first, or lets the average lengthen with the run:
 
-Any function may be a schedule. For a tensor step, in a compiled or captured step, it gets a 0-d
+>>> import torch
+>>> import emajit
+>>> params = {"w": torch.ones(1)}
+>>> shadow = emajit.init(params)
+>>> for step in range(3):
+...     _ = emajit.update_(shadow, params, step, decay=warmup(0.999))
+
+Here and in `emajit.LitEma` a schedule stands in place of the number.
+
+| schedule | for |
+| --- | --- |
+| `constant` | the same decay at every step |
+| `warmup` | a short average at first; the warm-up of latent-diffusion and TensorFlow |
+| `debiased` | an average without the bias of its first value, as in Adam |
+| `inverse_gamma` | the warm-up of k-diffusion, diffusers, timm and ema-pytorch |
+| `exponential_ramp` | the warm-up of YOLOv5, ultralytics and mmdetection |
+| `momentum_annealing` | the warm-up of mmengine's `MomentumAnnealingEMA` |
+| `power_function` | a length that is a share of the run, for `emajit.posthoc` |
+| `half_life_fraction` | a half-life that is a share of the run, as in torchtitan |
+| `half_life` | a half-life in images, as in StyleGAN2 and EDM |
+| `inverse_power` | an alpha that falls as a power of the step, as in BEMA |
+| `uniform` | the equal mean of all steps (SWA) |
+| `cosine`, `linear` | from one decay to another: BYOL, DINO, data2vec |
+| `delay` | a copy of the parameters at first, then another schedule |
+| `every` | an update at every n-th step only |
+| `scaled` | the same average at a larger batch |
+
+## Your own
+
+Any function `step -> decay` may be a schedule. The step counts the updates that the shadow has
+already taken, 0 on the first call. The decay $\beta$ is the share of the old shadow that is kept.
+
+A Python int gives a float. A 0-d integer tensor gives a 0-d float64 tensor on its device (a float
+where the decay is the same at every step), without being read back, so that a schedule can be
+traced by `torch.compile` and captured in a CUDA graph. Your function gets a tensor step as a 0-d
 float64 tensor, since quotients of integer tensors are float32; `step.long()` is an index.
 
 On a device without float64 (MPS) the decay for a tensor step is float32, and 1 - decay would lose
 its last digits. There an update calls `schedule.alpha(step)`, which every schedule of this module
 computes without cancellation.
 
-Every factory here raises ValueError for an argument outside its range. A schedule is printed,
-compared and pickled as the call that made it.
+Every schedule here raises ValueError for an argument outside its range, and is printed, compared
+and pickled as the call that made it:
 
 >>> every(warmup(0.999), 4)
 every(warmup(0.999), 4)
@@ -33,6 +64,27 @@ import torch
 from torch import Tensor
 
 from emajit import _choose, _devices, functional
+
+__all__ = [  # noqa: RUF022, in the order of use
+    "constant",
+    "warmup",
+    "debiased",
+    "inverse_gamma",
+    "exponential_ramp",
+    "momentum_annealing",
+    "power_function",
+    "half_life_fraction",
+    "half_life",
+    "inverse_power",
+    "uniform",
+    "cosine",
+    "linear",
+    "delay",
+    "every",
+    "scaled",
+    "sigma_rel_to_gamma",
+    "gamma_to_sigma_rel",
+]
 
 Step = int | Tensor
 Decay = float | Tensor

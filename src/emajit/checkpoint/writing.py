@@ -40,9 +40,9 @@ def write(
             `torch.save` into a `.ckpt`, `.pt`, `.pth` or `.bin`. The others are always written with
             `torch.save`, and refuse a `.safetensors`.
         averaged: from `read`.
-        layout: "state_dict" for the averaged weights alone, as a model loads them, or another name
-            of `emajit.checkpoint.layouts.WRITERS`, which `emajit convert --help` lists too. The
-            docstring of a layout's module describes its file.
+        layout: "state_dict" for the averaged weights alone, as a model loads them; "litema",
+            "averaged-model", "ema-pytorch", "timm", "diffusers-ema", "torch-ema" or "mmcv". The
+            modules of `emajit.checkpoint.layouts` describe their files.
         names: for a layout by position, such as "diffusers-ema", the names of the model's
             parameters in order; or the model: its buffers are left out, and its parameters
             without an average get their trained value.

@@ -1,1 +1,82 @@
-"""Callbacks for other libraries' training loops; import each module by its own name."""
+"""Averages in the training loops of Lightning, transformers and accelerate.
+
+The callbacks average after each optimizer step, evaluate with the averages, train with the trained
+weights, and save both. Training is what it would be without them, and resuming is exact.
+`pip install ".[lightning]"` and `pip install ".[transformers]"` bring the libraries.
+
+## Lightning
+
+```python
+from lightning.pytorch import Trainer
+from emajit import schedules
+from emajit.integrations.lightning import EMACallback
+
+ema = EMACallback(schedules.warmup(0.999), save="averaged")
+trainer = Trainer(callbacks=[ema])
+trainer.fit(module)
+```
+
+Validation, test and prediction use the averages. A checkpoint holds both kinds of weights; `save`
+chooses the ones that `load_from_checkpoint` gets, "raw" or "averaged". Checkpoints of Lightning's
+own `WeightAveraging` are resumed too. A file of `save_weights_only=True` has the trained weights:
+Lightning calls no callback for it. `emajit.integrations.lightning` has the options.
+
+## transformers
+
+```python
+import torch
+from transformers import Trainer
+from emajit import schedules
+from emajit.integrations.transformers import EMACallback
+
+ema = EMACallback(schedules.warmup(0.999), dtype=torch.float32)
+trainer = Trainer(model, args, train_dataset=data, callbacks=[ema])
+trainer.train()
+with ema.averaged(model):
+    trainer.evaluate()
+```
+
+The evaluations in training use the averages; your own calls of `evaluate` do so only inside of
+`averaged`. Beside the weights of each checkpoint there is a folder `averaged/` for
+`from_pretrained`. To resume from a folder outside of `output_dir`, set
+`TrainingArguments(resume_from_checkpoint=...)` too, since the Trainer does not tell callbacks its
+folder. `emajit.integrations.transformers` has the options.
+
+## accelerate
+
+There is no callback, since the loop is yours:
+
+```python
+from accelerate import Accelerator
+from emajit import LitEma
+
+accelerator = Accelerator(gradient_accumulation_steps=4)
+model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+ema = LitEma(model, decay=0.999)  # before or after prepare
+accelerator.register_for_checkpointing(ema)
+for batch in loader:
+    with accelerator.accumulate(model):
+        accelerator.backward(model(batch).mean())
+        optimizer.step()
+        if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
+            ema(accelerator.unwrap_model(model))
+        optimizer.zero_grad()
+```
+
+`save_state` and `load_state` then include the averages. Call no `save_state` inside of
+`ema.ema_scope(model)`, or it saves the averages as the trained weights.
+
+## Options of both callbacks
+
+The decay, `dtype`, `buffers`, `include`, `exclude`, `every`, `rounding`, `nonfinite` and `backend`
+are those of `emajit.LitEma`. `every` counts optimizer steps.
+
+## Limits
+
+- With FSDP accelerate's `save_state` saves only the first process's shards of the averages, which
+  the others refuse to load. Save all with
+  `emajit.checkpoint.save_sharded(folder, ema.named_averages(), step)`.
+- The callback for Lightning refuses the strategy "fsdp"; "model_parallel" works. The callback for
+  transformers refuses FSDP and DeepSpeed's ZeRO 3.
+- A Trainer takes one `EMACallback`. Several averages need a loop of your own.
+"""

@@ -1,8 +1,9 @@
-"""The layouts of checkpoints, one module each, with its reader and its writer.
+"""Where each library keeps its averages in a checkpoint: a module for each layout.
 
-The docstring of a module says where a library keeps its averages. A new layout is a module with a
-`LAYOUT` and a line in `_MODULES`; `checkpoint.read`, `checkpoint.write` and the choices of the
-command take it from there.
+`emajit.checkpoint.read` knows all of them, and `emajit.checkpoint.write` writes some.
+
+For developers: a new layout is a module with a `LAYOUT` and a line in `_MODULES`. `read`, `write`
+and the choices of the command take it from there.
 """
 
 from __future__ import annotations

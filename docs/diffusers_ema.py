@@ -4,7 +4,7 @@ In place of diffusers' `EMAModel`, with its numbers: the lines with `ema` or `de
 needed. The averages go on after `load_state`, are validated and saved without a copy of the
 training weights, and the folder `unet_ema` loads with `UNet2DModel.from_pretrained`.
 
-    python examples/diffusers_ema.py
+    python docs/diffusers_ema.py
 """
 
 from __future__ import annotations
