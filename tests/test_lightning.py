@@ -1155,8 +1155,8 @@ def test_before_the_first_average_the_trained_weights_are_evaluated_and_saved(
     again, other = EMACallback(DECAY, every=8, save="averaged"), model_of(1)
     trainer = trainer_of(tmp_path, again, max_epochs=2)
     trainer.fit(other, data(), data(1), ckpt_path=tmp_path / "early.ckpt")
-    assert again._average is not None
-    assert int(again._average.num_updates) == 1
+    assert again._averages is not None
+    assert again._averages.updates == 1
     assert any(
         not torch.equal(other.seen["validation"][name], p) for name, p in other.named_parameters()
     )
