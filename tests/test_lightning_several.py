@@ -254,9 +254,9 @@ def test_other_names_are_refused(tmp_path: Path) -> None:
         files[kind] = tmp_path / f"{kind}.ckpt"
         trainer.save_checkpoint(files[kind])
     cases: list[tuple[Any, Any, str]] = [
-        (0.9, "several", "expected one, as decay has, found long, short"),
-        (DECAYS, "single", "expected long, short, as decay has, found one"),
-        ({"a": 0.9}, "several", "expected a, as decay has, found long, short"),
+        (0.9, "several", "expected one without a name, as the options say, found"),
+        (DECAYS, "single", "expected long, short, as the options say, found one"),
+        ({"a": 0.9}, "several", "expected a, as the options say, found long, short"),
     ]
     for decay, kind, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -73,8 +73,8 @@ class Logs(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def __init__(self) -> None:
         self.metrics: list[dict[str, float]] = []
 
-    def on_evaluate(self, *_: Any, metrics: dict[str, float], **__: Any) -> None:
-        self.metrics.append(dict(metrics))
+    def on_evaluate(self, *_: Any, **kwargs: Any) -> None:
+        self.metrics.append(dict(kwargs["metrics"]))
 
 
 def losses(trainer: Any, key: str) -> list[float]:
@@ -149,7 +149,7 @@ def test_resumes_bit_for_bit_and_has_all(tmp_path: Path) -> None:
         assert_same({n: v.float() for n, v in found.weights.items()}, average)
     for decay in (0.9, {"other": 0.9}):
         trainer = trainer_of(tmp_path / "half", EMACallback(decay), **options)
-        with pytest.raises(ValueError, match="as decay has, found long, short"):
+        with pytest.raises(ValueError, match="as the options say, found long, short"):
             trainer.train(resume_from_checkpoint=True)
 
 

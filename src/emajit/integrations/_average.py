@@ -30,7 +30,9 @@ from emajit import (
     schedules,
 )
 from emajit.functional import Nonfinite, Rounding
+from emajit.integrations import _snapshots
 from emajit.litema import LitEma
+from emajit.posthoc import PostHoc
 
 ONLY = ""  # the name of a single average
 _NAME = re.compile("[A-Za-z0-9_-]+")
@@ -46,9 +48,15 @@ def checked(
     rounding: Rounding,
     nonfinite: Nonfinite,
     backend: str,
+    pull: tuple[float, int] | None,
+    posthoc: PostHoc | None,
     **others: Any,
 ) -> dict[str, Any]:
     """The options of `Averages`; ValueError and TypeError name an unusable option."""
+    if not isinstance(posthoc, PostHoc | None):
+        raise TypeError(f"posthoc: expected a PostHoc, found {type(posthoc).__qualname__}")
+    if pull is not None:
+        _check_pull(pull)
     _tree.check_dtype(dtype)
     _module.check_policy(buffers)
     _controls.check_every(every)
@@ -61,8 +69,20 @@ def checked(
         "rounding": rounding,
         "nonfinite": nonfinite,
         "backend": backend,
+        "pull": pull,
+        "posthoc": posthoc,
         **others,
     }
+
+
+def _check_pull(pull: Any) -> None:
+    if not (isinstance(pull, tuple) and len(pull) == 2):
+        raise TypeError(f"pull: expected (share, steps), found {pull!r}")
+    share, steps = pull
+    if not (isinstance(share, float | int) and 0.0 < share <= 1.0):
+        raise ValueError(f"pull: expected a share in (0, 1], found {share!r}")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"pull: expected a number of steps, >= 1, found {steps!r}")
 
 
 def _schedules(decay: Any) -> Any:
@@ -90,7 +110,7 @@ def _schedule(decay: Any, which: str) -> functional.Schedule:
 
 def evaluated(options: Mapping[str, Any], evaluate: str | None) -> list[str]:
     """The names of the averages to evaluate, in order: the first, a given one, or "all"."""
-    names = names_of(options)
+    names = named_of(options)
     if evaluate in ("all", None):
         return names if evaluate else names[:1]
     if evaluate not in names or evaluate == ONLY:
@@ -99,14 +119,21 @@ def evaluated(options: Mapping[str, Any], evaluate: str | None) -> list[str]:
     return [evaluate]
 
 
-def names_of(options: Mapping[str, Any]) -> list[str]:
-    """The names of all averages."""
-    return [*_decays(options)]
-
-
-def _decays(options: Mapping[str, Any]) -> Mapping[str, functional.Schedule]:
+def named_of(options: Mapping[str, Any]) -> list[str]:
+    """The names of the averages to evaluate and to export."""
     decay = options["decay"]
-    return decay if isinstance(decay, Mapping) else {ONLY: decay}
+    return [*decay] if isinstance(decay, Mapping) else [ONLY]
+
+
+def names_of(options: Mapping[str, Any]) -> list[str]:
+    """The names of all averages, with those for snapshots."""
+    return [*named_of(options), *_snapshots.decays_of(options["posthoc"])]
+
+
+def _decays(options: Mapping[str, Any]) -> dict[str, functional.Schedule]:
+    decay = options["decay"]
+    own = decay if isinstance(decay, Mapping) else {ONLY: decay}
+    return {**own, **_snapshots.decays_of(options["posthoc"])}
 
 
 class Averages:
@@ -120,7 +147,10 @@ class Averages:
         `names` are frozen parameters with a saved average: unfrozen in the training that is
         resumed, and frozen again now.
         """
-        others = {key: value for key, value in options.items() if key != "decay"}
+        own = {"decay", "pull", "posthoc"}
+        others = {key: value for key, value in options.items() if key not in own}
+        self._pull: tuple[float, int] | None = options["pull"]
+        self._posthoc: PostHoc | None = options["posthoc"]
         params = _module.named_parameters(model)
         # The parameters that have required grad.
         self._known = {name for name, p in params.items() if p.requires_grad}
@@ -188,6 +218,32 @@ class Averages:
                 ema._count_if_written(last, updates)
             raise
 
+    def pull(self, model: nn.Module, name: str) -> None:
+        """Pull the trainable parameters towards an average, if that is due after an update."""
+        share, steps = self._pull or (0.0, 0)
+        if self._pull and self.updates % steps == 0:
+            averages, params = self[name]._pairs(model)
+            trainable = {n: p for n, p in params.items() if p.requires_grad}
+            pull_(trainable, {n: averages[n] for n in trainable}, share)
+
+    def begin(self) -> None:
+        """Prepare the folder of the snapshots; the first process calls this."""
+        if self._posthoc is not None:
+            _snapshots.begin(self._posthoc, self.updates)
+
+    def snapshot(self, *, is_writer: bool, at_end: bool = False) -> None:
+        """Write the snapshots that are due after an update, or at the end of the training.
+
+        All processes must call this; one is the writer.
+        """
+        options, updates = self._posthoc, self.updates
+        if options is None or not updates or bool(updates % options.every) != at_end:
+            return
+        shadows = [self[name].named_averages() for name in _snapshots.decays_of(options)]
+        whole = [{name: _shards.whole(s) for name, s in each.items()} for each in shadows]
+        if is_writer:
+            _snapshots.write(options, whole, updates)
+
     def scope(self, model: nn.Module, name: str | None = None) -> AbstractContextManager[object]:
         """A context in which the model has an average, if there was an update."""
         ema = self[name]
@@ -221,8 +277,17 @@ class Averages:
 def check_alike(wanted: Collection[str], found: Collection[str]) -> None:
     """Raise ValueError where a checkpoint has averages of other names."""
     if {*wanted} != {*found}:
-        told = [", ".join(sorted(filter(None, names))) or "one" for names in (wanted, found)]
-        raise ValueError(f"averages: expected {told[0]}, as decay has, found {told[1]}")
+        told = [
+            ", ".join(sorted(name or "one without a name" for name in names))
+            for names in (wanted, found)
+        ]
+        raise ValueError(f"averages: expected {told[0]}, as the options say, found {told[1]}")
+
+
+def pull_(params: Mapping[str, Tensor], shadow: Mapping[str, Tensor], share: float) -> None:
+    """`params <- (1 - share) params + share shadow`, in place."""
+    held = {name: p.detach() for name, p in params.items()}
+    functional.update_(held, shadow, 0, decay=1.0 - share)
 
 
 def _flat(ema: LitEma, shadow: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:

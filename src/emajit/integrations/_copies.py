@@ -1,8 +1,8 @@
-"""The copies of the weights in a checkpoint of Lightning, and the averages among them."""
+"""The copies of the weights in a checkpoint of Lightning, and other parts of its callback."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -116,3 +116,8 @@ def with_ties(module: nn.Module, partners: Mapping[str, str]) -> dict[str, str]:
         for other in same
     }
     return bare | tied
+
+
+def log_as(log: Callable[..., None], suffix: str, name: str, *args: Any, **kwargs: Any) -> None:
+    """Log a metric under its name and a suffix."""
+    log(f"{name}_{suffix}", *args, **kwargs)

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from emajit import _module, _names, checkpoint
+from emajit import _module, _names, _warn, checkpoint
 from emajit.checkpoint import saved
 from emajit.integrations import _average
 from emajit.integrations._average import ONLY, Averages
 
+if TYPE_CHECKING:
+    from transformers import TrainerState, TrainingArguments
+
 _OF = "trained"
+
+
+def at(args: TrainingArguments, state: TrainerState) -> Path:
+    """The folder of the checkpoint at the present step."""
+    return Path(args.output_dir or "", f"checkpoint-{state.global_step}")
 
 
 def named(stem: str, name: str) -> str:
@@ -35,6 +43,18 @@ def save(folder: Path, averages: Averages, model: nn.Module) -> None:
     for name, shadow in averages.state().items():
         file = folder / f"{named('averages', name)}.safetensors"
         checkpoint.save(file, shadow, averages.updates, metadata=of)
+
+
+def resumed(model: nn.Module, options: Mapping[str, Any], folders: Sequence[Path]) -> Averages:
+    """The averages in the checkpoint that is resumed; new averages if it has none, with a warning.
+
+    Raises ValueError as `load`.
+    """
+    found = [folder for folder in folders if folder.is_dir()]
+    if found and not any(map(files, found)):
+        _warn.warn(f"{found[0]} has no averages of EMACallback; they start from its weights")
+        return Averages(model, options)
+    return load(model, options, folders, all_of_them=True)
 
 
 def load(

@@ -18,6 +18,7 @@ from emajit._torch import pytree
 from emajit.functional import Decay, Nonfinite, Rounding, Schedule
 from emajit.integrations import _average, _copies
 from emajit.integrations._average import Averages
+from emajit.posthoc import PostHoc
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -71,6 +72,12 @@ class EMACallback(Callback):
         every: average after each `every`-th optimizer step, at most once a batch; `decay` counts
             the averaged steps. Before the first average, evaluations and the `state_dict` of a
             checkpoint use the trained weights.
+        posthoc: write snapshots of averages of other lengths, kept beside these and saved in
+            checkpoints too, to choose the length after the training (see `emajit.posthoc`).
+        pull: `(share, steps)`, averages back into training: after each `steps`-th average the
+            trainable parameters become `(1 - share) parameter + share average`, of the (first)
+            average that is evaluated; the optimizer keeps its state. (1.0, steps) is Switch EMA
+            (arXiv 2402.09240), a smaller share is like lookahead (arXiv 1907.08610).
         save: "raw" or "averaged", the weights in a checkpoint's `state_dict`; of several averages,
             the (first) one that is evaluated.
 
@@ -92,6 +99,8 @@ class EMACallback(Callback):
         rounding: Rounding = "nearest",
         nonfinite: Nonfinite = "propagate",
         backend: str = "auto",
+        posthoc: PostHoc | None = None,
+        pull: tuple[float, int] | None = None,
         save: Literal["raw", "averaged"] = "raw",
     ) -> None:
         if save not in ("raw", "averaged"):
@@ -106,6 +115,8 @@ class EMACallback(Callback):
             rounding=rounding,
             nonfinite=nonfinite,
             backend=backend,
+            pull=pull,
+            posthoc=posthoc,
         )
         self._every, self._save = every, save
         self._evaluated = _average.evaluated(self._options, evaluate)
@@ -218,6 +229,8 @@ class EMACallback(Callback):
         self._of(pl_module)
         if not 0 <= trainer.global_step - self._averaged_at < self._every:  # of another run
             self._averaged_at = trainer.global_step
+        if trainer.is_global_zero:
+            self._of(pl_module).begin()
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
@@ -230,8 +243,15 @@ class EMACallback(Callback):
     ) -> None:
         """Average, if the optimizer has stepped often enough."""
         if trainer.global_step - self._averaged_at >= self._every:
-            self._followed(pl_module).update(pl_module)
+            averages = self._followed(pl_module)
+            averages.update(pl_module)
+            averages.snapshot(is_writer=trainer.is_global_zero)
+            averages.pull(pl_module, self._evaluated[0])
             self._averaged_at = trainer.global_step
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the last snapshots."""
+        self._followed(pl_module).snapshot(is_writer=trainer.is_global_zero, at_end=True)
 
     def _run_each(
         self, run: Callable[[], list[Any]], trainer: Trainer, module: LightningModule
@@ -242,7 +262,7 @@ class EMACallback(Callback):
             try:
                 for name in self._evaluated[1:]:
                     self._shown = name
-                    log = partial(_log_as, module.log, name)
+                    log = partial(_copies.log_as, module.log, name)
                     with (
                         _average.isolated_rng(),
                         _average.replaced(trainer, "callbacks", [self]),
@@ -370,10 +390,6 @@ class EMACallback(Callback):
                 holder[key] = seen["state_dict"]
             self._migrated = copies
         hook(checkpoint)
-
-
-def _log_as(log: Callable[..., None], suffix: str, name: str, *args: Any, **kwargs: Any) -> None:
-    log(f"{name}_{suffix}", *args, **kwargs)
 
 
 def _is_a(name: str, value: object) -> bool:

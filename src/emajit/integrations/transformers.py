@@ -16,6 +16,7 @@ from emajit._context import contextmanager
 from emajit.functional import Decay, Nonfinite, Rounding, Schedule
 from emajit.integrations import _average, _folders
 from emajit.integrations._average import Averages
+from emajit.posthoc import PostHoc
 
 try:
     from transformers import (
@@ -89,6 +90,12 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         every: average after each optimizer step whose number is a multiple of this; `decay` counts
             the averaged steps. Before the first average, evaluations and `averaged/` use the
             trained weights.
+        posthoc: write snapshots of averages of other lengths, kept beside these and saved in
+            checkpoints too, to choose the length after the training (see `emajit.posthoc`).
+        pull: `(share, steps)`, averages back into training: after each `steps`-th average the
+            trainable parameters become `(1 - share) parameter + share average`, of the (first)
+            average that is evaluated; the optimizer keeps its state. (1.0, steps) is Switch EMA
+            (arXiv 2402.09240), a smaller share is like lookahead (arXiv 1907.08610).
 
     When a checkpoint without averages is resumed, they start from its weights, with a warning.
 
@@ -113,6 +120,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         rounding: Rounding = "nearest",
         nonfinite: Nonfinite = "propagate",
         backend: str = "auto",
+        posthoc: PostHoc | None = None,
+        pull: tuple[float, int] | None = None,
     ) -> None:
         self._options = _average.checked(
             decay,
@@ -124,6 +133,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             rounding=rounding,
             nonfinite=nonfinite,
             backend=backend,
+            pull=pull,
+            posthoc=posthoc,
         )
         self._every = every
         self._evaluated, self._trainer = _average.evaluated(self._options, evaluate), trainer
@@ -220,6 +231,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             raise ValueError(
                 "expected one EMACallback, found another; a checkpoint has room for one"
             )
+        if self._trainer is not None and self._trainer.state is not state:
+            raise ValueError("trainer: expected the Trainer that trains, found another")
         if getattr(args, "enable_jit_checkpoint", False):
             raise ValueError(
                 "enable_jit_checkpoint: expected False, found True; these checkpoints are saved "
@@ -229,24 +242,19 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         for name, p in model.named_parameters():
             if _shards.is_one(p) or hasattr(p, "ds_id") or "_fsdp_wrapped_module" in name:
                 raise ValueError(f"{name}: expected a whole parameter, found one in shards")
-        self._averages = Averages(model, self._options)
         if state.global_step:
             told = args.resume_from_checkpoint
-            folders = [*([Path(str(told))] if told else []), _folder(args, state)]
-            found = [folder for folder in folders if folder.is_dir()]
-            if found and not any(map(_folders.files, found)):
-                _warn.warn(
-                    f"{found[0]} has no averages of EMACallback; they start from its weights"
-                )
-            else:
-                self._averages = _folders.load(model, self._options, folders, all_of_them=True)
+            folders = [*([Path(str(told))] if told else []), _folders.at(args, state)]
+            self._averages = _folders.resumed(model, self._options, folders)
+        else:
+            self._averages = Averages(model, self._options)
+        if state.is_world_process_zero:
+            self._averages.begin()
         # The Trainer calls `on_save` only after it has removed an older checkpoint.
         vars(state)["save_to_json"] = partial(self._save_before, args, state, kwargs)
         self._saved = None
         self._is_training = True
-        if len(self._evaluated) > 1:
-            if self._trainer is None or self._trainer.state is not state:
-                raise ValueError("trainer: expected the Trainer that trains, found another")
+        if self._trainer is not None and len(self._evaluated) > 1:
             run = partial(self._run_each, self._trainer.evaluation_loop)
             self._runs.enter_context(_average.replaced(self._trainer, "evaluation_loop", run))
         if args.eval_on_start:
@@ -269,7 +277,10 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if before is not None:
             skipped |= optimizer.scaler.get_scale() < before
         if state.global_step % self._every == 0 and not skipped:
-            self._followed(kwargs["model"]).update(kwargs["model"])
+            averages = self._followed(kwargs["model"])
+            averages.update(kwargs["model"])
+            averages.snapshot(is_writer=state.is_world_process_zero)
+            averages.pull(kwargs["model"], self._evaluated[0])
         self._before_evaluation(args, state, control, **kwargs)
 
     def _before_evaluation(
@@ -305,8 +316,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Put the averages into the checkpoint of a Trainer that saves in its own way."""
-        if args.should_save and self._saved != _folder(args, state):
-            self._save(_folder(args, state), state, kwargs)
+        if args.should_save and self._saved != _folders.at(args, state):
+            self._save(_folders.at(args, state), state, kwargs)
         self.restore()
 
     def _save_before(
@@ -314,7 +325,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     ) -> None:
         """Save the averages into a checkpoint, then the state of the Trainer."""
         folder = Path(json_path).parent
-        if folder.name == _folder(args, state).name:  # else called by `Trainer.save_state`
+        if folder.name == _folders.at(args, state).name:  # else called by `Trainer.save_state`
             self._save(folder, state, objects)
         type(state).save_to_json(state, json_path)
 
@@ -331,7 +342,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         model = objects["model"]
         averages = self._followed(model)
         bare = getattr(model, "_orig_mod", model)
-        for name in _average.names_of(self._options) if isinstance(bare, PreTrainedModel) else ():
+        for name in _average.named_of(self._options) if isinstance(bare, PreTrainedModel) else ():
             own = folder / _folders.named("averaged", name)
             with averages.scope(model, name):
                 bare.save_pretrained(own)
@@ -345,6 +356,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     ) -> None:
         """Load the averages of the best checkpoint if the Trainer has loaded its weights."""
         self.restore()
+        self._present().snapshot(is_writer=state.is_world_process_zero, at_end=True)
         self._runs.close()
         self._is_training = False
         best = state.best_model_checkpoint
@@ -380,7 +392,3 @@ def _scale(optimizer: Any) -> float | None:
     if scaler is None or not getattr(inner, "_step_supports_amp_scaling", False):
         return None
     return float(scaler.get_scale())
-
-
-def _folder(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir or "", f"checkpoint-{state.global_step}")
