@@ -177,11 +177,13 @@ class Averages:
 
     @property
     def updates(self) -> int:
-        """The number of updates.
+        """The number of updates, which is not read back from a device.
 
         Before the first, the averages are the initial weights: an untrained model.
         """
-        return int(self[None].num_updates)
+        ema = self[None]
+        known = ema._host_updates.read(ema.num_updates)
+        return int(ema.num_updates) if known is None else int(known)
 
     def follow(self, model: nn.Module) -> None:
         """Track the parameters that require grad only now."""
@@ -236,8 +238,11 @@ class Averages:
 
         All processes must call this; one is the writer.
         """
-        options, updates = self._posthoc, self.updates
-        if options is None or not updates or bool(updates % options.every) != at_end:
+        options = self._posthoc
+        if options is None:
+            return
+        updates = self.updates
+        if not updates or bool(updates % options.every) != at_end:
             return
         shadows = [self[name].named_averages() for name in _snapshots.decays_of(options)]
         whole = [{name: _shards.whole(s) for name, s in each.items()} for each in shadows]
@@ -264,7 +269,7 @@ class Averages:
         return state
 
     def restore(self, shadows: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
-        """Load averages of `state`; raises ValueError and changes nothing if one does not fit."""
+        """Load averages of `state`; raises ValueError if one does not fit."""
         check_alike(self._of, shadows)
         loaded = [(ema, _flat(ema, shadows[name], step)) for name, ema in self._of.items()]
         try:
