@@ -59,6 +59,9 @@ def test_are_those_of_the_averages(tmp_path: Path, every: int, expected: list[in
         found = posthoc.reconstruct(posthoc.snapshots(folder), length)
         with several.averaged(other, name):
             torch.testing.assert_close(found, weights(other), rtol=1e-5, atol=1e-6)
+        loaded = model_of(1).load_state_dict(found, strict=False)
+        assert not loaded.unexpected_keys
+        assert {*loaded.missing_keys} <= {key for key, _ in model.named_buffers()}
 
 
 def test_a_resume_at_an_earlier_step_writes_the_later_snapshots_again(tmp_path: Path) -> None:
