@@ -20,6 +20,7 @@ pytest.importorskip("lightning", reason="lightning is not installed")
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
+from emajit.integrations._average import Averages
 from emajit.integrations.lightning import EMACallback
 from tests.test_lightning import (
     Recorder,
@@ -244,6 +245,27 @@ def test_each_is_the_formula(tmp_path: Path) -> None:
     for recorder, average in zip(recorders, named(callback, model).values(), strict=True):
         for name, expected in recorder.average.items():
             assert_close(average[name].double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("is_written", [False, True])
+def test_an_interrupted_update_counts_for_all_or_none(
+    monkeypatch: pytest.MonkeyPatch, is_written: bool
+) -> None:
+    model = model_of()
+    held = Averages(model, EMACallback(DECAYS)._options)
+    held.update(model)
+    many = functional.update_many_
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        if is_written:
+            many(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(functional, "update_many_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        held.update(model)
+    assert [int(held[name].num_updates) for name in DECAYS] == [1 + is_written] * 2
+    assert held.updates == 1 + is_written
 
 
 def test_other_names_are_refused(tmp_path: Path) -> None:

@@ -108,16 +108,21 @@ def test_only_the_first_process_writes(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_folder_of_another_run_is_refused(tmp_path: Path) -> None:
-    """And nothing is removed from it."""
+    """And nothing is removed from it, unless that is asked for."""
     folder, model = tmp_path / "snapshots", model_of()
     callback = EMACallback(posthoc=PostHoc(folder, 6))
     trainer_of(tmp_path, callback, max_epochs=1).fit(model, data())
     with pytest.raises(ValueError, match=r"no snapshots before the first update, found 0000000006"):
         trainer_of(tmp_path, EMACallback(posthoc=PostHoc(folder, 6))).fit(model_of(), data())
+    over = EMACallback(posthoc=PostHoc(folder, 4, overwrite=True))
+    trainer_of(tmp_path, over, max_epochs=1).fit(model_of(), data())
+    assert steps(folder) == [4, 6]
     posthoc.save(folder, {"w": torch.ones(1)}, 20, sigma_rel=0.2)
     held = sorted(folder.iterdir())
     with pytest.raises(ValueError, match=r"expected a length of \[0.05, 0.1\], found 0.2"):
         trainer_of(tmp_path, callback, max_epochs=2).fit(model, data())
+    with pytest.raises(ValueError, match=r"expected a length of \[0.05, 0.1\], found 0.2"):
+        trainer_of(tmp_path, over).fit(model_of(1), data())
     assert sorted(folder.iterdir()) == held
 
 

@@ -58,13 +58,15 @@ class Snapshot(NamedTuple):
 class PostHoc:
     """The snapshots that a trainer's callback writes in training, for `reconstruct`.
 
-    folder: the folder, one for each run. A training that begins refuses a folder with snapshots. A
-        training that is resumed goes on in its folder, and first removes the snapshots of later
-        steps, which it writes again.
+    folder: the folder, one for each run. A training that is resumed goes on in its folder, and
+        first removes the snapshots of later steps, which it writes again. A training that begins
+        refuses a folder with snapshots.
     every: save after each `every`-th update, and after the last update of the training.
     sigma_rel: the relative lengths of the averages, which the callback keeps beside its own.
     keep: how many steps have their snapshots kept, the newest; None for all.
     dtype: as in `save`.
+    overwrite: whether a training that begins removes the snapshots of these lengths in the folder:
+        for a job that is started again by itself, perhaps before its first checkpoint.
 
     Raises ValueError and TypeError for an unusable option.
     """
@@ -74,6 +76,7 @@ class PostHoc:
     sigma_rel: Sequence[float] = (0.05, 0.10)
     keep: int | None = None
     dtype: torch.dtype | None = None
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.folder, str | os.PathLike):

@@ -24,10 +24,10 @@ def begin(options: PostHoc, step: int) -> None:
     """
     folder = Path(options.folder)
     found = posthoc.snapshots(folder) if folder.is_dir() else []
-    if found and not step:
+    if found and not (step or options.overwrite):
         raise ValueError(
             f"{folder}: expected no snapshots before the first update, found {found[0].path.name}; "
-            "give each run a folder of its own, or remove those of a run that you begin anew"
+            "give each run a folder of its own, or PostHoc(..., overwrite=True)"
         )
     gammas = [schedules.sigma_rel_to_gamma(float(one)) for one in options.sigma_rel]
     for snapshot in found:
