@@ -630,6 +630,7 @@ if find_spec("lightning"):
         from lightning.pytorch.strategies import ModelParallelStrategy  # noqa: PLC0415
 
         from emajit.integrations.lightning import EMACallback  # noqa: PLC0415
+        from emajit.posthoc import PostHoc  # noqa: PLC0415
         from tests import test_lightning as tests  # noqa: PLC0415
 
         class Sharded(tests.Regression):
@@ -662,20 +663,31 @@ if find_spec("lightning"):
 
         warnings.simplefilter("ignore")
         for save in ("raw", "averaged"):
+            several = save == "averaged"
             options: Any = {"decay": tests.DECAY, "save": save}
+            if several:
+                options |= {"decay": {"short": tests.DECAY, "long": 0.9}, "evaluate": "all"}
+                options |= {"posthoc": PostHoc(shared / "whole", 3), "pull": (0.5, 4)}
             whole = EMACallback(**options)
             _, whole_model = fit(0, whole, 9)
+            if several:
+                options["posthoc"] = PostHoc(shared / "resumed", 3)
             begun = EMACallback(**options)
             trainer, model = fit(0, begun, 6)
             folder = shared / f"lightning-{save}"
             trainer.save_checkpoint(folder)
             expected = averages(begun, model)
-            found = checkpoint.read(folder)
+            found = checkpoint.read(folder, key="emajit.shadows.short" if several else None)
             assert_same({name: found.weights[name] for name in expected}, expected)
             resumed = EMACallback(**options)
             _, model = fit(1, resumed, 9, ckpt_path=folder)
             assert_same(averages(resumed, model), averages(whole, whole_model))
             assert_same(model.state_dict(), gathered(whole_model.state_dict()))
+            if several:
+                files = [*(shared / "whole").iterdir()]
+                assert len(files) == 6
+                for path in files:
+                    assert path.read_bytes() == (shared / "resumed" / path.name).read_bytes()
 
 
 if find_spec("transformers"):
@@ -683,10 +695,12 @@ if find_spec("transformers"):
     @check(2)
     def transformers_in_data_parallel(shared: Path) -> None:
         from emajit.integrations.transformers import EMACallback  # noqa: PLC0415
+        from emajit.posthoc import PostHoc  # noqa: PLC0415
         from tests import test_transformers as tests  # noqa: PLC0415
 
         options = {**tests.settings("steps"), "max_steps": 4, "ddp_backend": "gloo"}
-        ema, recorder = EMACallback(tests.DECAY), tests.Recorder()
+        posthoc = PostHoc(shared / "of-transformers", 1)
+        ema, recorder = EMACallback(tests.DECAY, posthoc=posthoc), tests.Recorder()
         folder = shared / "transformers"
         trainer = tests.trainer_of(folder, ema, recorder, **options)
         start = tests.trained(trainer.model)
@@ -698,10 +712,15 @@ if find_spec("transformers"):
         assert_same(recorder.evaluated[-1], expected)
         dist.barrier()
         assert_same(checkpoint.read(folder / "checkpoint-4/averages.safetensors").weights, expected)
-        resumed = EMACallback(tests.DECAY)
+        held = {path: path.read_bytes() for path in Path(posthoc.folder).iterdir()}
+        assert len(held) == 8
+        dist.barrier()
+        resumed = EMACallback(tests.DECAY, posthoc=posthoc)
         begun = str(folder / "checkpoint-2")
         tests.trainer_of(folder, resumed, **options).train(resume_from_checkpoint=begun)
         assert_same(tests.averages(resumed), expected)
+        dist.barrier()
+        assert held == {path: path.read_bytes() for path in Path(posthoc.folder).iterdir()}
 
 
 def run(world: int, names: list[str], shared: Path) -> dict[str, str]:

@@ -128,8 +128,8 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def averages(callback: EMACallback, model: nn.Module) -> dict[str, Tensor]:
-    with callback.averaged(model):
+def averages(callback: EMACallback, model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
+    with callback.averaged(model, name):
         return weights(model)
 
 
@@ -1100,6 +1100,7 @@ def sequence(seed: int, folder: Path) -> None:
         "nonfinite": choose.choice(["propagate", "skip"]),
     }
     epochs = [6, 5][choose.randrange(2)]
+    decay: Any = {"first": DECAY, "second": 0.5} if seed % 2 else DECAY
 
     class Module(choose.choice([Regression, Backboned])):  # type: ignore[misc]
         def on_load_checkpoint(self, _: dict[str, Any]) -> None:
@@ -1113,7 +1114,7 @@ def sequence(seed: int, folder: Path) -> None:
 
     def train(at: Path, file: Path | None = None) -> tuple[EMACallback, Any]:
         torch.manual_seed(0)
-        callback, module = EMACallback(DECAY, **kinds), Module()
+        callback, module = EMACallback(decay, **kinds), Module()
         others = [Checks(every=every), ModelCheckpoint(at, **saves)]
         trainer = trainer_of(at, callback, *others, **options)
         trainer.fit(module, data(epochs), data(2), ckpt_path=file)
@@ -1131,7 +1132,9 @@ def sequence(seed: int, folder: Path) -> None:
             callback, module = train(killed, last)
     assert_equal(weights(module), weights(expected))
     if module.trainer.global_step:
-        assert_equal(averages(callback, module), averages(whole, expected))
+        for name in decay if seed % 2 else [None]:
+            held = averages(whole, expected, name)
+            assert_equal(averages(callback, module, name), held)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -1155,8 +1158,8 @@ def test_before_the_first_average_the_trained_weights_are_evaluated_and_saved(
     again, other = EMACallback(DECAY, every=8, save="averaged"), model_of(1)
     trainer = trainer_of(tmp_path, again, max_epochs=2)
     trainer.fit(other, data(), data(1), ckpt_path=tmp_path / "early.ckpt")
-    assert again._average is not None
-    assert int(again._average.num_updates) == 1
+    assert again._averages is not None
+    assert again._averages.updates == 1
     assert any(
         not torch.equal(other.seen["validation"][name], p) for name, p in other.named_parameters()
     )

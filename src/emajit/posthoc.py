@@ -71,6 +71,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import groupby, pairwise
 from numbers import Real
 from pathlib import Path
@@ -88,6 +89,7 @@ __all__ = [  # noqa: RUF022, in the order of use
     "save",
     "snapshots",
     "reconstruct",
+    "PostHoc",
     "window",
     "Snapshot",
     "sigma_rel_to_gamma",
@@ -106,6 +108,45 @@ class Snapshot(NamedTuple):
     step: int
     gamma: float
     path: Path
+
+
+@dataclass(frozen=True)
+class PostHoc:
+    """The snapshots that a trainer's callback writes in training, for `reconstruct`.
+
+    folder: the folder, one for each run. A training that is resumed goes on in its folder, and
+        first removes the snapshots of later steps, which it writes again. A training that begins
+        refuses a folder with snapshots.
+    every: save after each `every`-th update, and after the last update of the training.
+    sigma_rel: the relative lengths of the averages, which the callback keeps beside its own.
+    keep: how many steps have their snapshots kept, the newest; None for all.
+    dtype: as in `save`.
+    overwrite: whether a training that begins removes the snapshots of these lengths in the folder:
+        for a job that is started again by itself, perhaps before its first checkpoint.
+
+    Raises ValueError and TypeError for an unusable option.
+    """
+
+    folder: str | os.PathLike[str]
+    every: int
+    sigma_rel: Sequence[float] = (0.05, 0.10)
+    keep: int | None = None
+    dtype: torch.dtype | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.folder, str | os.PathLike):
+            raise TypeError(f"folder: expected a path, found {type(self.folder).__qualname__}")
+        keep = 1 if self.keep is None else self.keep
+        for name, number in (("every", self.every), ("keep", keep)):
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(f"{name}: expected a number of steps, >= 1, found {number!r}")
+        lengths, several = _listed(self.sigma_rel)
+        if not several or len({f"{length:.6g}" for length in lengths}) < max(len(lengths), 1):
+            raise ValueError(f"sigma_rel: expected different lengths, found {self.sigma_rel!r}")
+        for length in lengths:
+            sigma_rel_to_gamma(length)
+        _tree.check_dtype(self.dtype)
 
 
 class Solution(NamedTuple):

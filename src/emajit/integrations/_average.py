@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import random
+import re
+import sys
+import weakref
 import zlib
-from collections.abc import Collection, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -26,7 +30,13 @@ from emajit import (
     schedules,
 )
 from emajit.functional import Nonfinite, Rounding
+from emajit.integrations import _snapshots
 from emajit.litema import LitEma
+from emajit.posthoc import PostHoc
+
+ONLY = ""  # the name of a single average
+_NAME = re.compile("[A-Za-z0-9_-]+")
+_OPTIONS = "rounding", "nonfinite", "backend"
 
 
 def checked(
@@ -38,88 +48,255 @@ def checked(
     rounding: Rounding,
     nonfinite: Nonfinite,
     backend: str,
+    pull: tuple[float, int] | None,
+    posthoc: PostHoc | None,
     **others: Any,
 ) -> dict[str, Any]:
-    """The options of a `LitEma`; ValueError and TypeError name an unusable option."""
-    functional.check_decay(decay)
+    """The options of `Averages`; ValueError and TypeError name an unusable option."""
+    if not isinstance(posthoc, PostHoc | None):
+        raise TypeError(f"posthoc: expected a PostHoc, found {type(posthoc).__qualname__}")
+    if pull is not None:
+        _check_pull(pull)
     _tree.check_dtype(dtype)
     _module.check_policy(buffers)
     _controls.check_every(every)
     _choose.check_options(rounding, nonfinite)
     _choose.check_backend(backend)
     return {
-        # A number becomes a schedule: the decay of every update, with updates counted.
-        "decay": decay if callable(decay) else schedules.constant(decay),
+        "decay": _schedules(decay),
         "dtype": dtype,
         "buffers": buffers,
         "rounding": rounding,
         "nonfinite": nonfinite,
         "backend": backend,
+        "pull": pull,
+        "posthoc": posthoc,
         **others,
     }
 
 
-def started(
-    model: nn.Module, options: Mapping[str, Any], names: Collection[str] = ()
-) -> tuple[LitEma, set[str]]:
-    """A LitEma of the trainable parameters and those in `names`; and the trainable names.
+def _check_pull(pull: Any) -> None:
+    if not (isinstance(pull, tuple) and len(pull) == 2):
+        raise TypeError(f"pull: expected (share, steps), found {pull!r}")
+    share, steps = pull
+    if not (isinstance(share, float | int) and 0.0 < share <= 1.0):
+        raise ValueError(f"pull: expected a share in (0, 1], found {share!r}")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"pull: expected a number of steps, >= 1, found {steps!r}")
 
-    `names` are frozen parameters with a saved average: unfrozen in the training that is resumed,
-    and frozen again now.
-    """
-    params = _module.named_parameters(model)
-    trainable = {name for name, p in params.items() if p.requires_grad}
-    frozen = [
-        params[name] for name in _names.match(params, names).values() if name not in trainable
-    ]
+
+def _schedules(decay: Any) -> Any:
+    """A schedule, or a dict of schedules by name."""
+    if isinstance(decay, Mapping):
+        bad = [n for n in decay if not (isinstance(n, str) and _NAME.fullmatch(n)) or n == "all"]
+        if bad or not decay:
+            found = repr(bad[0]) if bad else "none"
+            raise ValueError(
+                "decay: expected names of letters, digits, _ and -, and none called all, found "
+                f"{found}"
+            )
+        return {name: _schedule(one, f"decay[{name!r}]") for name, one in decay.items()}
+    return _schedule(decay, "decay")
+
+
+def _schedule(decay: Any, which: str) -> functional.Schedule:
+    """A schedule: of a number, that decay at each update, so that updates are counted."""
     try:
-        for p in frozen:
-            p.requires_grad_(True)
-        return LitEma(model, **options), trainable
-    finally:
-        for p in frozen:
-            p.requires_grad_(False)
+        functional.check_decay(decay)
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("decay", which, 1)) from None
+    return decay if callable(decay) else schedules.constant(decay)
 
 
-def follow(ema: LitEma, model: nn.Module, known: set[str]) -> set[str]:
-    """Track parameters that now require grad; returns their names and the `known` names."""
-    trainable = {name for name, p in _module.named_parameters(model).items() if p.requires_grad}
-    if not trainable <= known:
-        ema.track(model)
-    return trainable | known
+def evaluated(options: Mapping[str, Any], evaluate: str | None) -> list[str]:
+    """The names of the averages to evaluate, in order: the first, a given one, or "all"."""
+    names = named_of(options)
+    if evaluate in ("all", None):
+        return names if evaluate else names[:1]
+    if evaluate not in names or evaluate == ONLY:
+        told = ", ".join(["all", *filter(None, names)])
+        raise ValueError(f"evaluate: expected one of {told}, found {evaluate!r}")
+    return [evaluate]
 
 
-def has_begun(ema: LitEma) -> bool:
-    """Whether there was an update.
-
-    Before the first, the averages are the initial weights: an untrained model.
-    """
-    return int(ema.num_updates) > 0
+def named_of(options: Mapping[str, Any]) -> list[str]:
+    """The names of the averages to evaluate and to export."""
+    decay = options["decay"]
+    return [*decay] if isinstance(decay, Mapping) else [ONLY]
 
 
-def averaged(ema: LitEma, model: nn.Module) -> AbstractContextManager[object]:
-    """A context in which the model has the averages, if there was an update."""
-    return ema.ema_scope(model) if has_begun(ema) else nullcontext()
+def names_of(options: Mapping[str, Any]) -> list[str]:
+    """The names of all averages, with those for snapshots."""
+    return [*named_of(options), *_snapshots.decays_of(options["posthoc"])]
 
 
-def state_of(ema: LitEma) -> dict[str, Any]:
-    """The state for `restore`, in whole tensors; all processes must call this.
-
-    Warns once of averages that are not finite.
-    """
-    averages = ema.named_averages()
-    if ema.nonfinite != "skip":
-        here = _shards.local(averages.values())
-        _warn.warn_of_nonfinite(ema, dict(zip(averages, here, strict=True)))
-    return {
-        "shadow": {name: _shards.whole(average) for name, average in averages.items()},
-        "step": int(ema.num_updates),
-    }
+def _decays(options: Mapping[str, Any]) -> dict[str, functional.Schedule]:
+    decay = options["decay"]
+    own = decay if isinstance(decay, Mapping) else {ONLY: decay}
+    return {**own, **_snapshots.decays_of(options["posthoc"])}
 
 
-def restore(ema: LitEma, state: Mapping[str, Any]) -> None:
-    """Load a state of `state_of`; raises ValueError and changes nothing if it does not fit."""
-    shadow, step = state["shadow"], torch.tensor(state["step"], dtype=torch.int32)
+class Averages:
+    """The averages of a model by name, which one pass updates; a single average is `ONLY`."""
+
+    def __init__(
+        self, model: nn.Module, options: Mapping[str, Any], names: Collection[str] = ()
+    ) -> None:
+        """Start from the trainable parameters and those in `names`.
+
+        `names` are frozen parameters with a saved average: unfrozen in the training that is
+        resumed, and frozen again now.
+        """
+        own = {"decay", "pull", "posthoc"}
+        others = {key: value for key, value in options.items() if key not in own}
+        self._pull: tuple[float, int] | None = options["pull"]
+        self._posthoc: PostHoc | None = options["posthoc"]
+        params = _module.named_parameters(model)
+        # The parameters that have required grad.
+        self._known = {name for name, p in params.items() if p.requires_grad}
+        matched = _names.match(params, names).values()
+        frozen = [params[name] for name in matched if name not in self._known]
+        try:
+            for p in frozen:
+                p.requires_grad_(True)
+            self._of = {
+                name: LitEma(model, decay=decay, **others)
+                for name, decay in _decays(options).items()
+            }
+        finally:
+            for p in frozen:
+                p.requires_grad_(False)
+
+    def __getitem__(self, name: str | None) -> LitEma:
+        """An average, by default the first; ValueError for an unknown name."""
+        found = next(iter(self._of.values())) if name is None else self._of.get(name)
+        if found is None:
+            told = ", ".join(filter(None, self._of)) or "none, since there is only one"
+            raise ValueError(f"name: expected {told}, found {name!r}")
+        return found
+
+    @property
+    def updates(self) -> int:
+        """The number of updates, which is not read back from a device.
+
+        Before the first, the averages are the initial weights: an untrained model.
+        """
+        ema = self[None]
+        known = ema._host_updates.read(ema.num_updates)
+        return int(ema.num_updates) if known is None else int(known)
+
+    def follow(self, model: nn.Module) -> None:
+        """Track the parameters that require grad only now."""
+        trainable = {name for name, p in _module.named_parameters(model).items() if p.requires_grad}
+        if not trainable <= self._known:
+            for ema in self._of.values():
+                ema.track(model)
+        self._known |= trainable
+
+    def update(self, model: nn.Module) -> None:
+        """Update all averages, and read each parameter once; raises as `LitEma.forward`.
+
+        An update that a signal interrupts is counted if the last average was written.
+        """
+        emas = [*self._of.values()]
+        if len(emas) == 1:
+            emas[0](model)
+            return
+        prepared = [ema._prepare_update(model) for ema in emas]
+        shadows, every, counts, decays = map(list, zip(*prepared, strict=True))
+        params, updates = every[0], counts[0]
+        last = _controls.last_of(shadows[-1], updates)
+        options: Any = {name: getattr(emas[0], name) for name in _OPTIONS}
+        try:
+            try:
+                functional.update_many_(shadows, params, updates, decays=decays, **options)
+            except _paths.DeviceError:
+                params = {name: p.to(shadows[0][name].device) for name, p in params.items()}
+                functional.update_many_(shadows, params, updates, decays=decays, **options)
+            for ema in emas:
+                ema._finish_update(model, updates)
+        except BaseException:
+            for ema in emas:
+                ema._count_if_written(last, updates)
+            raise
+
+    def pull(self, model: nn.Module, name: str) -> None:
+        """Pull the trainable parameters towards an average, if that is due after an update."""
+        share, steps = self._pull or (0.0, 0)
+        if self._pull and self.updates % steps == 0:
+            averages, params = self[name]._pairs(model)
+            trainable = {n: p for n, p in params.items() if p.requires_grad}
+            pull_(trainable, {n: averages[n] for n in trainable}, share)
+
+    def begin(self) -> None:
+        """Prepare the folder of the snapshots; the first process calls this."""
+        if self._posthoc is not None:
+            _snapshots.begin(self._posthoc, self.updates)
+
+    def snapshot(self, *, is_writer: bool, at_end: bool = False) -> None:
+        """Write the snapshots that are due after an update, or at the end of the training.
+
+        All processes must call this; one is the writer.
+        """
+        options = self._posthoc
+        if options is None:
+            return
+        updates = self.updates
+        if not updates or bool(updates % options.every) != at_end:
+            return
+        shadows = [self[name].named_averages() for name in _snapshots.decays_of(options)]
+        whole = [{name: _shards.whole(s) for name, s in each.items()} for each in shadows]
+        if is_writer:
+            _snapshots.write(options, whole, updates)
+
+    def scope(self, model: nn.Module, name: str | None = None) -> AbstractContextManager[object]:
+        """A context in which the model has an average, if there was an update."""
+        ema = self[name]
+        return ema.ema_scope(model) if self.updates else nullcontext()
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """The averages by name, in whole tensors; all processes must call this.
+
+        Warns once of averages that are not finite.
+        """
+        state = {}
+        for which, ema in self._of.items():
+            averages = ema.named_averages()
+            if ema.nonfinite != "skip":
+                here = _shards.local(averages.values())
+                _warn.warn_of_nonfinite(ema, dict(zip(averages, here, strict=True)))
+            state[which] = {name: _shards.whole(average) for name, average in averages.items()}
+        return state
+
+    def restore(self, shadows: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
+        """Load averages of `state`; raises ValueError if one does not fit."""
+        check_alike(self._of, shadows)
+        loaded = [(ema, _flat(ema, shadows[name], step)) for name, ema in self._of.items()]
+        try:
+            for ema, state in loaded:
+                ema.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from None
+
+
+def check_alike(wanted: Collection[str], found: Collection[str]) -> None:
+    """Raise ValueError where a checkpoint has averages of other names."""
+    if {*wanted} != {*found}:
+        told = [
+            ", ".join(sorted(name or "one without a name" for name in names))
+            for names in (wanted, found)
+        ]
+        raise ValueError(f"averages: expected {told[0]}, as the options say, found {told[1]}")
+
+
+def pull_(params: Mapping[str, Tensor], shadow: Mapping[str, Tensor], share: float) -> None:
+    """`params <- (1 - share) params + share shadow`, in place."""
+    held = {name: p.detach() for name, p in params.items()}
+    functional.update_(held, shadow, 0, decay=1.0 - share)
+
+
+def _flat(ema: LitEma, shadow: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
+    """The state of a LitEma for some averages; raises ValueError for other names."""
     keys = ema._keys_by_name()
     missing, unknown = sorted(keys.keys() - shadow.keys()), sorted(shadow.keys() - keys.keys())
     if missing or unknown:
@@ -131,10 +308,38 @@ def restore(ema: LitEma, state: Mapping[str, Any]) -> None:
         keys[name]: _shards.split_as(ema.get_buffer(keys[name]), value)
         for name, value in shadow.items()
     }
+    return {**flat, "decay": ema.decay, "num_updates": torch.tensor(step, dtype=torch.int32)}
+
+
+@contextmanager
+def isolated_rng() -> Iterator[None]:
+    """A context after which torch, NumPy and Python draw the numbers that they would without it."""
+    device = torch.accelerator.current_accelerator()
+    has_generators = device is not None and device.type != "mps"
+    devices = range(torch.accelerator.device_count()) if has_generators else ()
+    kind = device.type if device is not None and has_generators else "cuda"
+    numpy = sys.modules.get("numpy")
+    state, numpys = random.getstate(), numpy and numpy.random.get_state()
     try:
-        ema.load_state_dict({**flat, "decay": ema.decay, "num_updates": step})
-    except RuntimeError as error:
-        raise ValueError(str(error)) from None
+        with torch.random.fork_rng(devices, device_type=kind):
+            yield
+    finally:
+        random.setstate(state)
+        if numpy:
+            numpy.random.set_state(numpys)
+
+
+@contextmanager
+def replaced(owner: object, attribute: str, value: object) -> Iterator[None]:
+    """A context in which an object has another value, or method, as an attribute of its own."""
+    held = vars(owner)
+    old = {attribute: held[attribute]} if attribute in held else {}
+    held[attribute] = value
+    try:
+        yield
+    finally:
+        del held[attribute]
+        held.update(old)
 
 
 def fingerprint(weights: Iterable[Tensor], dtype: torch.dtype | None = None) -> str:
@@ -158,3 +363,17 @@ def fingerprint(weights: Iterable[Tensor], dtype: torch.dtype | None = None) -> 
                 sums = rows.sum(dim, dtype=torch.int64).tolist()
                 code = zlib.crc32(repr(sums).encode(), code)
     return f"{code:08x}"
+
+
+def identity(module: nn.Module) -> tuple[weakref.ref[nn.Module], set[str]]:
+    """A module, and fingerprints of its weights: as they are, and cast as a Trainer may cast."""
+    _shards.reshard(module)
+    casts = None, torch.float16, torch.bfloat16, torch.float32, torch.float64
+    return weakref.ref(module), {fingerprint(module.parameters(), dtype) for dtype in casts}
+
+
+def is_same(module: nn.Module, seen: weakref.ref[nn.Module] | None, prints: set[str]) -> bool:
+    """Whether a module has the weights of an `identity`, and is its module unless that is gone."""
+    _shards.reshard(module)
+    is_it = seen is None or seen() is module
+    return is_it and fingerprint(module.parameters()) in prints

@@ -1,14 +1,14 @@
-"""The copies of the weights in a checkpoint of Lightning, and the averages among them."""
+"""The copies of the weights in a checkpoint of Lightning, and other parts of its callback."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from emajit import _module, _names, _shards, _warn
-from emajit.checkpoint.averaged import Averaged, completed
+from emajit.checkpoint.averaged import completed
 from emajit.checkpoint.layouts import lightning as weight_averaging
 from emajit.checkpoint.layouts import native_lightning
 from emajit.integrations import _average
@@ -16,16 +16,54 @@ from emajit.integrations import _average
 KEY = "emajit"
 
 
-def averaged_in(checkpoint: Mapping[str, Any]) -> Averaged | None:
-    """Averages of this callback, or of Lightning's `WeightAveraging` and `EMAWeightAveraging`."""
+def written(
+    shadows: Mapping[str, Mapping[str, Tensor]], step: int, averaged_at: int
+) -> dict[str, Any]:
+    """The part of a checkpoint with averages: a single one is "shadow", others in "shadows"."""
+    named = {name: shadow for name, shadow in shadows.items() if name != _average.ONLY}
+    single = {"shadow": shadows[_average.ONLY]} if _average.ONLY in shadows else {}
+    return {
+        **single,
+        **({"shadows": named} if named else {}),
+        "step": step,
+        "averaged_at": averaged_at,
+    }
+
+
+def read(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The averages by name, and what is saved beside them; None where there are none.
+
+    They are of this callback, or of Lightning's `WeightAveraging` and `EMAWeightAveraging`.
+    """
+    ours = checkpoint.get(KEY)
+    if ours is None:
+        return completed_in(checkpoint)
+    single = {_average.ONLY: ours["shadow"]} if "shadow" in ours else {}
+    shadows = {**single, **ours.get("shadows", {})}
+    return {"raw": None, "is_whole": False, **ours, "shadows": shadows}
+
+
+def completed_in(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """As `read`, with each copy of the weights completed to a whole `state_dict`."""
     if "state_dict" not in checkpoint:  # from a folder of shards, which are loaded already
         return None
-    for found in native_lightning.read(checkpoint):
-        averages, raw = dict[str, Any](found.averages), found.raw or {}
-        return completed(averages, raw, found.layout, found.step)
+    if KEY in checkpoint and (ours := read(checkpoint)):
+        for name, found in zip(ours["shadows"], native_lightning.read(checkpoint), strict=True):
+            raw = found.raw or {}
+            whole = completed(dict[str, Any](found.averages), raw, found.layout)
+            ours["shadows"][name] = whole.weights
+            ours["raw"] = raw if ours["raw"] is not None else None
+        return {**ours, "is_whole": True}
     for found in weight_averaging.read(checkpoint):  # all its weights are averages
-        averages, raw = dict[str, Any](found.averages), found.raw or {}
-        return Averaged(averages, found.layout, found.step, raw=raw)
+        # Before its first update an `AveragedModel` holds its initial weights.
+        shadow = dict[str, Any]((found.averages if found.step else found.raw) or {})
+        return {
+            "shadows": {_average.ONLY: shadow},
+            "step": found.step or 0,
+            "averaged_at": checkpoint["global_step"],
+            "raw": found.raw,
+            "is_whole": True,
+        }
     return None
 
 
@@ -64,17 +102,22 @@ def averages_in(
     return found
 
 
-def whole(averaged: Averaged, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint's copies of the weights, each completed to a whole `state_dict`."""
-    ours = checkpoint.get(KEY, {})
-    # Before its first update an `AveragedModel` holds its initial weights.
-    is_none = not ours and not averaged.step
-    copies: dict[str, Any] = {
-        "shadow": averaged.raw if is_none else averaged.weights,
-        "step": averaged.step or 0,
-        "averaged_at": ours.get("averaged_at", checkpoint["global_step"]),
-        "is_whole": True,
+def with_ties(module: nn.Module, partners: Mapping[str, str]) -> dict[str, str]:
+    """The inverse of `partners`, with all names of tied tensors in the module's state."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    bare = {name: bare for bare, name in partners.items()}
+    tied = {
+        other: bare[name]
+        for same in names.values()
+        for name in same
+        if name in bare
+        for other in same
     }
-    if not ours or "raw" in ours:
-        copies["raw"] = averaged.raw
-    return copies
+    return bare | tied
+
+
+def log_as(log: Callable[..., None], suffix: str, name: str, *args: Any, **kwargs: Any) -> None:
+    """Log a metric under its name and a suffix."""
+    log(f"{name}_{suffix}", *args, **kwargs)

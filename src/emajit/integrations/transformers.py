@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from emajit import _module, _names, _shards, _warn, checkpoint, schedules
+from emajit import _module, _names, _shards, _warn, schedules
 from emajit._context import contextmanager
-from emajit.checkpoint import saved
 from emajit.functional import Decay, Nonfinite, Rounding, Schedule
-from emajit.integrations import _average
-from emajit.litema import LitEma
+from emajit.integrations import _average, _folders
+from emajit.integrations._average import Averages
+from emajit.posthoc import PostHoc
 
 try:
     from transformers import (
         PreTrainedModel,
+        Trainer,
         TrainerCallback,
         TrainerControl,
         TrainerState,
@@ -34,8 +35,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(message, name=error.name) from None
 
 
-_FILE = "averages.safetensors"
-_OF = "trained"
+_DEFAULT = schedules.warmup(0.9999)
 
 
 class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
@@ -70,16 +70,32 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     Afterwards the model has the trained weights of this checkpoint, and `averaged` gives its
     averages, which are also in its folder `averaged/`.
 
+    With several averages, `EMACallback({"short": 0.99, "long": 0.9999})`, one pass updates all, and
+    a checkpoint has `averages-long.safetensors` and `averaged-long/` of each. It is resumed with
+    the same names.
+
     An evaluation that raises leaves the averages in the model until the next call of a hook, of
     the model's `state_dict` or `load_state_dict`, or of `restore`.
 
     Args:
-        decay: as in `emajit.update`.
+        decay: as in `emajit.update`; or for several averages a dict of decays by name.
+        evaluate: the average that the Trainer's evaluations use, by name; default, the first. With
+            "all", each evaluation runs once for each average, all with the same random numbers:
+            the first has the metrics `eval_loss`, ..., and each other one `eval_long_loss`, ....
+            All are in one log and in one call of `on_evaluate`.
+        trainer: the Trainer, which "all" needs:
+            `trainer.add_callback(EMACallback(..., evaluate="all", trainer=trainer))`.
         dtype, buffers, include, exclude, rounding, nonfinite, backend: as in `LitEma`. Saving
             warns once of averages that are not finite.
         every: average after each optimizer step whose number is a multiple of this; `decay` counts
             the averaged steps. Before the first average, evaluations and `averaged/` use the
             trained weights.
+        posthoc: write snapshots of averages of other lengths, kept beside these and saved in
+            checkpoints too, to choose the length after the training (see `emajit.posthoc`).
+        pull: `(share, steps)`, averages back into training: after each `steps`-th average the
+            trainable parameters become `(1 - share) parameter + share average`, of the (first)
+            average that is evaluated; the optimizer keeps its state. (1.0, steps) is Switch EMA
+            (arXiv 2402.09240), a smaller share is like lookahead (arXiv 1907.08610).
 
     When a checkpoint without averages is resumed, they start from its weights, with a warning.
 
@@ -92,8 +108,10 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     def __init__(
         self,
-        decay: Decay | Schedule = schedules.warmup(0.9999),  # noqa: B008, a function without state
+        decay: Decay | Schedule | Mapping[str, Decay | Schedule] = _DEFAULT,
         *,
+        evaluate: str | None = None,
+        trainer: Trainer | None = None,
         dtype: torch.dtype | None = None,
         buffers: _module.Policy = "ignore",
         include: _names.Patterns | None = None,
@@ -102,6 +120,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         rounding: Rounding = "nearest",
         nonfinite: Nonfinite = "propagate",
         backend: str = "auto",
+        posthoc: PostHoc | None = None,
+        pull: tuple[float, int] | None = None,
     ) -> None:
         self._options = _average.checked(
             decay,
@@ -113,28 +133,38 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             rounding=rounding,
             nonfinite=nonfinite,
             backend=backend,
+            pull=pull,
+            posthoc=posthoc,
         )
         self._every = every
-        self._average: LitEma | None = None
-        self._known: set[str] = set()  # the parameters that have required grad
+        self._evaluated, self._trainer = _average.evaluated(self._options, evaluate), trainer
+        if len(self._evaluated) > 1 and trainer is None:
+            raise ValueError(
+                "trainer: expected the Trainer beside evaluate='all', found None; "
+                "trainer.add_callback(EMACallback(..., trainer=trainer))"
+            )
+        self._averages: Averages | None = None
         self._saved: Path | None = None
         self._is_training = False
         self._is_inside = False
         # The scope of an evaluation of the Trainer, and the model's hooks that end it early.
         self._evaluation, self._guards = ExitStack(), ExitStack()
+        self._entered: nn.Module | None = None  # the model in an evaluation of the Trainer
+        self._runs = ExitStack()  # undoes the changes to the Trainer for `evaluate="all"`
         self._was_interrupted = self._was_mixed = False
         self._scale: float | None = None  # of the gradients, before a step that may be skipped
 
     @contextmanager
-    def averaged(self, model: nn.Module) -> Iterator[None]:
+    def averaged(self, model: nn.Module, name: str | None = None) -> Iterator[None]:
         """A context in which `model` has the averaged weights, as `emajit.ema_scope`.
 
-        Around `trainer.evaluate()`, `trainer.predict()` or `trainer.save_model(...)`. Before the
-        first average, as with `every`, it has its trained weights. Raises RuntimeError before the
-        first training.
+        Around `trainer.evaluate()`, `trainer.predict()` or `trainer.save_model(...)`. `name` is one
+        of several averages; default, the (first) one that is evaluated. Before the first average,
+        as with `every`, the model has its trained weights. Raises RuntimeError before the first
+        training, and ValueError for an unknown name.
         """
         self.restore()
-        with _average.averaged(self._present(), model):
+        with self._present().scope(model, self._evaluated[0] if name is None else name):
             self._is_inside = True
             try:
                 yield
@@ -143,29 +173,49 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     def restore(self) -> None:
         """Give the model its trained weights back after an evaluation has raised."""
+        self._entered = None
         self._evaluation.close()
         self._guards.close()
 
-    def _present(self) -> LitEma:
-        if self._average is None:
+    def _present(self) -> Averages:
+        if self._averages is None:
             raise RuntimeError("expected averages, which train() starts, found none")
-        return self._average
+        return self._averages
 
-    def _followed(self, model: nn.Module) -> LitEma:
+    def _followed(self, model: nn.Module) -> Averages:
         """The averages, with the parameters that were unfrozen or added since."""
-        average = self._present()
-        self._known = _average.follow(average, model, self._known)
-        return average
+        averages = self._present()
+        averages.follow(model)
+        return averages
 
-    def _enter(self, model: nn.Module) -> None:
+    def _enter(self, model: nn.Module, name: str | None = None) -> None:
         self._was_interrupted = self._was_mixed = False
         self._followed(model)
-        self._evaluation.enter_context(self.averaged(model))
+        self._evaluation.enter_context(self.averaged(model, name))
+        self._entered = model
         # The Trainer calls no hook between an evaluation (the last of several, or one that raises)
         # and saving or loading.
         bare = getattr(model, "_orig_mod", model)
         for register in (bare.register_state_dict_pre_hook, bare.register_load_state_dict_pre_hook):
             self._guards.callback(register(lambda *_: self._interrupt()).remove)
+
+    def _run_each(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run an evaluation with the other averages, then with the first; returns all metrics."""
+        model, runs, told = self._entered, [], [(False, False)]
+        if model is not None:
+            for name in self._evaluated[1:]:
+                self._enter(model, name)
+                prefix = f"{kwargs.get('metric_key_prefix', 'eval')}_{name}"
+                with _average.isolated_rng():
+                    runs.append(run(*args, **kwargs | {"metric_key_prefix": prefix}))
+                told.append((self._was_interrupted, self._was_mixed))
+            self._enter(model)
+        found = run(*args, **kwargs)
+        for other in runs:
+            found.metrics.update(other.metrics)
+        self._was_interrupted |= any(interrupted for interrupted, _ in told)
+        self._was_mixed |= any(mixed for _, mixed in told)
+        return found
 
     def _interrupt(self) -> None:
         self._was_interrupted |= self._is_inside
@@ -176,10 +226,13 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     ) -> None:
         """Start the averages from the model's weights, or load them from the checkpoint."""
         self.restore()
+        self._runs.close()
         if vars(state).setdefault("EMACallback", self) is not self:
             raise ValueError(
                 "expected one EMACallback, found another; a checkpoint has room for one"
             )
+        if self._trainer is not None and self._trainer.state is not state:
+            raise ValueError("trainer: expected the Trainer that trains, found another")
         if getattr(args, "enable_jit_checkpoint", False):
             raise ValueError(
                 "enable_jit_checkpoint: expected False, found True; these checkpoints are saved "
@@ -189,21 +242,21 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         for name, p in model.named_parameters():
             if _shards.is_one(p) or hasattr(p, "ds_id") or "_fsdp_wrapped_module" in name:
                 raise ValueError(f"{name}: expected a whole parameter, found one in shards")
-        self._average, self._known = _average.started(model, self._options)
         if state.global_step:
             told = args.resume_from_checkpoint
-            folders = [*([Path(str(told))] if told else []), _folder(args, state)]
-            found = [folder for folder in folders if folder.is_dir()]
-            if found and not any((folder / _FILE).is_file() for folder in found):
-                _warn.warn(
-                    f"{found[0]} has no averages of EMACallback; they start from its weights"
-                )
-            else:
-                self._load(model, folders)
+            folders = [*([Path(str(told))] if told else []), _folders.at(args, state)]
+            self._averages = _folders.resumed(model, self._options, folders)
+        else:
+            self._averages = Averages(model, self._options)
+        if state.is_world_process_zero:
+            self._averages.begin()
         # The Trainer calls `on_save` only after it has removed an older checkpoint.
         vars(state)["save_to_json"] = partial(self._save_before, args, state, kwargs)
         self._saved = None
         self._is_training = True
+        if self._trainer is not None and len(self._evaluated) > 1:
+            run = partial(self._run_each, self._trainer.evaluation_loop)
+            self._runs.enter_context(_average.replaced(self._trainer, "evaluation_loop", run))
         if args.eval_on_start:
             self._enter(model)
 
@@ -224,7 +277,10 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if before is not None:
             skipped |= optimizer.scaler.get_scale() < before
         if state.global_step % self._every == 0 and not skipped:
-            self._followed(kwargs["model"])(kwargs["model"])
+            averages = self._followed(kwargs["model"])
+            averages.update(kwargs["model"])
+            averages.snapshot(is_writer=state.is_world_process_zero)
+            averages.pull(kwargs["model"], self._evaluated[0])
         self._before_evaluation(args, state, control, **kwargs)
 
     def _before_evaluation(
@@ -260,8 +316,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Put the averages into the checkpoint of a Trainer that saves in its own way."""
-        if args.should_save and self._saved != _folder(args, state):
-            self._save(_folder(args, state), state, kwargs)
+        if args.should_save and self._saved != _folders.at(args, state):
+            self._save(_folders.at(args, state), state, kwargs)
         self.restore()
 
     def _save_before(
@@ -269,7 +325,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     ) -> None:
         """Save the averages into a checkpoint, then the state of the Trainer."""
         folder = Path(json_path).parent
-        if folder.name == _folder(args, state).name:  # else called by `Trainer.save_state`
+        if folder.name == _folders.at(args, state).name:  # else called by `Trainer.save_state`
             self._save(folder, state, objects)
         type(state).save_to_json(state, json_path)
 
@@ -284,15 +340,15 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 "code that does not call state_dict()"
             )
         model = objects["model"]
-        average = self._followed(model)
+        averages = self._followed(model)
         bare = getattr(model, "_orig_mod", model)
-        if isinstance(bare, PreTrainedModel):
-            with _average.averaged(average, model):
-                bare.save_pretrained(folder / "averaged")
+        for name in _average.named_of(self._options) if isinstance(bare, PreTrainedModel) else ():
+            own = folder / _folders.named("averaged", name)
+            with averages.scope(model, name):
+                bare.save_pretrained(own)
             if objects["processing_class"] is not None:
-                objects["processing_class"].save_pretrained(folder / "averaged")
-        of = {_OF: _fingerprint([*average.named_averages()], model)}
-        checkpoint.save(folder / _FILE, **_average.state_of(average), metadata=of)
+                objects["processing_class"].save_pretrained(own)
+        _folders.save(folder, averages, model)
         self._saved = folder
 
     def on_train_end(
@@ -300,13 +356,17 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     ) -> None:
         """Load the averages of the best checkpoint if the Trainer has loaded its weights."""
         self.restore()
+        self._present().snapshot(is_writer=state.is_world_process_zero, at_end=True)
+        self._runs.close()
         self._is_training = False
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best is not None and not state.is_hyper_param_search:
             if args.distributed_state is not None:
                 args.distributed_state.wait_for_everyone()  # one process may still be writing
             # A parameter may have been unfrozen since.
-            self._load(kwargs["model"], [Path(best)], all_of_them=False)
+            self._averages = _folders.load(
+                kwargs["model"], self._options, [Path(best)], all_of_them=False
+            )
 
     def _restore(self, *_: Any, **__: Any) -> None:
         self.restore()
@@ -321,28 +381,6 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self.restore()
         self._followed(kwargs["model"])
 
-    def _load(self, model: nn.Module, folders: list[Path], *, all_of_them: bool = True) -> None:
-        """Load the averages that were saved beside the weights that the model has.
-
-        Missing averages start from these weights, unless the file must have `all_of_them`.
-        """
-        for file in filter(Path.is_file, (folder / _FILE for folder in folders)):
-            names, of = _saved(file)
-            average, known = _average.started(model, self._options, names)
-            every = average.named_averages()
-            like = {name: every[name] for name in names if name in every}
-            if of == _fingerprint([*like], model):
-                shadow, step = checkpoint.load(file, like=like)
-                others = {} if all_of_them else every  # without which `restore` names them
-                _average.restore(average, {"shadow": others | shadow, "step": step})
-                self._average, self._known = average, known
-                return
-        raise ValueError(
-            f"expected {_FILE} that was saved beside the weights that the model has, found it in "
-            f"none of {[str(folder) for folder in folders]}; "
-            "pass the folder in TrainingArguments(resume_from_checkpoint=...)"
-        )
-
 
 def _scale(optimizer: Any) -> float | None:
     """The gradient scale, for a fused optimizer, which skips a step by itself; else None.
@@ -354,20 +392,3 @@ def _scale(optimizer: Any) -> float | None:
     if scaler is None or not getattr(inner, "_step_supports_amp_scaling", False):
         return None
     return float(scaler.get_scale())
-
-
-def _folder(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir or "", f"checkpoint-{state.global_step}")
-
-
-def _fingerprint(names: list[str], model: nn.Module) -> str:
-    """The fingerprint of the averaged parameters' trained weights, to recognise a training."""
-    params = _module.named_parameters(model)
-    averaged = {*_names.match(params, names).values()}
-    return _average.fingerprint(p for name, p in params.items() if name in averaged)
-
-
-def _saved(path: Path) -> tuple[list[str], str | None]:
-    """The names of the averages in a file, and the fingerprint of the trained weights."""
-    with saved.opened(path) as file:
-        return file.names(), file.record.metadata.get(_OF)
