@@ -122,21 +122,51 @@ def _number(text: str, rule: object) -> float:
 def newest(folder: str | os.PathLike[str], count: int) -> list[Path]:
     """The last `count` checkpoints in a folder, from the oldest to the newest.
 
-    Sorted by their steps if all hold one, else by their names, with numbers in numeric order.
+    Sorted by their steps if all hold one, else by their names, with numbers in numeric order. A
+    link to another of them, or a copy (`last.ckpt`) with the same step and weights, is left out.
 
-    Raises ValueError where there are fewer, and OSError where the folder cannot be read.
+    Raises ValueError where there are fewer, or two of one step with different weights, and OSError
+    where the folder cannot be read.
     """
     if count < 1:
         raise ValueError(f"last: expected a number of checkpoints, found {count}")
-    found = [each for each in Path(folder).iterdir() if _is_checkpoint(each)]
-    if len(found) < count:
-        raise ValueError(f"{folder}: expected {count} checkpoints, found {len(found)}")
+    every = sorted(filter(_is_checkpoint, Path(folder).iterdir()), key=_natural)
+    found = [each for each in every if not (each.is_symlink() and each.resolve() in _real(every))]
     steps = {each: _step_of(each) for each in found}
     if all(step is not None for step in steps.values()):
-        found.sort(key=lambda each: steps[each] or 0)
-    else:
-        found.sort(key=_natural)
+        found = []
+        for each in sorted(steps, key=lambda path: steps[path] or 0):
+            if found and steps[found[-1]] == steps[each]:
+                _check_copies(found[-1], each)
+            else:
+                found.append(each)
+    if len(found) < count:
+        raise ValueError(f"{folder}: expected {count} checkpoints, found {len(found)}")
     return found[-count:]
+
+
+def _real(paths: Sequence[Path]) -> set[Path]:
+    return {path.resolve() for path in paths if not path.is_symlink()}
+
+
+def _check_copies(one: Path, other: Path) -> None:
+    """Raise ValueError unless two checkpoints have the same weights."""
+    a, b = (
+        {(part.path, i): leaf for part in _parts(path) for i, leaf in enumerate(part.values())}
+        for path in (one, other)
+    )
+    if a.keys() != b.keys() or not all(
+        leaf.dtype == b[key].dtype and torch.equal(sources.loaded(leaf), sources.loaded(b[key]))
+        for key, leaf in a.items()
+    ):
+        raise ValueError(
+            f"{other}: expected one checkpoint of each step, found {one.name} of the same step "
+            "with other weights; give the files in their order"
+        )
+
+
+def _parts(path: Path) -> list[search.Part]:
+    return search.parts(search.containers(sources.content(path, on_disk=True)))
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -147,8 +177,7 @@ def _is_checkpoint(path: Path) -> bool:
 
 def _step_of(path: Path) -> int | None:
     """The step that a checkpoint holds, or None."""
-    tree = sources.content(path, on_disk=True)
-    found = [search.told(part)[0] for part in search.parts(search.containers(tree))] or [None]
+    found = [search.told(part)[0] for part in _parts(path)] or [None]
     return found[0]
 
 
