@@ -1,4 +1,4 @@
-"""One process as any rank of a group that never communicates, for what each does with its shards."""
+"""One process in the place of any rank of a group, which never communicates."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import emajit
+from emajit import _plan
 from tests import shards
 
 BF16 = torch.bfloat16
@@ -72,18 +73,38 @@ def test_a_backend_that_does_not_exist_is_refused_after_another(first: str) -> N
 
 def test_the_noise_of_shards_is_that_of_their_place() -> None:
     """The memory is the same, and the meshes of two processes are equal."""
-    wholes = torch.zeros(8, 8, dtype=BF16), torch.rand(8, 8).to(BF16)
-    lower = emajit.update(*wholes, 0, decay=0.9, rounding="stochastic")[4:]
-    own = [whole[4:].clone() for whole in wholes]
-    alone = emajit.update(*own, 0, decay=0.9, rounding="stochastic")
-    for rank, placement, expected in (
-        (0, Shard(0), None),
-        (1, Shard(0), lower),
-        (1, Replicate(), alone),
-    ):
+
+    def noised(s: Tensor, p: Tensor) -> Tensor:
+        found: Tensor = emajit.update([s], [p], 0, decay=0.9, rounding="stochastic")[0]
+        return found
+
+    whole = torch.zeros(8, 8, dtype=BF16), torch.rand(8, 8).to(BF16)
+    lower, alone = noised(*whole)[4:], noised(*(leaf[4:] for leaf in whole))
+    assert not torch.equal(lower, alone)
+    own = [leaf[4:].clone() for leaf in whole]
+    cases: list[Any] = [(0, Shard(0), alone), (1, Shard(0), lower), (1, Replicate(), alone)]
+    for rank, placement, expected in cases:
         with shards.as_rank(rank, 2):
             mesh = shards.line(2)
-            pair = [DTensor.from_local(t, mesh, [placement], run_check=False) for t in own]
+            s, p = ([DTensor.from_local(t, mesh, [placement], run_check=False)] for t in own)
             own[0].zero_()
-            emajit.update_(*pair, 0, decay=0.9, rounding="stochastic")
-        assert expected is None or torch.equal(own[0], expected)
+            emajit.update_(s, p, 0, decay=0.9, rounding="stochastic")
+        assert torch.equal(own[0], expected), (rank, placement)
+
+
+@pytest.mark.parametrize("several", [1, 2])
+def test_a_decay_on_a_device_has_a_plan_of_its_own(several: int) -> None:
+    """The plan of a number would read it back."""
+    decays: list[Any] = [0.9] * several
+    on_device = [torch.tensor(0.9, dtype=torch.float64)] * several
+
+    def kernels(*calls: list[Any]) -> list[Any]:
+        _plan._plans.clear()
+        shadows, params = [noisy(dtype=torch.float32) for _ in decays], noisy(dtype=torch.float32)
+        for call in calls:
+            found, *_ = _plan.find(shadows, params, call, "nearest", "propagate", "eager")
+        return [kernel for _, kernel in found.groups]
+
+    assert kernels(on_device) != kernels(decays)
+    assert kernels(decays, on_device) == kernels(on_device)
+    assert kernels(on_device, decays) == kernels(decays)

@@ -105,7 +105,8 @@ def described(leaf: Any) -> str:
     if not is_one(leaf):
         return f"a whole tensor of shape {tuple(leaf.shape)}"
     placements = ", ".join(map(repr, leaf.placements))
-    return f"shape {tuple(leaf.shape)} as {placements} on {leaf.device_mesh} at {_place_in(leaf.device_mesh)}"
+    mesh = leaf.device_mesh
+    return f"shape {tuple(leaf.shape)} as {placements} on {mesh} at {_place_in(mesh)}"
 
 
 def like(leaf: Any, shard: Tensor) -> Any:
@@ -165,7 +166,7 @@ def _computed_region(
     shape: torch.Size,
     mesh: Any,
     placements: tuple[Any, ...],
-    place: tuple[int, ...],  # equal meshes may differ in it
+    _place: tuple[int, ...],  # equal meshes may differ in it
 ) -> Region:
     for i, placement in enumerate(placements):
         parts = getattr(placement, "split_factor", None)
