@@ -29,3 +29,12 @@ def line(world: int, name: str | None = None) -> DeviceMesh:
     """A mesh of one dimension. Torch caches by equal meshes: another rank takes another name."""
     names = None if name is None else (name,)
     return DeviceMesh("cpu", torch.arange(world), mesh_dim_names=names)
+
+
+def grid(world: int, name: int) -> DeviceMesh:
+    """A mesh of two dimensions, or of a world of 3 as `line`."""
+    if world % 2:
+        return line(world, f"{name}")
+    return DeviceMesh(
+        "cpu", torch.arange(world).view(2, -1), mesh_dim_names=(f"{name}a", f"{name}b")
+    )
