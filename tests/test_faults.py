@@ -188,6 +188,23 @@ def test_litema_forward() -> None:
     assert same(new, list(ema.buffers())[2:])
 
 
+def test_half_an_update_does_not_count() -> None:
+    net = nn.Linear(2, 2)
+    net.weight.data = net.weight.data.bfloat16()  # computed by another kernel than the bias
+    ema = LitEma(net, dtype=torch.float32)
+    ema(net)  # from now on the plan is in the cache
+    start, seen = copy.deepcopy(ema.state_dict()), set()
+    nn.init.ones_(net.weight)
+    nn.init.ones_(net.bias)
+    for where in faults(lambda: ema(net)):
+        keys = "weight", "bias"
+        written = tuple(not torch.equal(start[key], ema.get_buffer(key)) for key in keys)
+        assert ema.num_updates.item() == 1 + written[-1], where
+        seen.add(written)
+        ema.load_state_dict(start)
+    assert (True, False) in seen
+
+
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("hosted", [False, True])
 def test_loading_a_state_dict(assign: bool, hosted: bool) -> None:

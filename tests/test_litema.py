@@ -932,6 +932,20 @@ class TestCheckpoints:
         ema(model)
         assert_close(list(ema.buffers())[2:], list(source.parameters()))
 
+    def test_after_to_empty_a_state_may_lack_averages(self) -> None:
+        model = small()
+        ema = LitEma(model)
+        ema(model)
+        (missing, key), *_ = ema.m_name2s_name.items()
+        state = {name: value.clone() for name, value in ema.state_dict().items() if name != key}
+        ema.to("meta").to_empty(device="cpu")
+        ema.get_buffer(key).fill_(9.0)  # as fresh memory may be
+        with pytest.warns(UserWarning, match=f"1 of 6 averages are not in the state_dict, {key}"):
+            ema.load_state_dict(state, strict=False)
+        with ema.ema_scope(model):
+            pass
+        assert torch.equal(ema.named_averages()[missing], model.get_parameter(missing))
+
     @pytest.mark.parametrize("warm", [True, False])
     def test_after_to_empty_alone_it_starts_from_the_model(self, warm: bool) -> None:
         with torch.device("meta"):

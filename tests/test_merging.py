@@ -525,6 +525,31 @@ class TestNewest:
         with pytest.raises(ValueError, match="expected 3 checkpoints, found 2"):
             merging.newest(tmp_path, 3)
 
+    @pytest.mark.parametrize(
+        ("how", "suffix"), [("copy", "ckpt"), ("link", "ckpt"), ("link", "safetensors")]
+    )
+    def test_the_last_one_counts_once(self, tmp_path: Path, how: str, suffix: str) -> None:
+        """As `ModelCheckpoint(save_last=True)` leaves them, which saves it anew."""
+        for i, name in enumerate(("epoch=9", "epoch=10", "last")):
+            path, held = tmp_path / f"{name}.{suffix}", STATES[min(i, 1)]
+            if (how, i) == ("link", 2):
+                path.symlink_to(f"epoch=10.{suffix}")
+            elif suffix == "ckpt":
+                torch.save({"state_dict": held, "global_step": min(i, 1), "of": name}, path)
+            else:
+                save_file(held, path)
+        names = [path.stem for path in merging.newest(tmp_path, 2)]
+        assert names == ["epoch=9", "epoch=10"]
+        with pytest.raises(ValueError, match="expected 3 checkpoints, found 2"):
+            merging.newest(tmp_path, 3)
+
+    def test_two_of_one_step_are_refused(self, tmp_path: Path) -> None:
+        for i, name in enumerate(("one.pt", "other.pt")):
+            torch.save({"model": STATES[i], "step": 10}, tmp_path / name)
+        message = "other.pt: expected one checkpoint of each step, found one.pt of the same step"
+        with pytest.raises(ValueError, match=message):
+            merging.newest(tmp_path, 2)
+
 
 class TestFolders:
     def test_of_transformers(self, tmp_path: Path) -> None:

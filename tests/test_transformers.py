@@ -415,6 +415,26 @@ def test_a_trainer_that_writes_no_state(tmp_path: Path) -> None:
     assert not (tmp_path / "averages.safetensors").exists()
 
 
+def test_averages_that_are_saved_for_trained_weights_are_refused(tmp_path: Path) -> None:
+    """No hook is called between the last of several evaluations and saving, nor `state_dict`."""
+
+    class Careless(Trainer):
+        def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+            assert output_dir is not None
+            assert self.model is not None
+            Path(output_dir).mkdir(parents=True)
+            torch.save(trained(self.model), Path(output_dir, "weights.pt"))
+
+    sets = {"one": tokens(8, seed=2), "two": tokens(8, seed=3)}
+    options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps"}
+    ema = EMACallback(DECAY)
+    trainer = trainer_of(tmp_path, ema, kind=Careless, eval_dataset=sets, eval_steps=2, **options)
+    with pytest.raises(RuntimeError, match="expected trained weights, found the averages"):
+        trainer.train()
+    assert not [*tmp_path.rglob("averages.safetensors")]
+    assert differ(trained(trainer.model), averages(ema))
+
+
 def test_a_resumed_checkpoint_without_averages(tmp_path: Path) -> None:
     options = half(tmp_path)
     path = tmp_path / "checkpoint-4" / "averages.safetensors"

@@ -209,9 +209,7 @@ class Controls(nn.Module):
 
     def _count_if_written(self, last: tuple[Tensor, int] | None, updates: int | Tensor) -> None:
         """Count an update that was interrupted after it wrote the last average."""
-        if last is None or last[0]._version == last[1]:
-            return
-        if int(self.num_updates) == updates:
+        if last is not None and last[0]._version != last[1]:
             self._count(updates, None)
 
     def _is_due(self, device: torch.device) -> bool:

@@ -51,16 +51,16 @@ def placed(leaves: Iterable[Any]) -> list[Any]:
     """
     kind = _kind()
     return [
-        (leaf.shape, leaf.device_mesh, leaf.placements, _place(leaf))
+        (leaf.shape, leaf.device_mesh, leaf.placements, _place_in(leaf.device_mesh))
         if isinstance(leaf, kind)
         else None
         for leaf in leaves
     ]
 
 
-def _place(leaf: Any) -> tuple[int, ...]:
-    """The coordinates of this process in the mesh of a DTensor; () outside the mesh."""
-    return tuple(leaf.device_mesh.get_coordinate() or ())
+def _place_in(mesh: Any) -> tuple[int, ...]:
+    """The coordinates of this process in a mesh; () outside the mesh."""
+    return tuple(mesh.get_coordinate() or ())
 
 
 def misplaced(found: Any, expected: Any) -> str:
@@ -105,7 +105,8 @@ def described(leaf: Any) -> str:
     if not is_one(leaf):
         return f"a whole tensor of shape {tuple(leaf.shape)}"
     placements = ", ".join(map(repr, leaf.placements))
-    return f"shape {tuple(leaf.shape)} as {placements} on {leaf.device_mesh} at {_place(leaf)}"
+    mesh = leaf.device_mesh
+    return f"shape {tuple(leaf.shape)} as {placements} on {mesh} at {_place_in(mesh)}"
 
 
 def like(leaf: Any, shard: Tensor) -> Any:
@@ -157,11 +158,16 @@ def region(leaf: Any) -> Region | None:
 
 @_torch.constant_in_traces
 def _region(shape: torch.Size, mesh: Any, placements: tuple[Any, ...]) -> Region:
-    return _computed_region(shape, mesh, placements)
+    return _computed_region(shape, mesh, placements, _place_in(mesh))
 
 
 @lru_cache(maxsize=1024)
-def _computed_region(shape: torch.Size, mesh: Any, placements: tuple[Any, ...]) -> Region:
+def _computed_region(
+    shape: torch.Size,
+    mesh: Any,
+    placements: tuple[Any, ...],
+    _place: tuple[int, ...],  # equal meshes may differ in it
+) -> Region:
     for i, placement in enumerate(placements):
         parts = getattr(placement, "split_factor", None)
         later = [

@@ -60,7 +60,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -74,7 +73,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from emajit import _tree
-from emajit.checkpoint import adapters, files, like, search, sources, streaming, summing
+from emajit.checkpoint import adapters, files, like, runs, sources, streaming, summing
 from emajit.checkpoint.averaged import listed
 from emajit.checkpoint.saved import TIED
 
@@ -83,7 +82,6 @@ __all__ = [  # noqa: RUF022, in the order of use
     "newest",
     "coefficients",
     "wsm",
-    "steps",
     "told",
 ]
 
@@ -179,46 +177,18 @@ def _number(text: str, rule: object) -> float:
 def newest(folder: str | os.PathLike[str], count: int) -> list[Path]:
     """The last `count` checkpoints in a folder, from the oldest to the newest.
 
-    Sorted by their steps if all hold one, else by their names, with numbers in numeric order.
+    Sorted by their steps if all hold one, else by their names, with numbers in numeric order. A
+    link to another of them, or a copy (`last.ckpt`) with the same step and weights, is left out.
 
-    Raises ValueError where there are fewer, and OSError where the folder cannot be read.
+    Raises ValueError where there are fewer, or two of one step with different weights, and OSError
+    where the folder cannot be read.
     """
     if count < 1:
         raise ValueError(f"last: expected a number of checkpoints, found {count}")
-    found = [*steps(folder)]
+    found = [*runs.steps(folder)]
     if len(found) < count:
         raise ValueError(f"{folder}: expected {count} checkpoints, found {len(found)}")
     return found[-count:]
-
-
-def steps(folder: str | os.PathLike[str]) -> dict[Path, int | None]:
-    """The checkpoints in a folder and the steps that they hold, sorted as by `newest`."""
-    found = {}
-    for path in sorted(Path(folder).iterdir(), key=_natural):
-        if path.name.startswith(".") or sources.NOT_MODELS.match(path.name):
-            continue  # a file that is still being written; or an optimizer's
-        if path.is_dir() or (path.is_file() and path.suffix in sources.SUFFIXES):
-            try:
-                found[path] = _step_of(path)
-            except IsADirectoryError:  # a folder of other things
-                continue
-    told = {path: step for path, step in found.items() if step is not None}
-    if len(told) < len(found):
-        return found
-    return {path: told[path] for path in sorted(told, key=told.__getitem__)}
-
-
-def _step_of(path: Path) -> int | None:
-    """The step that a checkpoint holds, or None."""
-    tree = sources.content(path, on_disk=True)
-    found = [search.told(part)[0] for part in search.parts(search.containers(tree))] or [None]
-    return found[0]
-
-
-def _natural(path: Path) -> list[tuple[int, int | str]]:
-    """A key by which "step-9" comes before "step-10"."""
-    pieces = re.split(r"(\d+)", path.name)
-    return [(0, int(each)) if each.isdecimal() else (1, each) for each in pieces if each]
 
 
 def merge(

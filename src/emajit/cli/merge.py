@@ -12,6 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from emajit import merging, posthoc
+from emajit.checkpoint import runs
 
 
 def merge_checkpoints(
@@ -71,14 +72,14 @@ def _chosen(
         given = sources
         if len(sources) == 1 and sources[0].is_dir():
             found = posthoc.snapshots(sources[0])
-            given = [each.path for each in found] or [*merging.steps(sources[0])]
+            given = [each.path for each in found] or [*runs.steps(sources[0])]
         shares = posthoc.window_of(given, start, stop)
         return [*shares], [*shares.values()], f"the mean of the steps {start + 1} to {stop}"
     told = ""
     if last is not None:
         if len(sources) != 1 or not sources[0].is_dir():
             raise ValueError(f"--last: expected one folder of checkpoints, found {len(sources)}")
-        held = merging.steps(sources[0])
+        held = runs.steps(sources[0])
         sources = merging.newest(sources[0], last)
         by = "names" if None in held.values() else "steps"
         told = f"the last {last} of {len(held)} checkpoints, by their {by}"

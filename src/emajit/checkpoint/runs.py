@@ -1,0 +1,75 @@
+"""The checkpoints of one run in a folder."""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from emajit.checkpoint import search, sources
+
+
+def steps(folder: str | os.PathLike[str]) -> dict[Path, int | None]:
+    """The checkpoints in a folder with their steps, in the order of the steps.
+
+    In the natural order of names ("step-9" before "step-10") if one holds no step. A link to
+    another checkpoint there, and a copy with the step and the weights of another, is left out.
+
+    Raises ValueError for two checkpoints of one step with other weights.
+    """
+    paths = sorted(filter(_is_checkpoint, Path(folder).iterdir()), key=_natural)
+    real = {path.resolve() for path in paths if not path.is_symlink()}
+    found: dict[Path, int | None] = {}
+    for path in paths:
+        if not (path.is_symlink() and path.resolve() in real):
+            with suppress(IsADirectoryError):  # a folder of other things
+                found[path] = _step_of(path)
+    told = {path: step for path, step in found.items() if step is not None}
+    if len(told) < len(found):
+        return found
+    first: dict[int, Path] = {}
+    for path in sorted(told, key=told.__getitem__):
+        if first.setdefault(told[path], path) is not path:
+            _check_copies(first[told[path]], path)
+    return {path: step for step, path in first.items()}
+
+
+def _is_checkpoint(path: Path) -> bool:
+    if path.name.startswith(".") or sources.NOT_MODELS.match(path.name):
+        return False  # a file that is still being written; or an optimizer's
+    return path.is_dir() or (path.is_file() and path.suffix in sources.SUFFIXES)
+
+
+def _check_copies(one: Path, other: Path) -> None:
+    """Raise ValueError unless two checkpoints have the same weights."""
+    a, b = (
+        {(part.path, i): leaf for part in _parts(path) for i, leaf in enumerate(part.values())}
+        for path in (one, other)
+    )
+    if a.keys() != b.keys() or not all(
+        leaf.dtype == b[key].dtype and torch.equal(sources.loaded(leaf), sources.loaded(b[key]))
+        for key, leaf in a.items()
+    ):
+        raise ValueError(
+            f"{other}: expected one checkpoint of each step, found {one.name} of the same step "
+            "with other weights; give the files in their order"
+        )
+
+
+def _parts(path: Path) -> list[search.Part]:
+    return search.parts(search.containers(sources.content(path, on_disk=True)))
+
+
+def _step_of(path: Path) -> int | None:
+    """The step that a checkpoint holds, or None."""
+    found = [search.told(part)[0] for part in _parts(path)] or [None]
+    return found[0]
+
+
+def _natural(path: Path) -> list[tuple[int, int | str]]:
+    """A key by which "step-9" comes before "step-10"."""
+    pieces = re.split(r"(\d+)", path.name)
+    return [(0, int(each)) if each.isdecimal() else (1, each) for each in pieces if each]
