@@ -68,8 +68,19 @@ for batch in loader:
 
 ## Options of both callbacks
 
-The decay, `dtype`, `buffers`, `include`, `exclude`, `every`, `rounding`, `nonfinite` and `backend`
-are those of `emajit.LitEma`. `every` counts optimizer steps.
+- **Several averages**: `EMACallback({"short": 0.99, "long": 0.9999}, evaluate="all")`. One pass
+  updates them, a checkpoint has all, and each has its metrics: `val_loss` of the first and
+  `val_loss_long`; with transformers `eval_loss` and `eval_long_loss`, and pass `trainer=` too.
+- **A length chosen after the training**: `posthoc=PostHoc("snapshots", every=100)` saves what
+  `emajit.posthoc` reconstructs from. A resumed training goes on in the same folder, and writes the
+  snapshots after its checkpoint again.
+- **Averages back into training**: `pull=(1.0, 1000)` moves the parameters to their average at each
+  1000th step (Switch EMA, arXiv 2402.09240), with a share below 1 a part of the way.
+- **Some of the parameters**: `include` and `exclude` take names with wildcards. The others are
+  evaluated with their training weights.
+
+The other options (`dtype`, `buffers`, `every`, `rounding`, `nonfinite`, `backend`) are those of
+`emajit.LitEma`; `every` counts optimizer steps.
 
 ## Limits
 
@@ -78,5 +89,7 @@ are those of `emajit.LitEma`. `every` counts optimizer steps.
   `emajit.checkpoint.save_sharded(folder, ema.named_averages(), step)`.
 - The callback for Lightning refuses the strategy "fsdp"; "model_parallel" works. The callback for
   transformers refuses FSDP and DeepSpeed's ZeRO 3.
-- A Trainer takes one `EMACallback`. Several averages need a loop of your own.
+- A Trainer takes one `EMACallback`.
+- With an optimizer of `fused=True` accelerate does not tell that a gradient scaler has skipped a
+  step; these steps are averaged too.
 """

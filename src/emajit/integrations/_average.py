@@ -26,6 +26,7 @@ from emajit import (
     _shards,
     _tree,
     _warn,
+    combine,
     functional,
     schedules,
 )
@@ -226,7 +227,7 @@ class Averages:
         if self._pull and self.updates % steps == 0:
             averages, params = self[name]._pairs(model)
             trainable = {n: p for n, p in params.items() if p.requires_grad}
-            pull_(trainable, {n: averages[n] for n in trainable}, share)
+            combine.pull_(trainable, {n: averages[n] for n in trainable}, share)
 
     def begin(self) -> None:
         """Prepare the folder of the snapshots; the first process calls this."""
@@ -287,12 +288,6 @@ def check_alike(wanted: Collection[str], found: Collection[str]) -> None:
             for names in (wanted, found)
         ]
         raise ValueError(f"averages: expected {told[0]}, as the options say, found {told[1]}")
-
-
-def pull_(params: Mapping[str, Tensor], shadow: Mapping[str, Tensor], share: float) -> None:
-    """`params <- (1 - share) params + share shadow`, in place."""
-    held = {name: p.detach() for name, p in params.items()}
-    functional.update_(held, shadow, 0, decay=1.0 - share)
 
 
 def _flat(ema: LitEma, shadow: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
