@@ -59,7 +59,7 @@ SCHEDULES = [
 class TestAveragedModel:
     @pytest.mark.parametrize("use_buffers", [False, True])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("decay", SCHEDULES, ids=str)
+    @pytest.mark.parametrize("decay", SCHEDULES)
     def test_equals_the_functional_core(
         self, decay: Any, dtype: torch.dtype, use_buffers: bool
     ) -> None:
