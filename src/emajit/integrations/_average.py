@@ -314,10 +314,10 @@ def _flat(ema: LitEma, shadow: Mapping[str, Tensor], step: int) -> dict[str, Ten
 @contextmanager
 def isolated_rng() -> Iterator[None]:
     """A context after which torch, NumPy and Python draw the numbers that they would without it."""
-    device = torch.accelerator.current_accelerator()
-    has_generators = device is not None and device.type != "mps"
-    devices = range(torch.accelerator.device_count()) if has_generators else ()
-    kind = device.type if device is not None and has_generators else "cuda"
+    is_there = torch.accelerator.is_available()
+    device = torch.accelerator.current_accelerator() if is_there else None
+    kind = "cuda" if device is None or device.type == "mps" else device.type  # which takes no index
+    devices = range(torch.accelerator.device_count()) if device and kind == device.type else ()
     numpy = sys.modules.get("numpy")
     state, numpys = random.getstate(), numpy and numpy.random.get_state()
     try:
