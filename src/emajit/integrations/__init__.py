@@ -66,10 +66,46 @@ for batch in loader:
 `save_state` and `load_state` then include the averages. Call no `save_state` inside of
 `ema.ema_scope(model)`, or it saves the averages as the trained weights.
 
+## Several averages
+
+```python
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+ema = EMACallback({"short": 0.99, "long": 0.9999}, evaluate="all")
+best = ModelCheckpoint(monitor="val_loss_long")
+Trainer(callbacks=[ema, best]).fit(module)
+with ema.averaged(module, "long"):
+    ...
+```
+
+One pass updates all. `evaluate` chooses the average of evaluations, the first by default; with
+"all" each has its metrics, in Lightning `val_loss` of the first and `val_loss_long`, in
+transformers `eval_loss` and `eval_long_loss`. There it needs the Trainer too:
+`trainer.add_callback(EMACallback(..., evaluate="all", trainer=trainer))`. A checkpoint holds all,
+and is resumed with the same names. In Lightning's file they are `emajit.shadows.long` and so on,
+for `emajit extract --key`; transformers' folder has `averages-long.safetensors` and
+`averaged-long/`.
+
+## A length chosen after the training
+
+```python
+from emajit import posthoc
+
+ema = EMACallback(schedules.warmup(0.999), posthoc=posthoc.PostHoc("lengths", every=100))
+Trainer(callbacks=[ema]).fit(module)
+weights = posthoc.reconstruct(posthoc.snapshots("lengths"), 0.07)
+module.load_state_dict(weights, strict=False)
+```
+
+Two more averages are kept, and saved in each checkpoint. A resumed training goes on in the same
+folder: the snapshots after its checkpoint are removed and written again. A training that begins
+refuses a folder with snapshots, unless `overwrite=True`. `emajit.posthoc` has the rest.
+
 ## Options of both callbacks
 
 The decay, `dtype`, `buffers`, `include`, `exclude`, `every`, `rounding`, `nonfinite` and `backend`
-are those of `emajit.LitEma`. `every` counts optimizer steps.
+are those of `emajit.LitEma`. `every` counts optimizer steps. `pull=(share, steps)` moves the
+parameters towards their average after each `steps`-th update, by `emajit.pull_`.
 
 ## Limits
 
@@ -78,5 +114,6 @@ are those of `emajit.LitEma`. `every` counts optimizer steps.
   `emajit.checkpoint.save_sharded(folder, ema.named_averages(), step)`.
 - The callback for Lightning refuses the strategy "fsdp"; "model_parallel" works. The callback for
   transformers refuses FSDP and DeepSpeed's ZeRO 3.
-- A Trainer takes one `EMACallback`. Several averages need a loop of your own.
+- A Trainer takes one `EMACallback`, which may have several averages.
+- `evaluate="all"` runs each evaluation once for each average; other callbacks see only one run.
 """

@@ -29,6 +29,7 @@ from emajit import (
     functional,
     schedules,
 )
+from emajit.combine import pull_
 from emajit.functional import Nonfinite, Rounding
 from emajit.integrations import _snapshots
 from emajit.litema import LitEma
@@ -287,12 +288,6 @@ def check_alike(wanted: Collection[str], found: Collection[str]) -> None:
             for names in (wanted, found)
         ]
         raise ValueError(f"averages: expected {told[0]}, as the options say, found {told[1]}")
-
-
-def pull_(params: Mapping[str, Tensor], shadow: Mapping[str, Tensor], share: float) -> None:
-    """`params <- (1 - share) params + share shadow`, in place."""
-    held = {name: p.detach() for name, p in params.items()}
-    functional.update_(held, shadow, 0, decay=1.0 - share)
 
 
 def _flat(ema: LitEma, shadow: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
