@@ -33,6 +33,8 @@ It leaves 110 MB of snapshots.
 
 ## Choices
 
+- **In Lightning and transformers**: `EMACallback(posthoc=PostHoc(folder, every=100))` saves the
+  snapshots, see `emajit.integrations`.
 - **Lengths**: 0.05 and 0.10, as in EDM2. Lengths outside of the saved span are possible, with a
   warning that tells the expected error.
 - **Snapshots**: 64 in a run are enough, see below.

@@ -30,6 +30,8 @@ Here and in `emajit.LitEma` a schedule stands in place of the number.
 | `every` | an update at every n-th step only |
 | `scaled` | the same average at a larger batch |
 
+`multi_avg_fn` makes a schedule the `multi_avg_fn` of torch's own `AveragedModel`.
+
 ## Your own
 
 Any function `step -> decay` may be a schedule. The step counts the updates that the shadow has
@@ -82,6 +84,7 @@ __all__ = [  # noqa: RUF022, in the order of use
     "delay",
     "every",
     "scaled",
+    "multi_avg_fn",
     "sigma_rel_to_gamma",
     "gamma_to_sigma_rel",
 ]

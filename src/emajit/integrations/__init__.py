@@ -66,21 +66,47 @@ for batch in loader:
 `save_state` and `load_state` then include the averages. Call no `save_state` inside of
 `ema.ema_scope(model)`, or it saves the averages as the trained weights.
 
+## Several averages
+
+```python
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+ema = EMACallback({"short": 0.99, "long": 0.9999}, evaluate="all")
+best = ModelCheckpoint(monitor="val_loss_long")
+Trainer(callbacks=[ema, best]).fit(module)
+with ema.averaged(module, "long"):
+    ...
+```
+
+One pass updates all. `evaluate` chooses the average of evaluations, the first by default; with
+"all" each has its metrics, in Lightning `val_loss` of the first and `val_loss_long`, in
+transformers `eval_loss` and `eval_long_loss`. There it needs the Trainer too:
+`trainer.add_callback(EMACallback(..., evaluate="all", trainer=trainer))`. A checkpoint holds all,
+and is resumed with the same names. In Lightning's file they are `emajit.shadows.long` and so on,
+for `emajit extract --key`; transformers' folder has `averages-long.safetensors` and
+`averaged-long/`.
+
+## A length chosen after the training
+
+```python
+from emajit import posthoc
+
+ema = EMACallback(schedules.warmup(0.999), posthoc=posthoc.PostHoc("lengths", every=100))
+Trainer(callbacks=[ema]).fit(module)
+weights = posthoc.reconstruct(posthoc.snapshots("lengths"), 0.07)
+module.load_state_dict(weights, strict=False)
+```
+
+Two more averages are kept, and saved in each checkpoint. A resumed training goes on in the same
+folder: the snapshots after its checkpoint are removed and written again. A training that begins
+refuses a folder with snapshots, unless `overwrite=True`. `emajit.posthoc` has the rest.
+
 ## Options of both callbacks
 
-- **Several averages**: `EMACallback({"short": 0.99, "long": 0.9999}, evaluate="all")`. One pass
-  updates them, a checkpoint has all, and each has its metrics: `val_loss` of the first and
-  `val_loss_long`; with transformers `eval_loss` and `eval_long_loss`, and pass `trainer=` too.
-- **A length chosen after the training**: `posthoc=PostHoc("snapshots", every=100)` saves what
-  `emajit.posthoc` reconstructs from. A resumed training goes on in the same folder, and writes the
-  snapshots after its checkpoint again.
-- **Averages back into training**: `pull=(1.0, 1000)` moves the parameters to their average at each
-  1000th step (Switch EMA, arXiv 2402.09240), with a share below 1 a part of the way.
-- **Some of the parameters**: `include` and `exclude` take names with wildcards. The others are
-  evaluated with their training weights.
-
-The other options (`dtype`, `buffers`, `every`, `rounding`, `nonfinite`, `backend`) are those of
-`emajit.LitEma`; `every` counts optimizer steps.
+The decay, `dtype`, `buffers`, `include`, `exclude`, `every`, `rounding`, `nonfinite` and `backend`
+are those of `emajit.LitEma`. `every` counts optimizer steps. `pull=(share, steps)` moves the
+parameters towards their average after each `steps`-th update, by `emajit.pull_`: a share of 1 is
+Switch EMA (arXiv 2402.09240).
 
 ## Limits
 
@@ -89,7 +115,8 @@ The other options (`dtype`, `buffers`, `every`, `rounding`, `nonfinite`, `backen
   `emajit.checkpoint.save_sharded(folder, ema.named_averages(), step)`.
 - The callback for Lightning refuses the strategy "fsdp"; "model_parallel" works. The callback for
   transformers refuses FSDP and DeepSpeed's ZeRO 3.
-- A Trainer takes one `EMACallback`.
+- A Trainer takes one `EMACallback`, which may have several averages.
+- `evaluate="all"` runs each evaluation once for each average; other callbacks see only one run.
 - With an optimizer of `fused=True` accelerate does not tell that a gradient scaler has skipped a
   step; these steps are averaged too.
 """

@@ -26,10 +26,10 @@ from emajit import (
     _shards,
     _tree,
     _warn,
-    combine,
     functional,
     schedules,
 )
+from emajit.combine import pull_
 from emajit.functional import Nonfinite, Rounding
 from emajit.integrations import _snapshots
 from emajit.litema import LitEma
@@ -227,7 +227,7 @@ class Averages:
         if self._pull and self.updates % steps == 0:
             averages, params = self[name]._pairs(model)
             trainable = {n: p for n, p in params.items() if p.requires_grad}
-            combine.pull_(trainable, {n: averages[n] for n in trainable}, share)
+            pull_(trainable, {n: averages[n] for n in trainable}, share)
 
     def begin(self) -> None:
         """Prepare the folder of the snapshots; the first process calls this."""
@@ -309,10 +309,10 @@ def _flat(ema: LitEma, shadow: Mapping[str, Tensor], step: int) -> dict[str, Ten
 @contextmanager
 def isolated_rng() -> Iterator[None]:
     """A context after which torch, NumPy and Python draw the numbers that they would without it."""
-    device = torch.accelerator.current_accelerator()
-    has_generators = device is not None and device.type != "mps"
-    devices = range(torch.accelerator.device_count()) if has_generators else ()
-    kind = device.type if device is not None and has_generators else "cuda"
+    is_there = torch.accelerator.is_available()
+    device = torch.accelerator.current_accelerator() if is_there else None
+    kind = "cuda" if device is None or device.type == "mps" else device.type  # which takes no index
+    devices = range(torch.accelerator.device_count()) if device and kind == device.type else ()
     numpy = sys.modules.get("numpy")
     state, numpys = random.getstate(), numpy and numpy.random.get_state()
     try:
