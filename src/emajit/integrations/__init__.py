@@ -77,6 +77,7 @@ are those of `emajit.LitEma`. `every` counts optimizer steps.
   the others refuse to load. Save all with
   `emajit.checkpoint.save_sharded(folder, ema.named_averages(), step)`.
 - The callback for Lightning refuses the strategy "fsdp"; "model_parallel" works. The callback for
-  transformers refuses FSDP and DeepSpeed's ZeRO 3.
+  transformers takes FSDP with `fsdp_config={"version": 2}`, and refuses FSDP 1, DeepSpeed's ZeRO 3
+  and tensor parallel.
 - A Trainer takes one `EMACallback`. Several averages need a loop of your own.
 """
