@@ -15,7 +15,8 @@ import random
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -525,6 +526,23 @@ def a_folder_of_shards_is_read_on_any_number_of_processes(shared: Path) -> None:
     assert_same(shadow, before)
 
 
+@check(2, 3)
+def a_file_is_read_into_shards(shared: Path) -> None:
+    file = shared / "whole.safetensors"
+    if dist.get_rank() == 0:
+        checkpoint.save(file, whole_params(), 41)
+    dist.barrier()
+    for columns in (False, True):
+        like = emajit.init(sharded(whole_params(), columns=columns))
+        loaded, step = checkpoint.load(file, like)
+        assert step == 41
+        assert_same(loaded, whole_params())
+        assert loaded["even"].placements == like["even"].placements
+    with pytest.raises(ValueError, match="'few': expected shape"):
+        checkpoint.load(file, sharded({**whole_params(), "few": torch.ones(2, 4)}))
+    dist.barrier()
+
+
 @check(2, 3, fsdp=True)
 def lit_ema_goes_on_from_torchs_own_checkpoint(shared: Path) -> None:
     folder = shared / "litema"
@@ -721,6 +739,209 @@ if find_spec("transformers"):
         assert_same(tests.averages(resumed), expected)
         dist.barrier()
         assert held == {path: path.read_bytes() for path in Path(posthoc.folder).iterdir()}
+
+    @check(2, 3, fsdp=True)
+    def transformers_sharded_by_fsdp2(shared: Path) -> None:
+        """Two processes train and go on from their checkpoint, then three."""
+        from emajit.integrations.transformers import EMACallback  # noqa: PLC0415
+        from tests import test_transformers as tests  # noqa: PLC0415
+
+        for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
+            folder = shared / f"transformers-{kind}"
+            half, by_three = folder / "checkpoint-2", folder / "by three"
+            ema, recorder = EMACallback(tests.DECAY), tests.Recorder()
+            if dist.get_world_size() == 2:
+                without = tests.Recorder()
+                sharded_training(folder / "without", kind, without)
+                trainer = sharded_training(folder, kind, ema, recorder)
+                assert len(without.steps) == len(recorder.steps) == 4
+                for a, b in zip(without.steps, recorder.steps, strict=True):
+                    assert_same(gathered(a), gathered(b))
+                steps = [gathered(step) for step in recorder.steps]
+                start = tests.trained(tests.tiny())
+                check_checkpoint(half, kind, tests.reference(start, steps[:2]), steps[1])
+                found = gathered(tests.averages(ema))
+                check_checkpoint(folder / "checkpoint-4", kind, doubled(found), steps[-1])
+                assert_same(recorder.evaluated[-1], found)
+                resumed = EMACallback(tests.DECAY)
+                again = sharded_training(folder, kind, resumed, resume=half)
+                for model in (trainer.model, again.model):
+                    assert_same(gathered(tests.trained(model)), steps[-1])
+                assert_same(gathered(tests.averages(resumed)), found)
+            else:
+                sharded_training(by_three, kind, ema, recorder, resume=half)
+                start = checkpoint.read(in_checkpoint(half, kind)).weights
+                steps = [gathered(step) for step in recorder.steps]
+                assert len(steps) == 2
+                expected = tests.reference(start, steps, lambda step: tests.DECAY(step + 2))
+                tests.assert_near(gathered(tests.averages(ema)), expected)
+                check_checkpoint(by_three / "checkpoint-4", kind, expected, steps[-1])
+
+    @check(2)
+    def what_transformers_callback_refuses(_: Path) -> None:
+        """accelerate's plugin for FSDP 1 wants a GPU."""
+        from emajit.integrations import _sharded  # noqa: PLC0415
+
+        with pytest.raises(ValueError, match=r"found FSDP 1; set version=2 in fsdp_config"):
+            _sharded.check(FullyShardedDataParallel(model_of(), device_id=torch.device("cpu")))
+        tensor_parallel = nn.Linear(4, 4)
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        parallelize_module(tensor_parallel, mesh, ColwiseParallel())
+        with pytest.raises(
+            ValueError, match=r"weight: .* one of fully_shard, found shape \(4, 4\)"
+        ):
+            _sharded.check(tensor_parallel)
+
+    @check(slow=(2,), fsdp=True)
+    def the_best_averages_of_fsdp2_at_the_end(shared: Path) -> None:
+        from emajit.integrations.transformers import EMACallback  # noqa: PLC0415
+        from tests import test_transformers as tests  # noqa: PLC0415
+
+        for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
+            ema, folder = EMACallback(tests.DECAY), shared / f"best-{kind}"
+            for _ in range(2):  # the second training writes the checkpoints of the first one anew
+                trainer = sharded_training(folder, kind, ema, load_best_model_at_end=True)
+            best = Path(trainer.state.best_model_checkpoint)
+            # With SHARDED_STATE_DICT the Trainer looks for the best checkpoint before it is made,
+            # so that the last one is not seen to be the best by every process.
+            assert best.name == "checkpoint-2"
+            found = gathered(tests.averages(ema))
+            assert_same(checkpoint.read(in_checkpoint(best, kind)).weights, found)
+            with ema.averaged(trainer.model):
+                assert_same(gathered(tests.trained(trainer.model)), found)
+
+    @check(slow=(2,), fsdp=True)
+    def fsdp2_with_other_options_of_the_trainer(shared: Path) -> None:
+        """Wrapped and compiled layers have other names, and a root that stays whole other tensors.
+
+        Saved, loaded by `from_pretrained` and resumed.
+        """
+        from transformers import GPT2LMHeadModel  # noqa: PLC0415
+
+        from emajit.integrations.transformers import EMACallback  # noqa: PLC0415
+        from tests import test_transformers as tests  # noqa: PLC0415
+
+        compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+        choices: list[tuple[dict[str, Any], dict[str, Any]]] = [
+            ({"activation_checkpointing": True}, {}),
+            ({"reshard_after_forward": False}, {"bf16": True}),
+            ({}, compiled),
+        ]
+        for i, (config, options) in enumerate(choices):
+            for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
+                folder, ema, again = shared / f"{kind}-{i}", EMACallback(), EMACallback()
+                trainer = sharded_training(folder, kind, ema, config=config, **options)
+                found = gathered(tests.averages(ema))
+                if kind.startswith("FULL"):
+                    averaged = folder / "checkpoint-4" / "averaged"
+                    loaded = tests.trained(GPT2LMHeadModel.from_pretrained(averaged))
+                    assert_same(loaded, found)
+                half = folder / "checkpoint-2"
+                resumed = sharded_training(
+                    folder, kind, again, config=config, resume=half, **options
+                )
+                assert_same(gathered(tests.averages(again)), found)
+                models = trainer.model, resumed.model
+                a, b = (gathered(tests.trained(model)) for model in models)
+                assert_same(a, b)
+
+    def sharded_training(
+        folder: Path,
+        kind: str,
+        *callbacks: Any,
+        resume: Path | None = None,
+        config: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        from tests import test_transformers as tests  # noqa: PLC0415
+
+        options = {**tests.settings("steps"), "max_steps": 4, "ddp_backend": "gloo"} | options
+        config = {"version": 2, "state_dict_type": kind} | (config or {})
+        told = None if resume is None else str(resume)
+        with fsdp_of_accelerate_on_a_cpu():
+            trainer = tests.trainer_of(
+                folder,
+                *callbacks,
+                fsdp=True,
+                fsdp_config=config,
+                resume_from_checkpoint=told,
+                **options,
+            )
+            trainer.train(resume_from_checkpoint=told)
+        assert isinstance(trainer.model, FSDPModule)
+        dist.barrier()
+        return trainer
+
+    def doubled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.double() for name, value in tensors.items()}
+
+    def in_checkpoint(folder: Path, kind: str) -> Path:
+        return folder / ("averages.safetensors" if kind.startswith("FULL") else "averages")
+
+    def check_checkpoint(
+        folder: Path, kind: str, averages: dict[str, Tensor], raw: dict[str, Tensor]
+    ) -> None:
+        """Averages to resume from, and for `from_pretrained` where the model's state is whole."""
+        from transformers import GPT2LMHeadModel  # noqa: PLC0415
+
+        from tests import test_transformers as tests  # noqa: PLC0415
+
+        file, state = in_checkpoint(folder, kind), folder / "trainer_state.json"
+        assert file.stat().st_mtime_ns < state.stat().st_mtime_ns  # which completes a checkpoint
+        found = checkpoint.read(file).weights
+        tests.assert_near(found, averages)
+        assert (folder / "averaged").exists() == kind.startswith("FULL")
+        if kind.startswith("FULL"):
+            assert_same(tests.trained(GPT2LMHeadModel.from_pretrained(folder / "averaged")), found)
+            assert_same(tests.trained(GPT2LMHeadModel.from_pretrained(folder)), raw)
+
+
+if find_spec("transformers") and find_spec("peft"):
+
+    @check(2, fsdp=True)
+    def an_adapter_that_fsdp2_shards(shared: Path) -> None:
+        from emajit.integrations.transformers import EMACallback  # noqa: PLC0415
+        from tests import test_adapters as adapters  # noqa: PLC0415
+        from tests import test_transformers as tests  # noqa: PLC0415
+
+        warnings.simplefilter("ignore")
+        folder, ema, again = shared / "adapter", EMACallback(), EMACallback()
+        half = folder / "checkpoint-2"
+        for callback, resume in ((ema, None), (again, half)):
+            sharded_training(
+                folder, "FULL_STATE_DICT", callback, model=adapters.adapted(), resume=resume
+            )
+        found = gathered(tests.averages(ema))
+        assert len(found) == 2
+        assert_same(adapters.loaded(folder / "checkpoint-4" / "averaged" / "default"), found)
+        assert_same(gathered(tests.averages(again)), found)
+
+
+@contextmanager
+def fsdp_of_accelerate_on_a_cpu() -> Iterator[None]:
+    """Let accelerate shard: it heeds the plugin only of processes with a GPU or the like.
+
+    `AcceleratorState.__init__` sets the type of the processes to FSDP for each kind of device but
+    the CPU; all that follows from this type runs on a CPU.
+    """
+    from accelerate.state import AcceleratorState, PartialState  # noqa: PLC0415
+    from accelerate.utils import DistributedType  # noqa: PLC0415
+
+    made = AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **options: Any) -> None:
+        made(self, *args, fsdp_plugin=fsdp_plugin, **options)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AcceleratorState, "__init__", init)
+        try:
+            yield
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def run(world: int, names: list[str], shared: Path) -> dict[str, str]:

@@ -166,12 +166,12 @@ def averaged_module(
     can be compiled once, exported, traced, saved, deep-copied, and run as a teacher or in another
     thread. Its parameters do not require grad.
 
-    Parameters without an average share their memory with `model`. Buffers are the shadow's where it
-    has them, else copies made now. Everything else is deep-copied:
-    submodules, hooks, attributes. Functions are shared: a closure over a layer goes on with the
-    training weights, which warns. The module is in the training mode of `model`; call `eval()` to
-    switch dropout off and to keep BatchNorm from writing its statistics. The wrappers of
-    `torch.compile`, `DataParallel` and `DistributedDataParallel` around the model are dropped.
+    Parameters without an average share their memory with `model`: of averages of an adapter of PEFT
+    the base weights. Buffers are the shadow's where it has them, else copies made now. Everything
+    else is deep-copied: submodules, hooks, attributes. Functions are shared: a closure over a layer
+    goes on with the training weights, which warns. The module is in the training mode of `model`;
+    call `eval()` to switch dropout off and to keep BatchNorm from writing its statistics. The
+    wrappers of `torch.compile`, `DataParallel` and `DistributedDataParallel` are dropped.
 
     The module computes in the dtype of the shadow: float32 averages of a bfloat16 model need
     float32 inputs, or `torch.autocast`. Copied floating-point buffers change dtype like the

@@ -87,7 +87,7 @@ def load(path: str | os.PathLike[str], like: Tree) -> tuple[Tree, int]:
         path: the file.
         like: a tree of the expected structure, shapes, dtypes and devices, such as
             `emajit.init(params)`. Its values are not read. Leaves that are tied in `like` are tied
-            in the result.
+            in the result. Of a DTensor each process gets its shard.
 
     Raises:
         ValueError: the file is truncated, corrupt or not from `save`; a leaf is missing, unknown,
@@ -106,8 +106,8 @@ def load(path: str | os.PathLike[str], like: Tree) -> tuple[Tree, int]:
     wanted = _named("like", like)
     with opened(path) as saved:
         _check_names(path, {*saved.names()}, wanted)
-        for name, leaf in wanted.items():
-            files.check_dense(f"like: {name!r}", leaf)
+        for (name, leaf), here in zip(wanted.items(), _shards.local(wanted.values()), strict=True):
+            files.check_dense(f"like: {name!r}", here)
             _check_form(path, name, saved.form(name), leaf)
         tied = saved.record.tied
         loaded: dict[str, Tensor] = {}
@@ -116,7 +116,8 @@ def load(path: str | os.PathLike[str], like: Tree) -> tuple[Tree, int]:
             same = first.setdefault(_alias.identity(leaf), name)
             if same == name:
                 # A copy: the file's own memory changes with the file.
-                own = torch.empty_like(leaf, requires_grad=False).copy_(saved.read(name))
+                own = torch.empty_like(leaf, requires_grad=False)
+                own.copy_(_shards.split_as(leaf, saved.read(name)))
                 loaded[name] = offload.like(leaf, own)
             elif tied.get(same, same) == tied.get(name, name):
                 loaded[name] = loaded[same]

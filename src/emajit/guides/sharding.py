@@ -49,7 +49,8 @@ trains the demo data-parallel, and ends with the losses of one process.
   Build another model from the full averages, or use `emajit.ema_scope`.
 - `emajit.offload` refuses DTensors. `emajit.fused` takes two separate steps for them.
 - In Lightning use the strategy "model_parallel"; the callback refuses "fsdp". The callback for
-  transformers refuses shards. With accelerate see `emajit.integrations`.
+  transformers takes FSDP with `fsdp_config={"version": 2}`, and refuses FSDP 1, ZeRO 3 and tensor
+  parallel. With accelerate see `emajit.integrations`.
 - torch 2.6 cannot run `fully_shard` on a CPU. With torch 2.8 on a mesh of two dimensions the noise
   of stochastic rounding is not that of the whole.
 - Tested with several processes on a CPU, not yet on GPUs.

@@ -25,6 +25,19 @@ shadow. It follows each update, as the teacher of a self-supervised student does
 The shadow has the buffers here, so that the teacher has averaged statistics of BatchNorm. Without
 them the teacher has copies of the buffers, made at the call.
 
+## Adapters
+
+Parameters without an average are shared. So the averaged adapter of a `PeftModel` is a teacher
+beside the trained one, with one base in memory:
+
+    adapter = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    shadow = emajit.init(adapter)
+    teacher = emajit.averaged_module(student, shadow)  # run it under torch.no_grad()
+    ...
+    emajit.update_(shadow, adapter, step, decay=decay)  # after each optimizer step
+
+`teacher.disable_adapter()` is the base alone. When it ends, PEFT makes the adapter require grad.
+
 ## Target networks
 
 A target network needs no second module, only a second set of parameters:

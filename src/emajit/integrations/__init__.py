@@ -114,7 +114,8 @@ Switch EMA (arXiv 2402.09240).
   the others refuse to load. Save all with
   `emajit.checkpoint.save_sharded(folder, ema.named_averages(), step)`.
 - The callback for Lightning refuses the strategy "fsdp"; "model_parallel" works. The callback for
-  transformers refuses FSDP and DeepSpeed's ZeRO 3.
+  transformers takes FSDP with `fsdp_config={"version": 2}`, and refuses FSDP 1, DeepSpeed's ZeRO 3
+  and tensor parallel.
 - A Trainer takes one `EMACallback`, which may have several averages.
 - `evaluate="all"` runs each evaluation once for each average; other callbacks see only one run.
 - With an optimizer of `fused=True` accelerate does not tell that a gradient scaler has skipped a

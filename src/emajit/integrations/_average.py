@@ -255,8 +255,8 @@ class Averages:
         ema = self[name]
         return ema.ema_scope(model) if self.updates else nullcontext()
 
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """The averages by name, in whole tensors; all processes must call this.
+    def state(self, *, whole: bool = True) -> dict[str, dict[str, Tensor]]:
+        """The averages by name, in whole tensors unless told; then all processes must call this.
 
         Warns once of averages that are not finite.
         """
@@ -266,7 +266,7 @@ class Averages:
             if ema.nonfinite != "skip":
                 here = _shards.local(averages.values())
                 _warn.warn_of_nonfinite(ema, dict(zip(averages, here, strict=True)))
-            state[which] = {name: _shards.whole(average) for name, average in averages.items()}
+            state[which] = {n: _shards.whole(a) for n, a in averages.items()} if whole else averages
         return state
 
     def restore(self, shadows: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
@@ -345,7 +345,8 @@ def fingerprint(weights: Iterable[Tensor], dtype: torch.dtype | None = None) -> 
     """
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
     code = 0
-    shards = _shards.local([weight.detach() for weight in weights])
+    # One by one: they may be gathered from shards.
+    shards = (shard for weight in weights for shard in _shards.local([weight.detach()]))
     for weight in chain.from_iterable(map(_exchange.within, shards)):
         if weight.numel():
             if dtype == torch.float64 != _devices.widest(weight.device):

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from emajit import _module, _names, _warn, checkpoint
-from emajit.checkpoint import saved
-from emajit.integrations import _average
+from emajit import _module, _names, _shards, _warn
+from emajit.integrations import _average, _exports, _sharded
 from emajit.integrations._average import ONLY, Averages
 
 if TYPE_CHECKING:
     from transformers import TrainerState, TrainingArguments
 
-_OF = "trained"
+_SUFFIX = ".safetensors"
 
 
 def at(args: TrainingArguments, state: TrainerState) -> Path:
@@ -30,19 +29,41 @@ def named(stem: str, name: str) -> str:
 
 
 def files(folder: Path) -> dict[str, Path]:
-    """The files of averages in a folder, by the names of the averages."""
-    single = folder / "averages.safetensors"
-    several = folder.glob("averages-*.safetensors")
-    found = {path.stem.removeprefix("averages-"): path for path in several}
-    return {ONLY: single, **found} if single.is_file() else found
+    """The files of averages in a folder, by the names of the averages; folders of shards too."""
+    held = [path for path in folder.glob("averages*") if path.is_dir() or path.suffix == _SUFFIX]
+    found = {path.name.removesuffix(_SUFFIX): path for path in sorted(held)}
+    return {stem.removeprefix("averages").removeprefix("-"): found[stem] for stem in found}
 
 
-def save(folder: Path, averages: Averages, model: nn.Module) -> None:
-    """Write a file for each average, with a fingerprint of the weights that the model has."""
-    of = {_OF: _fingerprint([*averages[None].named_averages()], model)}
-    for name, shadow in averages.state().items():
-        file = folder / f"{named('averages', name)}.safetensors"
-        checkpoint.save(file, shadow, averages.updates, metadata=of)
+def save(
+    folder: Path,
+    averages: Averages,
+    names: Sequence[str],
+    objects: Mapping[str, Any],
+    *,
+    writes: bool,
+) -> None:
+    """Write a folder for `from_pretrained` for each average in `names`, and a file for each one.
+
+    The file has a fingerprint of the weights that the model has. Of a model in shards all processes
+    call this, and one of them `writes`; where the Trainer saves shards, every process writes its
+    own into a folder in place of the file.
+    """
+    model, is_whole = objects["model"], _sharded.is_whole(objects["optimizer"])
+    bare = getattr(model, "_orig_mod", model)
+    for name in names if is_whole else ():
+        with averages.scope(model, name):
+            weights = _sharded.weights(model, keeps=writes)
+            if writes:
+                own = folder / named("averaged", name)
+                _exports.export(bare, own, objects["processing_class"], weights)
+    of = _fingerprint([*averages[None].named_averages()], model)
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, shadow in averages.state(whole=False).items():
+        stem = folder / named("averages", name)
+        path = stem.with_name(stem.name + _SUFFIX) if is_whole else stem
+        _sharded.save(path, shadow, averages.updates, of, is_whole=is_whole, writes=writes)
 
 
 def resumed(model: nn.Module, options: Mapping[str, Any], folders: Sequence[Path]) -> Averages:
@@ -67,16 +88,17 @@ def load(
     Raises ValueError where no folder has the averages, or averages do not fit.
     """
     wanted = _average.names_of(options)
+    _shards.reshard(model)
     for found in filter(None, map(files, folders)):
         if not {*wanted} <= {*found}:
             _average.check_alike(wanted, found)
-        with saved.opened(found[wanted[0]]) as file:
-            names = file.names()
+        names, _ = _sharded.told(found[wanted[0]])
         averages = Averages(model, options, names)
         every = averages[None].named_averages()
         like = {name: every[name] for name in names if name in every}
-        if {_of(found[which]) for which in wanted} == {_fingerprint([*like], model)}:
-            loaded = {which: checkpoint.load(found[which], like=like) for which in wanted}
+        prints = {_sharded.told(found[which])[1] for which in wanted}
+        if prints == {_fingerprint([*like], model)}:
+            loaded = {which: _sharded.load(found[which], like) for which in wanted}
             others = {} if all_of_them else every  # without which `restore` names them
             shadows = {which: others | shadow for which, (shadow, _) in loaded.items()}
             averages.restore(shadows, loaded[wanted[0]][1])
@@ -88,14 +110,11 @@ def load(
     )
 
 
-def _of(path: Path) -> str | None:
-    """The fingerprint of the trained weights in a file."""
-    with saved.opened(path) as file:
-        return file.record.metadata.get(_OF)
-
-
 def _fingerprint(names: list[str], model: nn.Module) -> str:
     """The fingerprint of the averaged parameters' trained weights, to recognise a training."""
+    _shards.reshard(model)
     params = _module.named_parameters(model)
     averaged = {*_names.match(params, names).values()}
-    return _average.fingerprint(p for name, p in params.items() if name in averaged)
+    return _average.fingerprint(
+        _shards.whole(p.detach()) for name, p in params.items() if name in averaged
+    )

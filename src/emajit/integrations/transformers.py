@@ -14,13 +14,12 @@ from torch import nn
 from emajit import _module, _names, _shards, _warn, schedules
 from emajit._context import contextmanager
 from emajit.functional import Decay, Nonfinite, Rounding, Schedule
-from emajit.integrations import _average, _folders
+from emajit.integrations import _average, _folders, _sharded, _steps
 from emajit.integrations._average import Averages
 from emajit.posthoc import PostHoc
 
 try:
     from transformers import (
-        PreTrainedModel,
         Trainer,
         TrainerCallback,
         TrainerControl,
@@ -54,10 +53,15 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     - `averages.safetensors`, to resume from: the averages in their own dtype, as
       `emajit.checkpoint.save` writes them;
     - `averaged/`, the averages in the model's dtype, with configuration and `processing_class`, for
-      `from_pretrained`. Only a `PreTrainedModel` gets it: in the folder of an adapter the Trainer
-      would mistake it for another adapter.
+      `from_pretrained`: of a `PreTrainedModel`, or of a `PeftModel` below it a folder for each
+      adapter, `averaged/default/` where it was given no name.
 
-    Both are complete before the Trainer writes `trainer_state.json`, the last file of a
+    With FSDP (`version=2` in `fsdp_config`) the averages have the shards of their parameters, and
+    another number of processes can resume them. They are saved as the Trainer saves the model, by
+    `state_dict_type`: as above for FULL_STATE_DICT; for SHARDED_STATE_DICT as the folder
+    `averages/`, which `emajit.checkpoint.load_sharded` and `read` know, without `averaged/`.
+
+    All are complete before the Trainer writes `trainer_state.json`, the last file of a
     checkpoint, and before it removes older ones: a job that is killed at any moment leaves averages
     beside the trained weights of the last complete checkpoint.
 
@@ -100,8 +104,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     When a checkpoint without averages is resumed, they start from its weights, with a warning.
 
     Raises ValueError and TypeError for an unusable option; and ValueError, at the start of
-    training, for parameters in shards (FSDP, DeepSpeed ZeRO 3), for a resumed checkpoint that is
-    not found or whose averages do not fit, for a second `EMACallback` of the Trainer, and for
+    training, for parameters in other shards (FSDP 1, DeepSpeed ZeRO 3), for a resumed checkpoint
+    that is not found or whose averages do not fit, for a second `EMACallback`, and for
     `enable_jit_checkpoint`, which saves without a call of callbacks; and as `LitEma` for the
     model.
     """
@@ -147,6 +151,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._saved: Path | None = None
         self._is_training = False
         self._is_inside = False
+        self._is_sharded = False
+        self._on_state = ExitStack()  # the hook of a model in shards
         # The scope of an evaluation of the Trainer, and the model's hooks that end it early.
         self._evaluation, self._guards = ExitStack(), ExitStack()
         self._entered: nn.Module | None = None  # the model in an evaluation of the Trainer
@@ -239,9 +245,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 "without a call of callbacks"
             )
         model = kwargs["model"]
-        for name, p in model.named_parameters():
-            if _shards.is_one(p) or hasattr(p, "ds_id") or "_fsdp_wrapped_module" in name:
-                raise ValueError(f"{name}: expected a whole parameter, found one in shards")
+        _sharded.check(model)
         if state.global_step:
             told = args.resume_from_checkpoint
             folders = [*([Path(str(told))] if told else []), _folders.at(args, state)]
@@ -253,6 +257,11 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         # The Trainer calls `on_save` only after it has removed an older checkpoint.
         vars(state)["save_to_json"] = partial(self._save_before, args, state, kwargs)
         self._saved = None
+        self._on_state.close()
+        self._is_sharded = _shards.has_fsdp(model)
+        if self._is_sharded:
+            before = partial(self._save_by_all, args, state, control, kwargs)
+            self._on_state.callback(_sharded.before_state(model, before))
         self._is_training = True
         if self._trainer is not None and len(self._evaluated) > 1:
             run = partial(self._run_each, self._trainer.evaluation_loop)
@@ -264,7 +273,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Track new parameters; remember the gradient scale, which a skipped step reduces."""
-        self._scale = _scale(kwargs["optimizer"])
+        self._scale = _steps.scale(kwargs["optimizer"])
         self._followed(kwargs["model"])
 
     def on_step_end(
@@ -272,10 +281,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     ) -> None:
         """Average, if the optimizer has stepped."""
         self.restore()
-        optimizer, before = kwargs["optimizer"], self._scale
-        skipped = getattr(optimizer, "step_was_skipped", False)
-        if before is not None:
-            skipped |= optimizer.scaler.get_scale() < before
+        skipped = _steps.was_skipped(kwargs["optimizer"], self._scale)
         if state.global_step % self._every == 0 and not skipped:
             averages = self._followed(kwargs["model"])
             averages.update(kwargs["model"])
@@ -316,8 +322,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Put the averages into the checkpoint of a Trainer that saves in its own way."""
-        if args.should_save and self._saved != _folders.at(args, state):
-            self._save(_folders.at(args, state), state, kwargs)
+        if (args.should_save or self._is_sharded) and self._saved != _folders.at(args, state):
+            self._save(args, _folders.at(args, state), state, kwargs)
         self.restore()
 
     def _save_before(
@@ -325,13 +331,32 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     ) -> None:
         """Save the averages into a checkpoint, then the state of the Trainer."""
         folder = Path(json_path).parent
-        if folder.name == _folders.at(args, state).name:  # else called by `Trainer.save_state`
-            self._save(folder, state, objects)
+        is_of_step = folder.name == _folders.at(args, state).name  # else by `Trainer.save_state`
+        if is_of_step and not self._is_sharded:
+            self._save(args, folder, state, objects)
         type(state).save_to_json(state, json_path)
 
-    def _save(self, folder: Path, state: TrainerState, objects: dict[str, Any]) -> None:
-        unguarded = self._is_inside
-        self.restore()
+    def _save_by_all(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        objects: dict[str, Any],
+    ) -> None:
+        """Save the averages as the state of a model in shards is taken for a checkpoint.
+
+        All processes take it, while only the first one saves the state of the Trainer.
+        """
+        folder = _folders.at(args, state)
+        if control.should_save and self._saved != folder:
+            self._interrupt()
+            self._save(args, folder, state, objects)
+
+    def _save(
+        self, args: TrainingArguments, folder: Path, state: TrainerState, objects: dict[str, Any]
+    ) -> None:
+        unguarded, self._entered = self._is_inside, None
+        self._evaluation.close()
         if state.is_hyper_param_search:
             return
         if unguarded:
@@ -339,16 +364,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 f"{folder}: expected trained weights, found the averages saved in their place by "
                 "code that does not call state_dict()"
             )
-        model = objects["model"]
-        averages = self._followed(model)
-        bare = getattr(model, "_orig_mod", model)
-        for name in _average.named_of(self._options) if isinstance(bare, PreTrainedModel) else ():
-            own = folder / _folders.named("averaged", name)
-            with averages.scope(model, name):
-                bare.save_pretrained(own)
-            if objects["processing_class"] is not None:
-                objects["processing_class"].save_pretrained(own)
-        _folders.save(folder, averages, model)
+        averages, names = self._followed(objects["model"]), _average.named_of(self._options)
+        _folders.save(folder, averages, names, objects, writes=args.should_save)
         self._saved = folder
 
     def on_train_end(
@@ -358,6 +375,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self.restore()
         self._present().snapshot(is_writer=state.is_world_process_zero, at_end=True)
         self._runs.close()
+        self._on_state.close()
         self._is_training = False
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best is not None and not state.is_hyper_param_search:
@@ -380,15 +398,3 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         """Track the parameters that were unfrozen or added since the last step."""
         self.restore()
         self._followed(kwargs["model"])
-
-
-def _scale(optimizer: Any) -> float | None:
-    """The gradient scale, for a fused optimizer, which skips a step by itself; else None.
-
-    accelerate detects a skipped step by a missing call of `step`, which a fused optimizer gets
-    always.
-    """
-    scaler, inner = (getattr(optimizer, name, None) for name in ("scaler", "optimizer"))
-    if scaler is None or not getattr(inner, "_step_supports_amp_scaling", False):
-        return None
-    return float(scaler.get_scale())
