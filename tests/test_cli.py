@@ -395,6 +395,18 @@ class TestCheckpoints:
         told = json.loads(capsys.readouterr().out)
         assert told["average"]["distances"]["all"] == pytest.approx(0.01, rel=1e-3)
 
+    def test_json_of_weights_that_are_not_finite(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        raw = {"a.w": torch.ones(2), "b.w": torch.ones(2)}
+        broken = {"a.w": torch.tensor([1.0, float("nan")]), "b.w": torch.ones(2)}
+        torch.save({"model": raw, "ema": broken}, tmp_path / "file")
+        assert emajit(monkeypatch, "inspect", str(tmp_path / "file"), "--json") == 0
+        told = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+        assert told["average"]["distances"] == {"all": None, "a": None, "b": 0.0}
+        assert emajit(monkeypatch, "inspect", str(tmp_path / "file")) == 0
+        assert "nan" in capsys.readouterr().out
+
     def test_extract_for_a_model(
         self, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,10 @@ def _told(found: Averaged | None, modules: Mapping[str, float | None]) -> dict[s
         "trained_only": [*found.raw_only],
         "averaged_only": [n for n in _averages(found) if found.raw and n not in found.raw],
         "length": _updates(found),
-        "distances": dict(modules),
+        "distances": {  # JSON has no NaN
+            module: distance if distance is None or math.isfinite(distance) else None
+            for module, distance in modules.items()
+        },
     }
 
 
