@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -79,7 +80,7 @@ WORDS = st.one_of(
     st.sampled_from(
         ["0", "1", "-1", "0.5", "1e400", "nan", "inf", "9" * 30, "cpu", "cpu:7", "meta"]
     ),
-    st.sampled_from(["inspect", "extract", "convert", "--to", "--format", "litema", "--names"]),
+    st.sampled_from(["inspect", "extract", "convert", "--layout", "litema", "--quick", "--names"]),
     st.sampled_from(["reconstruct", "run", "--sigma-rel", "0.07", "-o", "--plot", "--step", "2"]),
     st.sampled_from(["", "out", "out/deeper", "file", "file/out", "x" * 300, "--steps=2", "-s"]),
     st.text(max_size=6),
@@ -118,7 +119,7 @@ def test_any_command_line(tmp_path_factory: pytest.TempPathFactory, words: list[
     assert (folder / "file").read_bytes() == b"kept" or "file" in words
 
 
-@pytest.mark.parametrize("when", ["train", "draw_digits", "checksum"])
+@pytest.mark.parametrize("when", ["train", "checksum", "draw_digits", "draw_sweep"])
 def test_ctrl_c_leaves_no_half_written_file(
     when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,11 +128,11 @@ def test_ctrl_c_leaves_no_half_written_file(
             arguments[-1].write(b"half of a picture")
         raise KeyboardInterrupt
 
-    owner: Any = {"train": demo, "draw_digits": pictures, "checksum": files}[when]
+    owner: Any = {"train": demo, "checksum": files}.get(when, pictures)
     monkeypatch.setattr(owner, when, interrupt)
-    assert emajit(monkeypatch, "demo", "--steps", "2", "--out", str(tmp_path)) == 130
-    whole = {"train": [], "draw_digits": ["losses.png"], "checksum": ["losses.png", "samples.png"]}
-    assert sorted(path.name for path in tmp_path.iterdir()) == whole[when]
+    assert emajit(monkeypatch, "demo", "--steps", "16", "--out", str(tmp_path)) == 130
+    whole = {"draw_digits": ["losses.png"], "draw_sweep": ["losses.png", "samples.png"]}
+    assert sorted(path.name for path in tmp_path.iterdir()) == whole.get(when, [])
     assert "interrupted" in capsys.readouterr().err
 
 
@@ -394,6 +395,18 @@ class TestCheckpoints:
         told = json.loads(capsys.readouterr().out)
         assert told["average"]["distances"]["all"] == pytest.approx(0.01, rel=1e-3)
 
+    def test_json_of_weights_that_are_not_finite(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        raw = {"a.w": torch.ones(2), "b.w": torch.ones(2)}
+        broken = {"a.w": torch.tensor([1.0, float("nan")]), "b.w": torch.ones(2)}
+        torch.save({"model": raw, "ema": broken}, tmp_path / "file")
+        assert emajit(monkeypatch, "inspect", str(tmp_path / "file"), "--json") == 0
+        told = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+        assert told["average"]["distances"] == {"all": None, "a": None, "b": 0.0}
+        assert emajit(monkeypatch, "inspect", str(tmp_path / "file")) == 0
+        assert "nan" in capsys.readouterr().out
+
     def test_extract_for_a_model(
         self, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -419,7 +432,7 @@ class TestCheckpoints:
         found = checkpoint.read(file)
         names = [name for name in found.weights if name not in found.raw_only]
         listed.write_text("\n".join(names))
-        arguments = [str(file), "-o", str(out), "--format", layout, "--dtype", "float64"]
+        arguments = [str(file), "-o", str(out), "--layout", layout, "--dtype", "float64"]
         assert emajit(monkeypatch, "extract", *arguments, "--names", str(listed)) == 0
         if layout == "state_dict":
             weights = load_file(out)
@@ -435,8 +448,8 @@ class TestCheckpoints:
     def test_all_layouts_are_offered(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        for command, option in (("extract", "--format"), ("convert", "--to")):
-            assert emajit(monkeypatch, command, "file", "-o", "out", option, "onnx") == 2
+        for command in ("extract", "convert"):
+            assert emajit(monkeypatch, command, "file", "-o", "out", "--layout", "onnx") == 2
             told = capsys.readouterr().err
             assert all(f"'{layout}'" in told for layout in WRITERS)
 
@@ -445,21 +458,21 @@ class TestCheckpoints:
     ) -> None:
         out = file.parent / "out"
         arguments = [str(file), "-o", str(out)]
-        assert emajit(monkeypatch, "convert", *arguments, "--to", "averaged-model") == 0
+        assert emajit(monkeypatch, "convert", *arguments, "--layout", "averaged-model") == 0
         found = checkpoint.read(out)
         assert found.layout == "AveragedModel"
         assert found.weights.keys() == checkpoint.read(file).weights.keys()
         assert emajit(monkeypatch, "convert", *arguments) == 2
         told = capsys.readouterr().err
         assert told.count("\n") == 1
-        assert "Missing option '--to'" in told
+        assert "Missing option '--layout'" in told
 
     def test_a_decay_that_the_checkpoint_does_not_tell(
         self, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         timm, out = file.parent / "timm", file.parent / "out.ckpt"
-        assert emajit(monkeypatch, "convert", str(file), "-o", str(timm), "--to", "timm") == 0
-        arguments = ["convert", str(timm), "-o", str(out), "--to", "litema"]
+        assert emajit(monkeypatch, "convert", str(file), "-o", str(timm), "--layout", "timm") == 0
+        arguments = ["convert", str(timm), "-o", str(out), "--layout", "litema"]
         assert emajit(monkeypatch, *arguments) == 2
         assert "expected a checkpoint that tells its decay" in capsys.readouterr().err
         assert emajit(monkeypatch, *arguments, "--decay", "1.5") == 2
@@ -528,3 +541,61 @@ class TestCheckpoints:
             assert line in capsys.readouterr().err
         assert file.read_bytes() == before
         assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+COMMANDS = ["demo", "reconstruct", "inspect", "extract", "convert", "merge"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_help_text_has_examples_and_fits_80_columns(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An option is nowhere cut, and every example is one line of options that the command has."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert emajit(monkeypatch, command, "--help") == 0
+    told = capsys.readouterr().out
+    assert max(map(len, told.splitlines())) <= 80
+    assert "…" not in told
+    screen, _, examples = told.partition("Examples")
+    lines = [line.strip() for line in examples.splitlines() if line.strip()]
+    assert len(lines) >= 2
+    for line in lines:
+        name, called, *words = line.partition(" |")[0].split()
+        assert (name, called) == ("emajit", command)
+        assert all(word in screen for word in words if word.startswith("-"))
+
+
+def test_all_commands_are_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert emajit(monkeypatch, "-h") == 0
+    told = capsys.readouterr().out
+    assert all(f"│ {command}" in told for command in COMMANDS)
+    for option in ("--install-completion", "--show-completion", "--version"):
+        assert option in told
+
+
+def test_a_shell_completes_layouts() -> None:
+    code = "import sys; sys.argv = ['emajit']; from emajit import cli; sys.exit(cli.main())"
+    words = {"COMP_WORDS": "emajit convert a.ckpt --layout ti", "COMP_CWORD": "4"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **words, "_EMAJIT_COMPLETE": "complete_bash"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "timm\n"
+
+
+def test_a_file_that_is_not_there_has_no_number(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert emajit(monkeypatch, "inspect", "nowhere.pt") == 2
+    assert capsys.readouterr().err == "emajit: No such file or directory: 'nowhere.pt'\n"
+    Path("one.pt").touch()
+    assert emajit(monkeypatch, "merge", "one.pt", "--last", "2", "-o", "out.pt") == 2
+    assert "--last: expected one folder of checkpoints, found a file: one.pt" in (
+        capsys.readouterr().err
+    )

@@ -29,6 +29,7 @@ import emajit
 from emajit import LitEma, checkpoint, merging, posthoc, schedules
 from emajit.checkpoint import Averaged, files, sharded, streaming
 from emajit.checkpoint.layouts import WRITERS
+from emajit.checkpoint.saved import MERGED
 from tests.counting import own_memory, tells_memory
 from tests.test_checkpoint import Bomb
 from tests.test_cli import emajit as run
@@ -270,13 +271,24 @@ class TestRefused:
 def test_the_header_tells_where_a_result_comes_from(sources: list[Path], tmp_path: Path) -> None:
     merging.merge(sources, tmp_path / "out", "wsm:linear")
     with safe_open(tmp_path / "out", framework="pt") as file:
-        told = json.loads(file.metadata()[merging.KEY])
+        told = json.loads(file.metadata()[MERGED])
     assert [each["name"] for each in told["sources"]] == [path.name for path in sources]
     assert [each["bytes"] for each in told["sources"]] == [p.stat().st_size for p in sources]
     assert len({each["crc32"] for each in told["sources"]}) == 4
     assert "00000000" not in {each["crc32"] for each in told["sources"]}
     merging.merge(sources, tmp_path / "again", "wsm:linear")
     assert (tmp_path / "out").read_bytes() == (tmp_path / "again").read_bytes()
+
+
+def test_results_are_merged_in_turn(sources: list[Path], tmp_path: Path) -> None:
+    for name, pair in (("a.safetensors", sources[:2]), ("b.pt", sources[1:3])):
+        merging.merge(pair, tmp_path / name)
+    merging.merge([tmp_path / "a.safetensors", tmp_path / "b.pt"], out := tmp_path / "out.pt")
+    found = torch.load(out)
+    expected = summed([0.25, 0.5, 0.25], STATES[:3])
+    assert found.keys() >= expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name].to(found[name].dtype))
 
 
 class TestForms:
@@ -465,7 +477,7 @@ class TestHostile:
 
     @pytest.mark.parametrize("text", ["[]", "{", '{"sources": [1]}', '{"sources": 3}'])
     def test_a_record_of_sources_that_is_none(self, text: str, tmp_path: Path) -> None:
-        save_file({"w": torch.ones(1)}, tmp_path / "a.safetensors", metadata={merging.KEY: text})
+        save_file({"w": torch.ones(1)}, tmp_path / "a.safetensors", metadata={MERGED: text})
         with pytest.raises(ValueError, match=r"a\.safetensors: expected the merged sources"):
             merging.told(tmp_path / "a.safetensors")
 

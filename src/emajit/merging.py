@@ -75,7 +75,7 @@ from torch import Tensor
 from emajit import _tree
 from emajit.checkpoint import adapters, files, like, runs, sources, streaming, summing
 from emajit.checkpoint.averaged import listed
-from emajit.checkpoint.saved import TIED
+from emajit.checkpoint.saved import MERGED, TIED
 
 __all__ = [  # noqa: RUF022, in the order of use
     "merge",
@@ -85,7 +85,6 @@ __all__ = [  # noqa: RUF022, in the order of use
     "told",
 ]
 
-KEY = "emajit.merged"  # in the header of a result
 Form = Literal["safetensors", "torch", "folder", "distributed"]
 
 
@@ -329,7 +328,7 @@ class _Result:
             "step": self._held[-1].step,
             "emajit": version,
         }
-        return {KEY: json.dumps(told | ({"base": _record(base[0], 1.0)} if base else {}))}
+        return {MERGED: json.dumps(told | ({"base": _record(base[0], 1.0)} if base else {}))}
 
 
 def _is_within(out: Path, source: Path) -> bool:
@@ -379,12 +378,12 @@ def told(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 def _text_of(path: Path) -> str | None:
     if files.is_safetensors(path):
         with files.opened(path) as file:
-            told: str | None = (file.metadata() or {}).get(KEY)
+            told: str | None = (file.metadata() or {}).get(MERGED)
             return told
     if not zipfile.is_zipfile(path):
         return None
     with zipfile.ZipFile(path) as archive:
-        names = [name for name in archive.namelist() if name.partition("/")[2] == KEY]
+        names = [name for name in archive.namelist() if name.partition("/")[2] == MERGED]
         return archive.read(names[0]).decode(errors="replace") if names else None
 
 

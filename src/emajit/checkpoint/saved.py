@@ -15,8 +15,8 @@ from torch import Tensor
 
 from emajit.checkpoint import files
 
-# Keys in the header of a safetensors file, written by `save` and by `write`.
-KEY, TIED = "emajit", "emajit.tied"
+# Keys in the header of a safetensors file, written by `save`, by `write` and by `merging.merge`.
+KEY, TIED, MERGED = "emajit", "emajit.tied", "emajit.merged"
 SHADOW = "shadow."  # before the names of the leaves in a folder of `save_sharded`
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from emajit import _names
 from emajit.checkpoint import files, pickled, zero
 from emajit.checkpoint.files import Unordered
-from emajit.checkpoint.saved import KEY, SHADOW, TIED, Saved
+from emajit.checkpoint.saved import KEY, MERGED, SHADOW, TIED, Saved
 
 OF_TORCH = ".ckpt", ".pt", ".pth", ".bin"  # the names that `torch.save` writes
 SUFFIXES = ".safetensors", ".pkl", *OF_TORCH
@@ -65,7 +65,7 @@ def content(path: Path, *, on_disk: bool = False) -> Any:
         return pickled.load_torch(path)
     with files.opened(path) as file:
         header = file.metadata() or {}
-        if any('"crc32"' in told for key, told in header.items() if key != KEY):
+        if any('"crc32"' in told for k, told in header.items() if k not in (KEY, MERGED)):
             raise ValueError(f"{path}: expected the record of its step at {KEY!r}, found another")
         if KEY not in header:
             names = file.keys()

@@ -1,15 +1,11 @@
-r"""A small diffusion model on scikit-learn's digits, with raw and averaged weights side by side.
+"""`emajit demo`: one training run, and what each feature of emajit is worth on it.
 
-The model sees $x_t = \alpha_t x + \sigma_t \epsilon$ with $\alpha_t = \cos(\pi t / 2)$ and
-$\sigma_t = \sin(\pi t / 2)$, and predicts the noise $\epsilon$ (DDPM, arXiv 2006.11239; the
-cosine schedule is that of arXiv 2102.09672). Samples are drawn with DDIM (arXiv 2010.02502).
-
-Started by torchrun, the processes train one model on a share of each batch.
+Started by torchrun, the processes train one model on a share of each batch; the first of them shows
+and writes.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import statistics
 import tempfile
@@ -18,30 +14,29 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Tensor
 from torch import distributed as dist
-from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 import emajit
-from emajit import checkpoint, posthoc, schedules
+from emajit import checkpoint, merging, posthoc, schedules
 from emajit.checkpoint import files
 from emajit.cli import pictures
+from emajit.cli.diffusion import BATCH, Denoiser, Trial, loss_of, sample
 
-BATCH = 64
 LEARNING_RATE = 2e-3
 GRID = 8
-TRACKED = [0.05, 0.10]
-SWEEP = [0.02 * 1.08**i for i in range(33)]  # to 0.23
-SNAPSHOTS = "snapshots"
+TRACKED = [0.05, 0.10]  # the lengths of the averages in the snapshots
+SWEEP = [0.02 * 1.16**i for i in range(17)]  # to 0.21
+SNAPSHOTS = 16  # in a run
+CHECKPOINTS, MERGED = 32, 8  # in a run, and the last of them
 
 
 @dataclass(frozen=True)
@@ -53,12 +48,6 @@ class Settings:
     seed: int
     device: str
     out: Path
-    posthoc: bool = False
-
-    @property
-    def snapshot_interval(self) -> int:
-        """Steps between two snapshots: 32 or 33 of them in a run."""
-        return max(1, self.steps // 32)
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -100,15 +89,14 @@ def processes() -> Iterator[tuple[int, int]]:
 
 @dataclass
 class History:
-    """Held-out losses at some steps, the seconds of each step and of its averages, snapshots."""
+    """Held-out losses at some steps, and the seconds of each step and of its averages."""
 
-    averages: int
     steps: list[int] = field(default_factory=list)
     raw: list[float] = field(default_factory=list)
     averaged: list[float] = field(default_factory=list)
-    step_seconds: list[float] = field(default_factory=list)
-    average_seconds: list[float] = field(default_factory=list)
-    snapshots: list[Path] = field(default_factory=list)
+    training: list[float] = field(default_factory=list)
+    averaging: list[float] = field(default_factory=list)
+    stochastic: list[float] = field(default_factory=list)
 
     @property
     def gain(self) -> float:
@@ -116,152 +104,52 @@ class History:
         return 1 - self.averaged[-1] / self.raw[-1]
 
 
-class Denoiser(nn.Module):
-    """A residual MLP over 64 pixels and features of the time."""
+class Averages:
+    """The average of a run, the other averages of the table, and files of the run in `folder`."""
 
-    def __init__(self, width: int = 256, blocks: int = 3) -> None:
-        super().__init__()
-        self.inside = nn.Linear(64 + 16, width)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.LayerNorm(width),
-                nn.Linear(width, 2 * width),
-                nn.SiLU(),
-                nn.Linear(2 * width, width),
-            )
-            for _ in range(blocks)
+    def __init__(self, params: dict[str, Tensor], settings: Settings, folder: Path) -> None:
+        self.params, self.settings, self.folder = params, settings, folder
+        self.shadow = emajit.init(params)
+        self.nearest, self.stochastic = (
+            emajit.init(params, dtype=torch.bfloat16) for _ in range(2)
         )
-        self.outside = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 64))
+        self.tracked = [emajit.init(params) for _ in TRACKED]
+        self.checkpoints: list[Path] = []
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        angles = t[:, None] * math.pi * torch.arange(1, 9, device=t.device)
-        h: Tensor = self.inside(torch.cat([x, angles.sin(), angles.cos()], dim=1))
-        for block in self.blocks:
-            h = h + block(h)
-        predicted: Tensor = self.outside(h)
-        return predicted
-
-
-def alpha_sigma(t: Tensor) -> tuple[Tensor, Tensor]:
-    angle = t[:, None] * (math.pi / 2)
-    return angle.cos(), angle.sin()
-
-
-def digits(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Images of shape (n, 64) in [-1, 1]: four fifths to train on, one fifth held out."""
-    images = torch.from_numpy(load_digits().data).float() / 8 - 1
-    images = images[torch.randperm(len(images), generator=generator)]
-    held_out = len(images) // 5
-    return images[held_out:], images[:held_out]
-
-
-def loss_of(model: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """The mean squared error of the predicted noise."""
-    alpha, sigma = alpha_sigma(t)
-    return nn.functional.mse_loss(model(alpha * x + sigma * eps, t), eps)
-
-
-class Trial:
-    """The data of a run: training batches, and the held-out loss of any weights."""
-
-    def __init__(self, settings: Settings, model: Denoiser, rank: int = 0, ranks: int = 1) -> None:
-        self.model, self.device = model, torch.device(settings.device)
-        self.rank, self.ranks = rank, ranks
-        self.generator = torch.Generator().manual_seed(settings.seed)
-        self.images, held_out = (part.to(self.device) for part in digits(self.generator))
-        self.judged = held_out.repeat(8, 1)
-        count = len(self.judged)
-        self.judged_at = ((torch.arange(count) + 0.5) / count).to(self.device)
-        self.judged_noise = self.noise(self.judged.shape)
-
-    def noise(self, shape: torch.Size) -> Tensor:
-        return torch.randn(shape, generator=self.generator).to(self.device)
-
-    def batch(self) -> tuple[Tensor, ...]:
-        """Images, times and noise: this process's share of a batch."""
-        chosen = torch.randint(len(self.images), (BATCH,), generator=self.generator)
-        images = self.images[chosen.to(self.device)]
-        t = torch.rand(BATCH, generator=self.generator).to(self.device)
-        return tuple(
-            part[self.rank :: self.ranks] for part in (images, t, self.noise(images.shape))
+    def update(self, step: int, history: History) -> None:
+        decay, device = (
+            schedules.warmup(self.settings.decay),
+            next(iter(self.params.values())).device,
         )
+        times = [clock(device)]
+        emajit.update_(self.shadow, self.params, step, decay=decay)
+        times.append(clock(device))
+        emajit.update_(self.stochastic, self.params, step, decay=decay, rounding="stochastic")
+        times.append(clock(device))
+        others = [self.nearest, *self.tracked]
+        decays = [decay, *map(schedules.power_function, TRACKED)]
+        emajit.update_many_(others, self.params, step, decays=decays)
+        history.averaging.append(times[1] - times[0])
+        history.stochastic.append(times[2] - times[1])
 
-    @torch.no_grad()
-    def loss(self, weights: dict[str, Tensor]) -> float:
-        def weighted(x: Tensor, t: Tensor) -> Tensor:
-            predicted: Tensor = functional_call(self.model, weights, (x, t))
-            return predicted
+    def keep(self, steps: int) -> None:
+        """Save snapshots and checkpoints after some of the steps; the last checkpoints stay."""
+        last = steps == self.settings.steps
+        if last or steps % max(1, self.settings.steps // SNAPSHOTS) == 0:
+            folder = self.folder / "snapshots"
+            posthoc.save(folder, self.tracked, steps, sigma_rel=TRACKED, dtype=torch.float16)
+        if last or steps % max(1, self.settings.steps // CHECKPOINTS) == 0:
+            self.checkpoints.append(self.folder / f"step-{steps}.pt")
+            torch.save(self.params, self.checkpoints[-1])
+            for old in self.checkpoints[:-MERGED]:
+                old.unlink()
+            del self.checkpoints[:-MERGED]
 
-        return loss_of(weighted, self.judged, self.judged_at, self.judged_noise).item()
-
-
-def train(
-    settings: Settings, trial: Trial, tell: Callable[[History], None]
-) -> tuple[dict[str, Tensor], History]:
-    """Train the model; returns the averaged weights and the history."""
-    model, device = trial.model, trial.device
-    params: dict[str, Tensor] = dict(model.named_parameters())
-    decays = [schedules.warmup(settings.decay)]
-    if settings.posthoc:
-        decays += [schedules.power_function(sigma_rel) for sigma_rel in TRACKED]
-    shadows = [emajit.init(params) for _ in decays]
-    shadow, *tracked = shadows
-    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
-    parallel = model if trial.ranks == 1 else DistributedDataParallel(model)
-    history = History(len(decays))
-    interval = max(1, settings.steps // 60)
-    for step in range(settings.steps):
-        began = clock(device)
-        images, t, noise = trial.batch()
-        optimizer.zero_grad()
-        share = len(images) * trial.ranks / BATCH  # the processes' gradients are averaged
-        (share * loss_of(parallel, images, t, noise)).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        trained = clock(device)
-        emajit.update_many_(shadows, params, step, decays=decays)
-        averaged = clock(device)
-        history.step_seconds.append(averaged - began)
-        history.average_seconds.append(averaged - trained)
-        if (step + 1) % interval == 0 or step + 1 == settings.steps:
-            history.steps.append(step + 1)
-            history.raw.append(trial.loss(params))
-            history.averaged.append(trial.loss(shadow))
-        if (
-            trial.rank == 0
-            and tracked
-            and (step + 1 == settings.steps or (step + 1) % settings.snapshot_interval == 0)
-        ):
-            folder = settings.out / SNAPSHOTS
-            saved = posthoc.save(folder, tracked, step + 1, sigma_rel=TRACKED, dtype=torch.float16)
-            history.snapshots += saved
-        tell(history)
-    return shadow, history
-
-
-def sweep(trial: Trial, found: list[posthoc.Snapshot]) -> tuple[list[float], list[float]]:
-    """Lengths that the snapshots allow, and the held-out loss of each average."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # lengths with a large error are left out
-        _, solutions = posthoc.plan(found, SWEEP, None)
-        lengths = [x for x, s in zip(SWEEP, solutions, strict=True) if s.error < 0.05]
-        averages = posthoc.reconstruct(found, lengths)
-    return lengths, [
-        trial.loss({name: leaf.to(trial.device) for name, leaf in average.items()})
-        for average in averages
-    ]
-
-
-def tracked_losses(
-    trial: Trial, found: list[posthoc.Snapshot], like: dict[str, Tensor]
-) -> dict[float, float]:
-    """The lengths of the last snapshots, with the held-out loss of each saved average."""
-    narrow = {name: leaf.cpu().half() for name, leaf in like.items()}
-    losses = {}
-    for snapshot in (s for s in found if s.step == found[-1].step):
-        average, _ = checkpoint.load(snapshot.path, narrow)
-        weights = {name: leaf.to(trial.device, torch.float32) for name, leaf in average.items()}
-        losses[posthoc.gamma_to_sigma_rel(snapshot.gamma)] = trial.loss(weights)
-    return losses
+    def merged(self) -> dict[str, Tensor]:
+        """The mean of the last checkpoints."""
+        out = self.folder / "merged.safetensors"
+        merging.merge(self.checkpoints, out)
+        return load_file(out)
 
 
 def clock(device: torch.device) -> float:
@@ -270,38 +158,77 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-@torch.no_grad()
-def sample(model: Denoiser, noise: Tensor, steps: int = 60) -> Tensor:
-    """Images of shape (n, 64) from noise of that shape."""
-    x = noise
-    times = torch.linspace(0.99, 0.0, steps + 1, device=noise.device)
-    for now, following in pairwise(times):
-        t, later = now.expand(len(x)), following.expand(len(x))
-        eps = model(x, t)
-        alpha, sigma = alpha_sigma(t)
-        clean = ((x - sigma * eps) / alpha).clamp(-1, 1)
-        alpha, sigma = alpha_sigma(later)
-        x = alpha * clean + sigma * eps
-    return x
+def train(
+    settings: Settings, trial: Trial, averages: Averages, tell: Callable[[History], None]
+) -> History:
+    """Train the model and average its weights."""
+    model, device, history = trial.model, trial.device, History()
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+    parallel = model if trial.ranks == 1 else DistributedDataParallel(model)
+    interval = max(1, settings.steps // 30)
+    for step in range(settings.steps):
+        began = clock(device)
+        images, t, noise = trial.batch()
+        optimizer.zero_grad()
+        share = len(images) * trial.ranks / BATCH  # the processes' gradients are averaged
+        (share * loss_of(parallel, images, t, noise)).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        history.training.append(clock(device) - began)
+        averages.update(step, history)
+        if trial.rank == 0:
+            averages.keep(step + 1)
+        if (step + 1) % interval == 0 or step + 1 == settings.steps:
+            history.steps.append(step + 1)
+            history.raw.append(trial.loss(averages.params))
+            history.averaged.append(trial.loss(averages.shadow))
+        tell(history)
+    return history
 
 
-def table(history: History) -> Table:
-    step, average = (
-        statistics.median(seconds) for seconds in (history.step_seconds, history.average_seconds)
+def sweep(trial: Trial, folder: Path) -> tuple[dict[float, float], dict[float, float]]:
+    """Held-out losses by length: of reconstructed averages, and of those in the last snapshots."""
+    found = posthoc.snapshots(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # lengths with a large error are left out
+        _, solutions = posthoc.plan(found, SWEEP, None)
+        lengths = [x for x, s in zip(SWEEP, solutions, strict=True) if s.error < 0.05]
+        averages = posthoc.reconstruct(found, lengths)
+    saved = {
+        posthoc.gamma_to_sigma_rel(snapshot.gamma): trial.loss(load_file(snapshot.path))
+        for snapshot in found
+        if snapshot.step == found[-1].step
+    }
+    return dict(zip(lengths, map(trial.loss, averages), strict=True)), saved
+
+
+def table(
+    trial: Trial, averages: Averages, history: History, by_length: dict[float, float]
+) -> Table:
+    """What each feature is worth, and what it takes."""
+    step, average, noise = (
+        1e3 * statistics.median(seconds)
+        for seconds in (history.training, history.averaging, history.stochastic)
     )
-    several = f" for {history.averages}" if history.averages > 1 else ""
-    shown = Table(title=f"After {history.steps[-1]} steps")
+    shown = Table(title=f"Held-out loss after {history.steps[-1]:,} steps")
     shown.add_column("weights")
-    shown.add_column("held-out loss", justify="right")
-    shown.add_column("difference", justify="right")
-    shown.add_column("cost a step", justify="right")
-    shown.add_row("raw", f"{history.raw[-1]:.4f}", "", f"{1e3 * (step - average):.2f} ms")
-    shown.add_row(
-        "averaged",
-        f"{history.averaged[-1]:.4f}",
-        f"{-history.gain:+.1%}",
-        f"+ {1e3 * average:.3f} ms ({average / (step - average):.1%}){several}",
-    )
+    shown.add_column("loss", justify="right")
+    shown.add_column("to raw", justify="right")
+    shown.add_column("what they take")
+
+    def add(weights: str, loss: float, takes: str) -> None:
+        shown.add_row(weights, f"{loss:.4f}", f"{loss / history.raw[-1] - 1:+.1%}", takes)
+
+    shown.add_row("raw", f"{history.raw[-1]:.4f}", "", f"{step:.2f} ms a step")
+    add("averaged", history.averaged[-1], f"+ {average:.2f} ms ({average / step:.1%})")
+    add("in bfloat16, to nearest", trial.loss(averages.nearest), "half the memory")
+    takes = f"half the memory, + {noise:.2f} ms"
+    add("in bfloat16, stochastic", trial.loss(averages.stochastic), takes)
+    if by_length:
+        length = min(by_length, key=by_length.__getitem__)
+        takes = f"snapshots at {SNAPSHOTS} steps"
+        add(f"length {length:.3f}, chosen after", by_length[length], takes)
+    takes = "no average while training"
+    add(f"mean of {len(averages.checkpoints)} checkpoints", trial.loss(averages.merged()), takes)
     return shown
 
 
@@ -312,26 +239,28 @@ def run(settings: Settings, console: Console) -> History:
     """
     torch.manual_seed(settings.seed)
     model = Denoiser().to(settings.device)
-    with processes() as (rank, ranks):
-        trial = Trial(settings, model, rank, ranks)
-        shadow, history = watched(settings, trial, console)
-    if rank == 0:
-        show(settings, trial, shadow, history, console)
+    with tempfile.TemporaryDirectory(prefix="emajit-demo-") as folder:
+        averages = Averages(dict(model.named_parameters()), settings, Path(folder))
+        with processes() as (rank, ranks):
+            trial = Trial(settings.seed, model, rank, ranks)
+            history = watched(settings, trial, averages, console)
+        if rank == 0:
+            show(settings, trial, averages, history, console)
     return history
 
 
-def watched(
-    settings: Settings, trial: Trial, console: Console
-) -> tuple[dict[str, Tensor], History]:
+def watched(settings: Settings, trial: Trial, averages: Averages, console: Console) -> History:
     """Train with a progress bar."""
     columns = (
         TextColumn("training"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("held-out loss {task.fields[losses]}"),
+        TextColumn("loss {task.fields[losses]}"),
     )
-    with Progress(*columns, console=console, disable=trial.rank > 0) as progress:
+    shown = Progress(*columns, console=console, disable=trial.rank > 0, transient=True)
+    with shown as progress, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "an average in .* stalls")  # as the table shows
         task = progress.add_task("", total=settings.steps, losses="")
 
         def tell(history: History) -> None:
@@ -340,40 +269,29 @@ def watched(
                 progress.update(task, losses=losses)
             progress.advance(task)
 
-        return train(settings, trial, tell)
+        return train(settings, trial, averages, tell)
 
 
 def show(
-    settings: Settings, trial: Trial, shadow: dict[str, Tensor], history: History, console: Console
+    settings: Settings, trial: Trial, averages: Averages, history: History, console: Console
 ) -> None:
     """Show the table, and write pictures and weights."""
-    model = trial.model
+    model, out = trial.model, settings.out
     noise = torch.randn(GRID**2, 64, generator=torch.Generator().manual_seed(settings.seed + 1))
     noise = noise.to(settings.device)
     grids = {"raw": sample(model, noise)}
-    with emajit.ema_scope(model, shadow):
+    with emajit.ema_scope(model, averages.shadow):
         grids["averaged"] = sample(model, noise)
-    written = ["losses.png", "samples.png", "averaged.safetensors"]
     losses = history.steps, history.raw, history.averaged
-    files.write(settings.out / written[0], lambda file: pictures.draw_losses(*losses, file))
-    files.write(settings.out / written[1], lambda file: pictures.draw_digits(grids, file))
-    checkpoint.save(settings.out / written[2], shadow, settings.steps)
-    console.print(table(history))
-    if settings.posthoc:
-        written += ["posthoc.png", f"{SNAPSHOTS}/"]
-        # Without the snapshots of an earlier run into the same folder.
-        mine = [
-            s for s in posthoc.snapshots(settings.out / SNAPSHOTS) if s.path in history.snapshots
-        ]
-        lengths, after = sweep(trial, mine)
-        saved = tracked_losses(trial, mine, shadow)
-        curve = lengths, after, saved, history.averaged[-1]
-        files.write(settings.out / written[3], lambda file: pictures.draw_sweep(*curve, file))
-        best = min(zip(after, lengths, strict=True))
-        console.print(
-            f"From the snapshots alone, the best average is of length {best[1]:.3f} of the run: "
-            f"held-out loss {best[0]:.4f}",
-            highlight=False,
-        )
-    told = f"Written into {settings.out}: {', '.join(written)}"
+    files.write(out / "losses.png", lambda file: pictures.draw_losses(*losses, file))
+    files.write(out / "samples.png", lambda file: pictures.draw_digits(grids, file))
+    by_length, saved = sweep(trial, averages.folder / "snapshots")
+    if by_length:
+        curve = by_length, saved, history.averaged[-1]
+        files.write(out / "lengths.png", lambda file: pictures.draw_sweep(*curve, file))
+    checkpoint.save(out / "averaged.safetensors", averages.shadow, settings.steps)
+    console.print(table(trial, averages, history, by_length), highlight=False)
+    written = ["losses.png", "samples.png", *(["lengths.png"] if by_length else [])]
+    written.append("averaged.safetensors")
+    told = f"Written into {out}: {', '.join(written)}"
     console.print(told, highlight=False, markup=False)

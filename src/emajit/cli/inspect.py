@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -110,8 +111,8 @@ def _summary(path: Path, found: Averaged) -> Table:
     summary.add_row("since", escape(found.why))
     if found.raw_path:
         summary.add_row("trained weights at", escape(found.raw_path))
-    summary.add_row("step", "not told" if found.step is None else f"{found.step:,}")
-    summary.add_row("decay", "not told" if found.decay is None else f"{found.decay:g}")
+    summary.add_row("step", "unknown" if found.step is None else f"{found.step:,}")
+    summary.add_row("decay", "unknown" if found.decay is None else f"{found.decay:g}")
     if length := _length(found):
         summary.add_row("length", length)
     summary.add_row("averaged", _sizes(averages.values()))
@@ -119,7 +120,7 @@ def _summary(path: Path, found: Averaged) -> Table:
     summary.add_row("trained only", _sizes(rest) + _named(found.raw_only))
     if found.raw and alone:
         summary.add_row("averaged only", _sizes(averages[n] for n in alone) + _named(alone))
-    summary.add_row("neither", f"{found.others:,} tensors")
+    summary.add_row("in neither", _tensors(found.others))
     return summary
 
 
@@ -159,9 +160,15 @@ def _count(tensors: Iterable[Tensor]) -> dict[str, Any]:
 
 def _sizes(tensors: Iterable[Tensor]) -> str:
     count = _count(tensors)
+    if not count["tensors"]:
+        return "none"
     kinds = f", {' and '.join(count['dtypes'])}" if count["dtypes"] else ""
     size = f"{count['bytes'] / 2**20:,.1f} MiB"
-    return f"{count['tensors']:,} tensors, {count['numbers']:,} numbers, {size}{kinds}"
+    return f"{_tensors(count['tensors'])}, {count['numbers']:,} numbers, {size}{kinds}"
+
+
+def _tensors(count: int) -> str:
+    return "1 tensor" if count == 1 else f"{count:,} tensors" if count else "none"
 
 
 def _as_dict(row: Candidate) -> dict[str, Any]:
@@ -178,7 +185,10 @@ def _told(found: Averaged | None, modules: Mapping[str, float | None]) -> dict[s
         "trained_only": [*found.raw_only],
         "averaged_only": [n for n in _averages(found) if found.raw and n not in found.raw],
         "length": _updates(found),
-        "distances": dict(modules),
+        "distances": {  # JSON has no NaN
+            module: distance if distance is None or math.isfinite(distance) else None
+            for module, distance in modules.items()
+        },
     }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -16,16 +16,37 @@ try:
 
     from emajit import checkpoint, merging
     from emajit.checkpoint.averaged import NotOneError
-    from emajit.checkpoint.layouts import WRITERS
     from emajit.cli.convert import write_averages
     from emajit.cli.inspect import names_in, show_averages
     from emajit.cli.merge import merge_checkpoints
+    from emajit.cli.options import (
+        DTYPES,
+        LAYOUT,
+        Cast,
+        Checkpoint,
+        Decay,
+        Dtype,
+        Key,
+        Layout,
+        Like,
+        Names,
+        Of,
+        Out,
+        RawKey,
+        Step,
+        examples,
+    )
     from emajit.cli.reconstruct import reconstruct_averages
 except ModuleNotFoundError as error:
     message = f"emajit: the command needs {error.name}; pip install rich safetensors typer"
     raise SystemExit(message) from None
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="emajit COMMAND --help has examples of each.",
+)
 
 
 def _version(wanted: bool) -> None:
@@ -41,23 +62,31 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def emajit(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
-    """Exponential moving averages of PyTorch weights."""
+    """Show, write, convert and merge averages of PyTorch weights in checkpoints."""
 
 
-@app.command()
+@app.command(epilog=examples("emajit demo --quick", "emajit demo --seed 1 --out seed-1"))
 def demo(
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 2000,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Training steps.", show_default="2000; 400 with --quick"),
+    ] = None,
     decay: Annotated[
         float, typer.Option(help="Decay of the average after its warm-up, in [0, 1].")
     ] = 0.999,
     seed: Annotated[int, typer.Option(help="Seed of the data, the model and the noise.")] = 0,
-    device: Annotated[str, typer.Option(help="Default: cuda if there is one, else cpu.")] = "",
+    device: Annotated[
+        str, typer.Option(help="Device to train on.", show_default="cuda if there is one, else cpu")
+    ] = "",
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("emajit-demo"),
-    posthoc: Annotated[
-        bool, typer.Option("--posthoc", help="Also save snapshots, and sweep the averaging length.")
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Train for 400 steps, some seconds.")
     ] = False,
 ) -> None:
     """Train a small diffusion model on digits and show the gain from averaging its weights."""
@@ -66,74 +95,61 @@ def demo(
 
         torch.set_num_threads(1)  # more threads slow down so small a model
         device = device or training.default_device()
-        training.run(training.Settings(steps, decay, seed, device, out, posthoc), Console())
+        steps = (400 if quick else 2000) if steps is None else steps
+        training.run(training.Settings(steps, decay, seed, device, out), Console())
 
 
-Of = Literal["averages", "trained"]
-Dtype = Literal["float16", "bfloat16", "float32", "float64"]
-if TYPE_CHECKING:
-    Layout = str
-else:
-    Layout = Literal[*WRITERS]
-
-
-@app.command()
+@app.command(
+    epilog=examples(
+        "emajit reconstruct snapshots --sigma-rel 0.07 -o averaged.safetensors",
+        "emajit reconstruct snapshots --sigma-rel 0.06 0.07 0.08 -o averages --plot",
+    )
+)
 def reconstruct(
-    folder: Annotated[Path, typer.Argument(metavar="SNAPSHOT_DIR", help="Folder of snapshots.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SNAPSHOT_DIR", help="Folder of snapshots, written by posthoc.save."
+        ),
+    ],
     sigma_rel: Annotated[
         list[float],
         typer.Option(
-            help="The wanted length, relative to the run; put several behind SNAPSHOT_DIR."
+            metavar="LENGTH",
+            help="The wanted length, relative to the run. Before several, give SNAPSHOT_DIR.",
         ),
     ],
     out: Annotated[
         Path,
-        typer.Option("--out", "-o", help="The file to write; the folder, for several lengths."),
+        typer.Option("--out", "-o", help="The file to write, or for several lengths the folder."),
     ],
     more: Annotated[list[float] | None, typer.Argument(metavar="SIGMA_REL", hidden=True)] = None,
-    step: Annotated[int | None, typer.Option(help="Default: the last snapshot's step.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights in the file.")] = "float32",
+    step: Annotated[
+        int | None,
+        typer.Option(help="End the average at this step.", show_default="the last snapshot's"),
+    ] = None,
+    dtype: Annotated[
+        Dtype, typer.Option(metavar="DTYPE", help=f"Dtype of the written weights: {DTYPES}.")
+    ] = "float32",
     plot: Annotated[
-        bool, typer.Option("--plot", help="Draw profiles and coefficients, beside the result.")
+        bool,
+        typer.Option(
+            "--plot", help="Draw the profiles and coefficients into a PNG beside the result."
+        ),
     ] = False,
 ) -> None:
-    """Average the weights of a finished run over another length, from its snapshots."""
+    """Average the weights of a finished run over another length, from its snapshots.
+
+    The length is the standard deviation of the average's profile over time, divided by the run.
+    """
     with _errors_in_one_line():
         lengths = [*sigma_rel, *(more or [])]
         reconstruct_averages(folder, lengths, out, step, dtype, plot, Console())
 
 
-Checkpoint = Annotated[
-    Path,
-    typer.Argument(
-        metavar="FILE",
-        help="A file of safetensors or torch.save; or a folder of a trainer, a diffusers pipeline, "
-        "or torch.distributed.checkpoint.",
-    ),
-]
-Names = Annotated[
-    Path | None,
-    typer.Option(
-        help="A text file with the names of the parameters in order, one a line, for layouts by "
-        "position."
-    ),
-]
-
-
-Key = Annotated[
-    str | None,
-    typer.Option(
-        metavar="PATH",
-        help="Path of the averages, if the file does not show it: keys joined by dots, such as "
-        "ema.module.",
-    ),
-]
-RawKey = Annotated[
-    str | None, typer.Option(metavar="PATH", help="Path of the trained weights, likewise.")
-]
-
-
-@app.command()
+@app.command(
+    epilog=examples("emajit inspect model.ckpt", "emajit inspect model.ckpt --json | jq .average")
+)
 def inspect(
     file: Checkpoint,
     names: Names = None,
@@ -141,44 +157,26 @@ def inspect(
     raw_key: RawKey = None,
     depth: Annotated[
         int | None,
-        typer.Option(min=0, help="Depth of the modules in the distances; default, the blocks."),
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Show distances of the modules at this depth; 0 is the whole model.",
+            show_default="the blocks",
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
 ) -> None:
     """Show the averages in a checkpoint: layout, step, decay, distance to the trained weights."""
     with _errors_in_one_line():
         show_averages(file, names, key, raw_key, depth, as_json=as_json, console=Console())
 
 
-_FLAT = " and ".join(name for name, writer in WRITERS.items() if writer.safetensors)
-Out = Annotated[
-    Path,
-    typer.Option(
-        "--out",
-        "-o",
-        help=f"The file to write. {_FLAT} are written as safetensors, or with torch.save if the "
-        "name ends in .ckpt, .pt, .pth or .bin.",
-    ),
-]
-Decay = Annotated[
-    float | None,
-    typer.Option(help="Decay to write, if the layout holds one; default, the checkpoint's."),
-]
-Step = Annotated[
-    int | None, typer.Option(help="Number of updates taken; default, the checkpoint's.")
-]
-Like = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="MODEL",
-        help="A file of the model's weights, whose names and shapes the averages must have; or a "
-        "folder of diffusers or transformers, to write such a folder, for from_pretrained.",
-    ),
-]
-Cast = Annotated[Dtype | None, typer.Option(help="Dtype of the weights; default, their own.")]
-
-
-@app.command()
+@app.command(
+    epilog=examples(
+        "emajit extract model.ckpt -o averaged.safetensors",
+        "emajit extract checkpoint-500 -o averaged --like checkpoint-500",
+    )
+)
 def extract(
     file: Checkpoint,
     out: Out,
@@ -186,9 +184,7 @@ def extract(
     key: Key = None,
     raw_key: RawKey = None,
     like: Like = None,
-    layout: Annotated[
-        Layout, typer.Option("--format", help="Layout of the written file.")
-    ] = "state_dict",
+    layout: Annotated[Layout, LAYOUT] = "state_dict",
     decay: Decay = None,
     step: Step = None,
     dtype: Cast = None,
@@ -197,11 +193,16 @@ def extract(
     convert(file, out, layout, names, key, raw_key, like, decay, step, dtype)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "emajit convert model.ckpt -o swa.pt --layout averaged-model",
+        "emajit convert timm.pth -o ldm.ckpt --layout litema --decay 0.9999",
+    )
+)
 def convert(
     file: Checkpoint,
     out: Out,
-    layout: Annotated[Layout, typer.Option("--to", help="Layout of the written file.")],
+    layout: Annotated[Layout, LAYOUT],
     names: Names = None,
     key: Key = None,
     raw_key: RawKey = None,
@@ -210,67 +211,85 @@ def convert(
     step: Step = None,
     dtype: Cast = None,
 ) -> None:
-    """Write the averages of a checkpoint in another layout, to go on with them there."""
+    """Write the averages of a checkpoint in another library's layout, to go on with them there."""
     with _errors_in_one_line():
         found = checkpoint.read(file, names=(listed := names_in(names)), key=key, raw_key=raw_key)
         write_averages(file, found, listed, out, layout, like, decay, step, dtype, Console())
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "emajit merge --last 5 checkpoints/ -o merged.safetensors",
+        "emajit merge a.pt b.pt c.pt -o merged.pt --coefficients 0.2,0.3,0.5",
+    )
+)
 def merge(
     sources: Annotated[
         list[Path],
         typer.Argument(
-            metavar="CHECKPOINT...", help="From the oldest to the newest; with --last, one folder."
+            metavar="CHECKPOINT...",
+            help="Files or folders, from the oldest to the newest; with --last one folder of them.",
         ),
     ],
     out: Annotated[
         Path,
         typer.Option(
-            "--out", "-o", help="The file, or a new folder if the first source is a folder."
+            "--out", "-o", help="The file to write, or a new folder if the first source is one."
         ),
     ],
     coefficients: Annotated[
         str | None,
         typer.Option(
-            help="uniform (the default), ema:BETA, wsm:linear, wsm:cosine, wsm:1-sqrt, or numbers "
-            "with commas."
+            metavar="RULE",
+            help="uniform, ema:BETA, wsm:linear, wsm:cosine, wsm:1-sqrt, or numbers joined by "
+            "commas.",
+            show_default="uniform",
         ),
     ] = None,
     last: Annotated[
-        int | None, typer.Option(metavar="K", help="The last K checkpoints in the folder.")
+        int | None, typer.Option(metavar="K", help="Merge the last K checkpoints in the folder.")
     ] = None,
     window: Annotated[
         str | None,
         typer.Option(
             metavar="START:STOP",
-            help="The mean of the steps behind START up to STOP, from means since the start of the "
-            "run at both: snapshots of schedules.uniform(), or icefall's checkpoints.",
+            help="Write the mean of the steps after START up to STOP. Needs, at both, the mean "
+            "since the start of the run: snapshots of schedules.uniform(), or icefall's files.",
         ),
     ] = None,
     of: Annotated[
-        Of | None, typer.Option(help="Which weights, where a checkpoint holds both.")
+        Of | None,
+        typer.Option(
+            metavar="WHICH",
+            help="Weights to merge if a checkpoint holds both: averages or trained.",
+        ),
     ] = None,
     key: Key = None,
     names: Names = None,
     base: Annotated[
         Path | None,
         typer.Option(
-            metavar="MODEL", help="Base of PEFT adapters; the products of A and B are added to it."
+            metavar="MODEL",
+            help="Base model of PEFT adapters: add the mean of the products of A and B to it.",
         ),
     ] = None,
     integers: Annotated[
         Literal["last", "equal"],
-        typer.Option(help="Integer tensors: take the last source's, or require equal ones."),
+        typer.Option(
+            metavar="RULE",
+            help="last takes integer tensors from the last source; equal requires equal ones.",
+        ),
     ] = "last",
     allow_any_sum: Annotated[
-        bool, typer.Option("--allow-any-sum", help="Take coefficients that do not sum to 1.")
+        bool, typer.Option("--allow-any-sum", help="Allow coefficients that do not sum to 1.")
     ] = False,
     to: Annotated[
         merging.Form | None,
         typer.Option(
-            help="The written form: folder is for from_pretrained, distributed for "
-            "torch.distributed.checkpoint. Default: as the name says, else the first source's."
+            metavar="FORM",
+            help="Form of the result: safetensors, torch (torch.save), folder (for "
+            "from_pretrained) or distributed (torch.distributed.checkpoint).",
+            show_default="as the name of --out says, else the first source's",
         ),
     ] = None,
     dtype: Cast = None,
@@ -303,11 +322,18 @@ def _errors_in_one_line() -> Iterator[None]:
     except ModuleNotFoundError as error:
         message = f"this needs {error.name}; pip install matplotlib numpy scikit-learn"
         raise _Failure(message) from None
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        told = error.filename is not None and error.strerror  # without "[Errno 2]"
+        raise _Failure(f"{told}: {error.filename!r}" if told else _one_line(error)) from None
+    except ValueError as error:
         is_table = isinstance(error, NotOneError)
-        raise _Failure(str(error) if is_table else " ".join(str(error).split())) from None
+        raise _Failure(str(error) if is_table else _one_line(error)) from None
     except KeyboardInterrupt:
         raise _Failure("interrupted; no file is half-written", 130) from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 class _Failure(Exception):  # noqa: N818, not an error of the program

@@ -78,7 +78,8 @@ def _chosen(
     told = ""
     if last is not None:
         if len(sources) != 1 or not sources[0].is_dir():
-            raise ValueError(f"--last: expected one folder of checkpoints, found {len(sources)}")
+            what = f"{len(sources)} sources" if len(sources) != 1 else f"a file: {sources[0]}"
+            raise ValueError(f"--last: expected one folder of checkpoints, found {what}")
         held = runs.steps(sources[0])
         sources = merging.newest(sources[0], last)
         by = "names" if None in held.values() else "steps"

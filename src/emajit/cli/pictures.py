@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import BinaryIO
 
@@ -47,13 +47,13 @@ def draw_digits(grids: dict[str, Tensor], file: BinaryIO) -> None:
 
 
 def draw_sweep(
-    lengths: Sequence[float],
-    losses: Sequence[float],
-    saved: dict[float, float],
+    by_length: Mapping[float, float],
+    saved: Mapping[float, float],
     trained: float,
     file: BinaryIO,
 ) -> None:
     """Held-out loss against the averaging length, with the `saved` and the `trained` average."""
+    lengths, losses = [*by_length], [*by_length.values()]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(lengths, losses, color=AVERAGED, label="reconstructed from the snapshots")
