@@ -28,8 +28,7 @@ On the command line, three lengths, and a picture of their profiles:
 emajit reconstruct snapshots --sigma-rel 0.06 0.07 0.08 -o averages --plot
 ```
 
-`emajit demo --posthoc` draws the loss of the demo's model against the length, from snapshots alone.
-It leaves 110 MB of snapshots.
+`emajit demo` draws the loss of its model against the length (`lengths.png`), from snapshots alone.
 
 ## Choices
 

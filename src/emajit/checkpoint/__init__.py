@@ -71,7 +71,7 @@ is a table of the candidates; `key=` and `raw_key=` choose, and `read_all` reads
 pip install ".[cli]"
 emajit inspect model.ckpt
 emajit extract model.ckpt -o averaged.safetensors
-emajit convert model.ckpt -o swa.pt --to averaged-model
+emajit convert model.ckpt -o swa.pt --layout averaged-model
 ```
 
 - `inspect` shows the candidates in a file, the one that is read as the average and the reason, its

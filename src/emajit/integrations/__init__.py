@@ -82,9 +82,8 @@ One pass updates all. `evaluate` chooses the average of evaluations, the first b
 "all" each has its metrics, in Lightning `val_loss` of the first and `val_loss_long`, in
 transformers `eval_loss` and `eval_long_loss`. There it needs the Trainer too:
 `trainer.add_callback(EMACallback(..., evaluate="all", trainer=trainer))`. A checkpoint holds all,
-and is resumed with the same names. In Lightning's file they are `emajit.shadows.long` and so on,
-for `emajit extract --key`; transformers' folder has `averages-long.safetensors` and
-`averaged-long/`.
+and is resumed with the same names. `emajit extract --key emajit.shadows.long` takes one out of
+Lightning's file; transformers' folder has `averages-long.safetensors` and `averaged-long/`.
 
 ## A length chosen after the training
 
