@@ -126,6 +126,8 @@ def bars(results: list[Result], path: Path) -> None:
         axes.set_xlim(0, max(lengths) * 1.25)
         axes.set_title(result.title, fontsize=10)
         tidy(axes)
+    for axes in grid.flat[len(chosen) :]:
+        axes.set_visible(False)
     figure.supxlabel("time of one update, relative to emajit.update_", fontsize=10)
     figure.savefig(path, dpi=150)
     plt.close(figure)
