@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+import emajit
 from bench import contestants
-from emajit import migrating, schedules
+from emajit import checkpoint, cli, migrating, schedules
 from tests import reference
 
 GUIDE = str(migrating.__doc__)
@@ -307,3 +309,106 @@ def test_the_states_of_litema_are_the_same(tmp_path: Path, monkeypatch: pytest.M
     assert names["ema"].state_dict().keys() == wanted.keys()
     for key, value in names["ema"].state_dict().items():
         assert torch.equal(value, wanted[key]), key
+
+
+def fenced(kind: str, heading: str) -> str:
+    """The first block of a kind for the scripts of diffusers, below a heading."""
+    text = sections()["EMAModel of diffusers"].partition(heading)[2]
+    found: list[str] = re.findall(rf"```{kind}\n(.*?)```", text, flags=re.DOTALL)
+    return found[0]
+
+
+def sides(diff: str) -> tuple[str, str]:
+    """The code before and after."""
+    lines = diff.splitlines(keepends=True)
+    before, after = ("".join(x[1:] for x in lines if x[0] in signs) for signs in (" -", " +"))
+    return before, after
+
+
+def script(code: str) -> dict[str, Any]:
+    """The names of a new process of a diffusers script, with hooks as in `code`."""
+    diffusers, training = import_module("diffusers"), import_module("diffusers.training_utils")
+    accelerator = import_module("accelerate").Accelerator(cpu=True)
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    sizes = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1}
+    model = diffusers.UNet2DModel(**sizes, **blocks, block_out_channels=(4,), norm_num_groups=2)
+    names = {"accelerator": accelerator, "model": accelerator.prepare(model), "os": os}
+    names |= {"UNet2DModel": diffusers.UNet2DModel, "EMAModel": training.EMAModel}
+    names |= {"LitEma": emajit.LitEma, "schedules": schedules}
+    run(code, names)
+    accelerator.register_save_state_pre_hook(names["save_model_hook"])
+    accelerator.register_load_state_pre_hook(names["load_model_hook"])
+    return names
+
+
+def move(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.data.add_(torch.randn(p.shape, generator=generator), alpha=0.1)
+
+
+@pytest.mark.skipif(
+    not (find_spec("diffusers") and find_spec("accelerate")), reason="they are of the bench extra"
+)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.filterwarnings("ignore:It is deprecated to pass a pretrained model name:FutureWarning")
+def test_a_script_of_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its hooks, its folder, a folder for `from_pretrained`, and back to `EMAModel`."""
+    monkeypatch.chdir(tmp_path)
+    before, after = sides(fenced("diff", "### "))
+    register = "accelerator.register_for_checkpointing(ema)\n"
+    folder, export = (
+        fenced("python", heading) for heading in ("**The folder**", "**A folder for `from_pre")
+    )
+    assert len([line for line in folder.splitlines() if line]) <= 8
+    assert after.count(register) == folder.count(register) == 1
+
+    theirs = script(before)
+    for seed in range(15):
+        move(theirs["model"], seed)
+        theirs["ema"].step(theirs["model"].parameters())
+    theirs["accelerator"].save_state("checkpoint-15")
+
+    with pytest.raises(RuntimeError, match="Registered objects: 1"):
+        script(after)["accelerator"].load_state("checkpoint-15")
+    names = script(after.replace(register, ""))
+    names["accelerator"].load_state("checkpoint-15")
+    run(folder, names)
+    (shown,) = re.findall(r"`(float\(decay\(.*?\)\))`", sections()["EMAModel of diffusers"])
+    for seed in range(15, 20):
+        for each in (theirs, names):
+            move(each["model"], seed)
+        theirs["ema"].step(theirs["model"].parameters())
+        names["ema"](names["model"])
+        assert eval(shown, names) == theirs["ema"].cur_decay_value  # noqa: S307
+    wanted = by_position(theirs["ema"], theirs["model"])
+    assert_close(names["ema"].named_averages(), wanted)
+    names["accelerator"].save_state("checkpoint-20")
+
+    resumed = script(after)
+    resumed["accelerator"].load_state("checkpoint-20")
+    assert resumed["ema"].num_updates == 20
+    exact = names["ema"].named_averages()
+    assert_close(resumed["ema"].named_averages(), exact, rtol=0, atol=0)
+    assert_close(resumed["model"].state_dict(), theirs["model"].state_dict())
+
+    run(export, resumed)
+    exported = resumed["UNet2DModel"].from_pretrained("unet_ema")
+    assert_close(dict(exported.named_parameters()), exact, rtol=0, atol=0)
+
+    command = fenced("sh", "**Back to EMAModel**").split()
+    assert command[0] == "emajit"
+    monkeypatch.setattr(sys, "argv", command)
+    assert cli.main() == 0
+    back = resumed["EMAModel"].from_pretrained("back", resumed["UNet2DModel"])
+    assert (back.optimization_step, back.decay) == (20, 0.999)
+    assert_close(by_position(back, exported), exact, rtol=0, atol=0)
+
+    resumed["model"].save_pretrained("checkpoint-20/unet_ema")  # a second average
+    with pytest.raises(ValueError, match="found two"):
+        checkpoint.read("checkpoint-20")
+    (key,) = re.findall(r'`key="(.*?)"`', sections()["EMAModel of diffusers"])
+    found = checkpoint.read("checkpoint-20", key=key)
+    assert (found.layout, found.step) == ("LitEma", 20)
+    assert_close(found.weights, exact, rtol=0, atol=0)

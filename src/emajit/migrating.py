@@ -15,7 +15,8 @@ Three things hold in every section:
   model keeps its own frozen ones.
 - The checkpoint block loads the averages. Before it, load model and optimizer as you do now.
 
-Checked with torch 2.13, timm 1.0.31, diffusers 0.42.1, ema-pytorch 0.8.3 and torch_ema 0.3.
+Checked with torch 2.13, timm 1.0.31, diffusers 0.42.1, accelerate 1.15.0, ema-pytorch 0.8.3 and
+torch_ema 0.3.
 
 ## AveragedModel of torch
 
@@ -125,11 +126,12 @@ These are two of the keys that timm's `CheckpointSaver` writes; `found.raw` has 
 | `ModelEmaV3(model, decay=0.9, use_warmup=True)` | `inverse_gamma(max_decay=0.9)` |
 | `ModelEmaV3(model, use_warmup=True, warmup_gamma=2, warmup_power=3 / 4)` | `inverse_gamma(2, 3 / 4)` |
 | `ModelEmaV3(model, use_warmup=True, update_after_step=100)` | `delay(inverse_gamma(), 100)` |
+| `ModelEmaV3(model, use_warmup=True, min_decay=0.5)` | `lambda t: inverse_gamma(min_decay=0.5)(t) if t else 0.0` |
 
 - **Numbers**: the same bits in float32. In bfloat16 both can round stochastically, timm by default
   and emajit with `rounding="stochastic"`, with other noise. `dtype=` is the same option.
 - **`min_decay`** of timm has no effect on its first update, which copies the model. That of
-  `inverse_gamma` has.
+  `inverse_gamma` has: hence the `if t else 0.0`.
 - **Buffers**: averaged, integers copied. For `exclude_buffers=True` give `buffers="copy"`.
 - **Count and decay**: the checkpoint has neither. With a schedule give the number of updates
   yourself, as `init_num_updates=`.
@@ -190,15 +192,87 @@ for name, average in ema.named_averages().items():
 | `EMAModel(params, use_ema_warmup=True)` | `inverse_gamma()` |
 | `EMAModel(params, use_ema_warmup=True, inv_gamma=2, power=3 / 4, decay=0.9)` | `inverse_gamma(2, 3 / 4, max_decay=0.9)` |
 | `EMAModel(params, use_ema_warmup=True, update_after_step=100)` | `delay(inverse_gamma(), 100)` |
+| `EMAModel(params, use_ema_warmup=True, min_decay=0.5)` | `lambda t: inverse_gamma(min_decay=0.5)(t) if t else 0.0` |
 
 - **Numbers**: the same up to rounding. `use_ema_warmup=False` still warms up, by another formula.
 - **`min_decay`** of diffusers has no effect on its first update, which copies the model. That of
-  `inverse_gamma` has.
-- **With accelerate** and `save_pretrained`: see `docs/diffusers_ema.py`.
+  `inverse_gamma` has: hence the `if t else 0.0`.
+- **`cur_decay_value`**, the decay of the last update, is `float(decay(int(ema.num_updates) - 1))`.
+  Do not log `ema.decay`: with a schedule, only saving writes it.
 - **Buffers**: not averaged; the model keeps its own.
 - **Count**: `optimization_step` is the number of updates.
 - **The checkpoint** has averages by position, which `names=model` names, the count and the decay.
   `found` lacks the options of the warm-up, which are plain numbers in the same file.
+
+### The scripts of diffusers, with accelerate
+
+They save and load the average as a folder `unet_ema/`, in hooks of `save_state` and `load_state`.
+accelerate saves and loads a registered `LitEma` itself, so remove the average from the hooks:
+
+```diff
+-ema = EMAModel(model.parameters(), 0.999, use_ema_warmup=True, power=3 / 4,
+-               model_cls=UNet2DModel, model_config=model.config)
++decay = schedules.inverse_gamma(power=3 / 4, max_decay=0.999)
++ema = LitEma(model, decay)
++accelerator.register_for_checkpointing(ema)
+ def save_model_hook(models, weights, output_dir):
+-    ema.save_pretrained(os.path.join(output_dir, "unet_ema"))
+     models[0].save_pretrained(os.path.join(output_dir, "unet"))
+     weights.pop()
+ def load_model_hook(models, input_dir):
+-    averages = EMAModel.from_pretrained(os.path.join(input_dir, "unet_ema"), UNet2DModel)
+-    ema.load_state_dict(averages.state_dict())
+     loaded = UNet2DModel.from_pretrained(os.path.join(input_dir, "unet"))
+     models.pop().load_state_dict(loaded.state_dict())
+```
+
+In the loop, call `ema(accelerator.unwrap_model(model))` after each optimizer step, see
+`emajit.integrations`.
+
+**The folder**
+
+To go on from a checkpoint of the old script, call `accelerator.load_state("checkpoint-15")` while
+no `LitEma` is registered: accelerate refuses a folder with another number of registered objects.
+Then, in place of the `LitEma` above:
+
+```python
+from emajit import LitEma, checkpoint, schedules
+
+found = checkpoint.read("checkpoint-15/unet_ema")
+decay = schedules.inverse_gamma(power=3 / 4, max_decay=found.decay)  # use_ema_warmup=True
+ema = LitEma(model, decay, init_num_updates=found.step)
+for name, average in ema.named_averages().items():
+    average.copy_(found.weights[name])
+accelerator.register_for_checkpointing(ema)
+```
+
+The folder has the names, so that `read` needs none; also the count, the decay and, in its
+`config.json`, the options of the warm-up: without `use_ema_warmup` the first rows of the table
+apply. From the next checkpoint on, register the `LitEma` before `load_state`.
+
+**A folder for `from_pretrained`**
+
+```python
+with ema.ema_scope(model):
+    model.save_pretrained("unet_ema")
+```
+
+If you do this in `save_model_hook` too, each checkpoint holds the average twice. `checkpoint.read`
+then asks for a key: `key="custom_checkpoint_0"` is the `LitEma`, with its count.
+
+**Back to EMAModel**
+
+A folder of `save_pretrained` has no count, and the first step of an `EMAModel` from it overwrites
+the average. This command writes one with the count, for `EMAModel.from_pretrained`:
+
+```sh
+emajit extract checkpoint-20 --layout diffusers-ema --like checkpoint-20/unet --decay 0.999 -o back
+```
+
+The decay is the highest; the checkpoint of a schedule has only the last. Then set the options of
+the warm-up in `back/config.json`, such as `use_ema_warmup` and `power`.
+
+`docs/diffusers_ema.py` is a whole script, without hooks.
 
 ## EMA of ema-pytorch
 

@@ -22,6 +22,17 @@ standard deviation of an average's profile over time, as a share of the run.
 >>> with torch.no_grad(), emajit.ema_scope(model, weights):
 ...     prediction = model(torch.ones(8))
 
+To resume in a loop of your own, save the list of both averages beside model and optimizer. A run
+that resumes loads it, goes on bit for bit, and first removes the snapshots of later steps, which
+the interrupted run left:
+
+>>> path = f"{folder}/resume.safetensors"
+>>> emajit.checkpoint.save(path, shadows, step + 1)
+>>> shadows, start = emajit.checkpoint.load(path, like=shadows)
+>>> for snapshot in posthoc.snapshots(folder):
+...     if snapshot.step > start:
+...         snapshot.path.unlink()
+
 On the command line, three lengths, and a picture of their profiles:
 
 ```sh

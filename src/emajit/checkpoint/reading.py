@@ -37,8 +37,10 @@ def read(
     `_orig_mod.`) are removed.
 
     Args:
-        source: a file of safetensors or `torch.save`, a folder of `torch.distributed.checkpoint`,
-            or the content of one. Only tensors and plain containers are unpickled.
+        source: a file of safetensors or `torch.save`; a folder of accelerate, of the Trainer of
+            transformers, of a diffusers pipeline or one of its models (`unet_ema/`), of shards with
+            an index, of `torch.distributed.checkpoint` or of DeepSpeed's ZeRO; or the content of
+            one. Only tensors and plain containers are unpickled.
         names: the names of the averaged parameters in order, or the model. Needed where the file
             has no names for the averages: averages by position (diffusers, torch_ema, NeMo) on
             their own, or beside trained weights in a file that does not keep their order, such as

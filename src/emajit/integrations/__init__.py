@@ -66,6 +66,11 @@ for batch in loader:
 `save_state` and `load_state` then include the averages. Call no `save_state` inside of
 `ema.ema_scope(model)`, or it saves the averages as the trained weights.
 
+Register the `LitEma`, then call `load_state`. A checkpoint from before you had a `LitEma` needs the
+other order, since accelerate refuses a folder with another number of registered objects: call
+`load_state`, build the `LitEma`, which then starts at the loaded weights, and register it.
+`emajit.migrating` tells how to go on from the averages of diffusers' scripts.
+
 ## Several averages
 
 ```python
