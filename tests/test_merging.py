@@ -563,6 +563,28 @@ class TestNewest:
             merging.newest(tmp_path, 2)
 
 
+    def test_an_exported_model_is_none(self, tmp_path: Path) -> None:
+        """As a script of diffusers leaves a pipeline beside its checkpoints."""
+        for step in (9, 10):
+            torch.save({"model": STATES[0], "step": step}, tmp_path / f"checkpoint-{step}.pt")
+        (tmp_path / "unet").mkdir()
+        save_file(STATES[0], tmp_path / "unet/diffusion_pytorch_model.safetensors")
+        with pytest.raises(ValueError, match="a step of each checkpoint or of none, .* none of unet"):
+            merging.newest(tmp_path, 2)
+        told = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}
+        (tmp_path / "model_index.json").write_text(json.dumps(told))
+        assert [p.stem for p in merging.newest(tmp_path, 2)] == ["checkpoint-9", "checkpoint-10"]
+
+    def test_of_some_without_a_number(self, tmp_path: Path) -> None:
+        for name in ("step-9", "step-10", "final"):
+            save_file(STATES[0], tmp_path / f"{name}.safetensors")
+        with pytest.raises(ValueError, match=r"a number in the name .* none of final.safetensors"):
+            merging.newest(tmp_path, 2)
+        for path in tmp_path.glob("step-*"):
+            path.unlink()
+        assert [path.stem for path in merging.newest(tmp_path, 1)] == ["final"]
+
+
 class TestFolders:
     def test_of_transformers(self, tmp_path: Path) -> None:
         transformers = pytest.importorskip("transformers", reason="of the transformers extra")

@@ -179,12 +179,15 @@ def newest(folder: str | os.PathLike[str], count: int) -> list[Path]:
     Sorted by their steps if all hold one, else by their names, with numbers in numeric order. A
     link to another of them, or a copy (`last.ckpt`) with the same step and weights, is left out.
 
-    Raises ValueError where there are fewer, or two of one step with different weights, and OSError
-    where the folder cannot be read.
+    Raises ValueError where there are fewer, or two of one step with different weights, or where
+    only some hold a step or, if none does, a number in their names; and OSError where the folder
+    cannot be read.
     """
     if count < 1:
         raise ValueError(f"last: expected a number of checkpoints, found {count}")
-    found = [*runs.steps(folder)]
+    held = runs.steps(folder)
+    runs.check_order(folder, held)
+    found = [*held]
     if len(found) < count:
         raise ValueError(f"{folder}: expected {count} checkpoints, found {len(found)}")
     return found[-count:]

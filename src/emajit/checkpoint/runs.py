@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from emajit import _paths
 from emajit.checkpoint import search, sources
 
 
@@ -16,11 +18,14 @@ def steps(folder: str | os.PathLike[str]) -> dict[Path, int | None]:
     """The checkpoints in a folder with their steps, in the order of the steps.
 
     In the natural order of names ("step-9" before "step-10") if one holds no step. A link to
-    another checkpoint there, and a copy with the step and the weights of another, is left out.
+    another checkpoint there, and a copy with the step and the weights of another, is left out. So
+    are the components of a diffusers pipeline that is exported there.
 
     Raises ValueError for two checkpoints of one step with other weights.
     """
-    paths = sorted(filter(_is_checkpoint, Path(folder).iterdir()), key=_natural)
+    components = sources.told_in(Path(folder, "model_index.json"))
+    here = (path for path in Path(folder).iterdir() if path.name not in components)
+    paths = sorted(filter(_is_checkpoint, here), key=_natural)
     real = {path.resolve() for path in paths if not path.is_symlink()}
     found: dict[Path, int | None] = {}
     for path in paths:
@@ -35,6 +40,21 @@ def steps(folder: str | os.PathLike[str]) -> dict[Path, int | None]:
         if first.setdefault(told[path], path) is not path:
             _check_copies(first[told[path]], path)
     return {path: step for step, path in first.items()}
+
+
+def check_order(folder: str | os.PathLike[str], found: Mapping[Path, int | None]) -> None:
+    """Raise ValueError where only some of the `steps` hold a step, or a number in their names."""
+    for what, lacking in (
+        ("step", [path.name for path, step in found.items() if step is None]),
+        ("number in the name", [path.name for path in found if not re.search(r"\d", path.name)]),
+    ):
+        if not lacking:
+            return
+        if len(lacking) < len(found):
+            raise ValueError(
+                f"{folder}: expected a {what} of each checkpoint or of none, found none of "
+                f"{_paths.some(lacking)}; give the checkpoints in their order"
+            )
 
 
 def _is_checkpoint(path: Path) -> bool:

@@ -113,12 +113,15 @@ def _of_folder(path: Path, depth: int = 2, *, on_disk: bool) -> dict[str, Any]:
         if inner := inner or _of_folder(folder, depth - 1, on_disk=on_disk):
             held[folder.name] = inner
     if held and "config.json" in names:  # where diffusers keeps the state of an `EMAModel`
-        told = _told(path / "config.json")
+        told = told_in(path / "config.json")
         held |= {k: v for k, v in told.items() if isinstance(v, int | float) and k not in held}
     return held
 
 
-def _told(path: Path) -> Mapping[str, Any]:
+def told_in(path: Path) -> Mapping[str, Any]:
+    """The mapping in a file of JSON; an empty one without the file, or for other JSON."""
+    if not path.is_file():
+        return {}
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -128,7 +131,7 @@ def _told(path: Path) -> Mapping[str, Any]:
 
 def _shards_of(index: Path) -> list[str]:
     """The files that an index names; ValueError if one of them is missing or elsewhere."""
-    places = _told(index).get("weight_map")
+    places = told_in(index).get("weight_map")
     if not isinstance(places, Mapping) or not all(isinstance(v, str) for v in places.values()):
         raise ValueError(f"{index}: expected a file for each weight, found none")
     shards = sorted(set(places.values()))
