@@ -187,6 +187,71 @@ class TestSums:
         merging.merge(paths, tmp_path / "out.safetensors", of="averages")
         assert_same(load_file(tmp_path / "out.safetensors"), summed([0.5, 0.5], expected))
 
+    def two_averages(self, folder: Path) -> tuple[list[Path], dict[str, list[dict[str, Tensor]]]]:
+        """Checkpoints with a model, a LitEma of it and another average, as accelerate has them."""
+        paths, held = [], {"trained": [], "litema": [], "other": []}  # type: ignore[var-annotated]
+        for seed in range(2):
+            torch.manual_seed(seed)
+            model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+            ema = LitEma(model)
+            held["litema"].append({n: v.clone() for n, v in model.state_dict().items()})
+            for value in model.parameters():
+                nn.init.normal_(value)
+            held["trained"].append(dict(model.state_dict()))
+            held["other"].append({n: torch.rand(v.shape) for n, v in model.state_dict().items()})
+            paths.append(folder / f"checkpoint-{seed}")
+            for name, state in (("unet", held["trained"][-1]), ("unet_ema", held["other"][-1])):
+                (paths[-1] / name).mkdir(parents=True)
+                save_file(state, paths[-1] / name / "diffusion_pytorch_model.safetensors")
+                (paths[-1] / name / "config.json").write_text(json.dumps({"of": name, "n": seed}))
+            torch.save(ema.state_dict(), paths[-1] / "custom_checkpoint_0.pkl")
+        return paths, held
+
+    @pytest.mark.parametrize(
+        ("of", "key", "which"),
+        [
+            ("trained", None, "trained"),
+            ("trained", "custom_checkpoint_0", "trained"),
+            ("trained", "unet_ema.diffusion_pytorch_model", "trained"),
+            ("trained", "unet_ema", "trained"),
+            ("trained", "unet.diffusion_pytorch_model", "trained"),
+            (None, "unet.diffusion_pytorch_model", "trained"),
+            ("averages", "custom_checkpoint_0", "litema"),
+            (None, "custom_checkpoint_0", "litema"),
+            ("averages", "unet_ema", "other"),
+            (None, "unet_ema.diffusion_pytorch_model", "other"),
+        ],
+    )
+    def test_of_several_averages(self, of: Any, key: str, which: str, tmp_path: Path) -> None:
+        paths, held = self.two_averages(tmp_path)
+        merging.merge(paths, tmp_path / "out.safetensors", of=of, key=key)
+        assert_same(load_file(tmp_path / "out.safetensors"), summed([0.5, 0.5], held[which]))
+
+    def test_several_averages_are_shown(self, tmp_path: Path) -> None:
+        paths, _ = self.two_averages(tmp_path)
+        for key, line in (
+            (None, "expected one average, found two: LitEma and state at unet_ema"),
+            ("nowhere", "expected a place in the file, found none at 'nowhere'"),
+            ("unet", "'unet': expected tensors there, found none"),
+        ):
+            with pytest.raises(ValueError, match=f"{paths[0]}: {line}.*\n") as told:
+                merging.merge(paths, tmp_path / "out.safetensors", of="averages", key=key)
+            assert "  custom_checkpoint_0: 4 tensors" in str(told.value)
+            assert "on the command line --key PATH" in str(told.value)
+
+    def test_trained_weights_of_two_models(self, tmp_path: Path) -> None:
+        names = ("g", "g_ema", "d", "d_ema")
+        torch.save(dict(zip(names, STATES, strict=True)), tmp_path / "0.pt")
+        with pytest.raises(ValueError, match="expected one average, found two"):
+            merging.merge([tmp_path / "0.pt"], tmp_path / "out.pt", of="trained")
+        merging.merge([tmp_path / "0.pt"], tmp_path / "out.pt", of="trained", key="d_ema")
+        assert_same(torch.load(tmp_path / "out.pt"), STATES[2])
+
+    def test_an_error_names_its_file(self, tmp_path: Path) -> None:
+        torch.save(LitEma(nn.Linear(2, 2)).state_dict(), tmp_path / "0.pt")
+        with pytest.raises(ValueError, match=r"0.pt: LitEma: expected names, which its keys do"):
+            merging.merge([tmp_path / "0.pt"], tmp_path / "out.pt", of="averages")
+
     def test_torchs_own_average(self, tmp_path: Path) -> None:
         model = nn.Linear(3, 2)
         averaged = AveragedModel(model)
@@ -562,14 +627,13 @@ class TestNewest:
         with pytest.raises(ValueError, match=message):
             merging.newest(tmp_path, 2)
 
-
     def test_an_exported_model_is_none(self, tmp_path: Path) -> None:
         """As a script of diffusers leaves a pipeline beside its checkpoints."""
         for step in (9, 10):
             torch.save({"model": STATES[0], "step": step}, tmp_path / f"checkpoint-{step}.pt")
         (tmp_path / "unet").mkdir()
         save_file(STATES[0], tmp_path / "unet/diffusion_pytorch_model.safetensors")
-        with pytest.raises(ValueError, match="a step of each checkpoint or of none, .* none of unet"):
+        with pytest.raises(ValueError, match=r"a step of each .* found none of unet"):
             merging.newest(tmp_path, 2)
         told = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}
         (tmp_path / "model_index.json").write_text(json.dumps(told))

@@ -220,7 +220,8 @@ def merge(
             source (the base, if there is one) does.
         rule: as in `coefficients`.
         of: "averages" or "trained", where a checkpoint holds both.
-        key: the path of the weights, as in `checkpoint.read`.
+        key: the path of the averages as in `checkpoint.read`, or of a model. With "trained" the
+            weights beside the averages at this path are taken.
         names: the model or its names, for averages without names, likewise.
         integers: "last" takes integer tensors from the last source; with "equal" they must agree.
         allow_any_sum: take coefficients whose sum is not 1.

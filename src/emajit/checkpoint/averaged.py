@@ -18,7 +18,7 @@ NO_NAMES = "found none; pass names=model, on the command line --names FILE"
 
 
 class NotOneError(ValueError):
-    """A checkpoint has no average or several; the message is a table of the candidates."""
+    """A checkpoint has no average, or several, or none at a key; the message has a table."""
 
 
 class Averaged(NamedTuple):

@@ -91,8 +91,8 @@ def candidates(source: str | os.PathLike[str] | Mapping[str, Any]) -> list[Candi
     Raises as `read`, but allows none or several.
     """
     tree = _content(source)
-    with _told_of(source):
-        return _candidates(_searched(tree))
+    with told_of(source):
+        return _candidates(searched_in(tree))
 
 
 def inspected(
@@ -107,14 +107,14 @@ def inspected(
     Raises as `read`, but allows several.
     """
     tree = _content(source)
-    with _told_of(source) as name:
-        searched = _searched(tree, name)
+    with told_of(source) as name:
+        searched = searched_in(tree, name)
         several = key is None and len(searched.found) > 1
         found = [] if several else _chosen(searched, names, key, raw_key, several=False)
         return _candidates(searched), found[0] if found else None
 
 
-class _Searched(NamedTuple):
+class Searched(NamedTuple):
     """The content of a checkpoint, the name of its file, and what was found in it."""
 
     tree: Mapping[str, Any]
@@ -134,7 +134,7 @@ def _content(source: str | os.PathLike[str] | Mapping[str, Any]) -> Any:
 
 
 @contextmanager
-def _told_of(source: str | os.PathLike[str] | Mapping[str, Any]) -> Iterator[str]:
+def told_of(source: str | os.PathLike[str] | Mapping[str, Any]) -> Iterator[str]:
     """Name the file, if there is one, in the errors about its content; gives its name."""
     path = None if isinstance(source, Mapping) else Path(source)
     try:
@@ -146,7 +146,7 @@ def _told_of(source: str | os.PathLike[str] | Mapping[str, Any]) -> Iterator[str
         raise kind(f"{path}: {error}") from None
 
 
-def _searched(tree: Any, name: str = "") -> _Searched:
+def searched_in(tree: Any, name: str = "") -> Searched:
     if not isinstance(tree, Mapping):
         kind = type(tree).__qualname__
         raise ValueError(  # noqa: TRY004, it is a broken file, not a wrong argument
@@ -154,7 +154,7 @@ def _searched(tree: Any, name: str = "") -> _Searched:
         )
     walked = search.containers(tree)
     held = search.parts(walked)
-    return _Searched(tree, name, walked, held, search.averages(walked, held))
+    return Searched(tree, name, walked, held, search.averages(walked, held))
 
 
 def _found(
@@ -167,12 +167,12 @@ def _found(
 ) -> list[Averaged]:
     """The averages in a checkpoint: one, or `several`."""
     tree = _content(source)
-    with _told_of(source) as name:
-        return _chosen(_searched(tree, name), names, key, raw_key, several=several)
+    with told_of(source) as name:
+        return _chosen(searched_in(tree, name), names, key, raw_key, several=several)
 
 
 def _chosen(
-    searched: _Searched,
+    searched: Searched,
     names: Iterable[str] | torch.nn.Module | None,
     key: str | None,
     raw_key: str | None,
@@ -183,17 +183,18 @@ def _chosen(
     given = listed(names)
     tree, name, walked, held, found = searched
     if key is not None:
-        chosen = [_at(tree, found, key)]
+        chosen = [average_at(searched, key)]
     elif not found and len(held) == 1 and (word := marks.mark_of_file(name)):
         reading = Reading("state", held[0].tensors, *search.told(held[0]))
         chosen = [Found(reading, held[0].name, f"the name of the file says {word!r}")]
     else:
         chosen = found
     if not chosen or (len(chosen) > 1 and not several):
-        raise NotOneError(_not_one(searched))
+        raise NotOneError(not_one(searched))
     beside = others(held, [*found, *chosen])
     if raw_key is not None:
-        beside = [Part((raw_key,), tensors_at(tree, raw_key), (tree, search.at(tree, raw_key)))]
+        raw = tensors_at(searched, raw_key)
+        beside = [Part((raw_key,), raw, (tree, search.at(tree, raw_key)))]
     averaged = [partners.named(each, beside, given, alone=key is not None) for each in chosen]
     used: set[int] = set()
     for each in averaged:
@@ -203,22 +204,29 @@ def _chosen(
     return [each._replace(others=len(present - used)) for each in averaged]
 
 
-def _at(tree: Any, found: Sequence[Found], key: str) -> Found:
-    """The average at a key, or the one below it."""
-    below = [each for each in found if _is_below(each.path, key)]
+def average_at(searched: Searched, key: str) -> Found:
+    """The average at a key, or the one below it; NotOneError where there are no tensors."""
+    below = [each for each in searched.found if is_below(each.path, key)]
     if len(below) == 1:
         return below[0]._replace(why="the key was given")
     paths = [each.path for each in below]
-    tensors = tensors_at(tree, key, f"those at {_paths.some(paths)}" if paths else "none")
+    tensors = tensors_at(searched, key, f"those at {_paths.some(paths)}" if paths else "none")
     reading = Reading(f"state at {key}" if key else "state", tensors)
     return Found(reading, key, "the key was given")
 
 
-def tensors_at(tree: Any, key: str, others: str = "none") -> dict[str, Tensor] | list[Tensor]:
-    value = search.at(tree, key)
+def tensors_at(
+    searched: Searched, key: str, others: str = "none"
+) -> dict[str, Tensor] | list[Tensor]:
+    """The tensors at a key; NotOneError where there are none."""
+    try:
+        value = search.at(searched.tree, key)
+    except ValueError as error:
+        raise NotOneError("\n".join([str(error), *_table(searched)])) from None
     tensors: Any = tensors_of(value) if isinstance(value, Mapping) else list(value)
     if not tensors or not all(isinstance(each, Tensor) for each in search.listed(tensors)):
-        raise ValueError(f"{key!r}: expected tensors there, found {others}")
+        line = f"{key!r}: expected tensors there, found {others}"
+        raise NotOneError("\n".join([line, *_table(searched)]))
     return tensors  # type: ignore[no-any-return]
 
 
@@ -229,18 +237,18 @@ def others(held: Sequence[Part], found: Sequence[Found]) -> list[Part]:
         if not isinstance(part.tensors, dict) or part.role()[0] in ("averaged", "aside"):
             continue
         rest = part.tensors
-        for path in (each.path for each in found if _is_below(each.path, part.name)):
+        for path in (each.path for each in found if is_below(each.path, part.name)):
             module = path[len(part.name) :].strip(".")
-            rest = {name: v for name, v in rest.items() if not _is_below(name, module)}
+            rest = {name: v for name, v in rest.items() if not is_below(name, module)}
         parts += [part._replace(tensors=rest)] if rest else []
     return parts
 
 
-def _is_below(path: str, above: str) -> bool:
+def is_below(path: str, above: str) -> bool:
     return not above or f"{path}.".startswith(f"{above}.")
 
 
-def _not_one(searched: _Searched) -> str:
+def not_one(searched: Searched) -> str:
     """The error if no average or several were found: a table of the candidates."""
     tree, _, walked, _, found = searched
     if found:
@@ -253,7 +261,12 @@ def _not_one(searched: _Searched) -> str:
         leaves = [leaf for each in walked for leaf in each.leaves()]
         reason = f"found none among {keys}{_pickled(leaves)}"
         lines = [f"expected averages in a layout that is known, or at a key that says so, {reason}"]
-    rows = _candidates(searched)
+    return "\n".join(lines + _table(searched))
+
+
+def _table(searched: Searched) -> list[str]:
+    """The lines of a table of the candidates."""
+    rows, lines = _candidates(searched), []
     for path, tensors, why in rows[:_SHOWN]:
         sizes = f"{len(tensors):,} tensors, {sum(v.numel() for v in tensors):,} numbers"
         place, remark = path or '"" (the file)', why and f"; {why}"
@@ -262,10 +275,10 @@ def _not_one(searched: _Searched) -> str:
         lines.append(f"  and {len(rows) - _SHOWN:,} more")
     if rows:
         lines.append("choose one with key=PATH, on the command line --key PATH")
-    return "\n".join(lines)
+    return lines
 
 
-def _candidates(searched: _Searched) -> list[Candidate]:
+def _candidates(searched: Searched) -> list[Candidate]:
     held, found = searched.held, searched.found
     rows = [Candidate(each.path, each.values(), each.why) for each in found]
     told = {(id(v), each.path) for each in found for v in each.values()}

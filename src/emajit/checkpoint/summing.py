@@ -13,7 +13,7 @@ from torch import Tensor
 
 from emajit import _alias, _paths, _tree
 from emajit.checkpoint import files, partners, reading, search, sources, streaming
-from emajit.checkpoint.averaged import Names
+from emajit.checkpoint.averaged import Names, NotOneError
 
 Of = Literal["averages", "trained"]
 ZERO_CRC = "00000000"
@@ -34,7 +34,8 @@ class Source:
         self._stats = _stats(path)
         self.size = sum(size for _, size, _ in self._stats)
         tree = sources.content(path, on_disk=True)
-        self.keys, self.tensors, self.step = _weights(path, tree, of, key, names)
+        with reading.told_of(path):
+            self.keys, self.tensors, self.step = _weights(path, tree, of, key, names)
 
     def leaf(self, name: str) -> Tensor:
         """A leaf in host memory, or mapped from the disk."""
@@ -71,32 +72,45 @@ def _stats(path: Path) -> list[tuple[str, int, int]]:
 def _weights(
     path: Path, tree: Any, of: Of | None, key: str | None, names: Names
 ) -> tuple[tuple[str, ...], dict[str, Any], int | None]:
-    """The keys that lead to the weights, the weights, and the step beside them."""
-    walked = search.containers(tree)
-    parts = search.parts(walked)
-    found = search.averages(walked, parts)
+    """The keys that lead to the weights, the weights, and the step beside them.
+
+    The averages are read as `checkpoint.read` does, and the trained weights are those beside them.
+    """
+    searched = reading.searched_in(tree, path.name)
+    found = searched.found
     if key is not None:
-        chosen = [search.Part(tuple(key.split(".")), reading.tensors_at(tree, key), (tree,))]
+        found = [each for each in found if reading.is_below(each.path, key)]
+        # Without `of`, a key above an average is that of a state with the average in it.
+        is_average = of == "averages" or (found if of else any(key == each.path for each in found))
+        found = [reading.average_at(searched, key)] if is_average else []
     elif found and of is None:
         raise ValueError(
-            f"{path}: expected a model, found averages beside it or alone; choose with "
+            "expected a model, found averages beside it or alone; choose with "
             "of='averages' or of='trained', on the command line --of"
         )
-    elif found:
-        if len(found) > 1:
-            raise ValueError(f"{path}: expected one average, found {len(found)}; choose with key")
-        averaged = partners.named(found[0], reading.others(parts, found), names)
-        held = dict(averaged.weights if of == "averages" else averaged.raw)
-        if not held:
-            raise ValueError(f"{path}: expected trained weights beside the averages, found none")
-        return (), held, averaged.step
-    else:
-        chosen = parts
+    if found:
+        if len(found) > 1 and of == "averages":
+            raise NotOneError(reading.not_one(searched))
+        beside = reading.others(searched.held, [*searched.found, *found])
+        averaged = [partners.named(each, beside, names, alone=key is not None) for each in found]
+        if of != "trained":
+            return (), averaged[0].weights, averaged[0].step
+        trained = {frozenset(map(id, each.raw.values())): each for each in averaged if each.raw}
+        if not trained:
+            raise ValueError("expected trained weights beside the averages, found none")
+        widest = max(trained, key=len)  # one average may be of a module of the other's model
+        if not all(each <= widest for each in trained):
+            raise NotOneError(reading.not_one(searched))
+        return (), dict(trained[widest].raw), trained[widest].step
+    held = searched.held
+    if key is not None:
+        keys = tuple(key.split(".")) if key else ()
+        held = [search.Part(keys, reading.tensors_at(searched, key), (tree,))]
     try:
-        part, tensors = search.one_model(chosen)
+        part, tensors = search.one_model(held)
     except ValueError as error:
         last = ", or take the last checkpoints in a folder with --last" if path.is_dir() else ""
-        raise ValueError(f"{path}: {error}; choose with key{last}") from None
+        raise ValueError(f"{error}; choose with key, on the command line --key{last}") from None
     return part.path, tensors, search.told(part)[0]
 
 
