@@ -300,6 +300,44 @@ class TestCheckpoints:
         assert "model.0" in shown
         assert "%" in shown
 
+    def test_options_of_diffusers_are_carried_over(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The options in the config.json of an `EMAModel.save_pretrained`, and what lacks them."""
+        config = {"decay": 0.9, "optimization_step": 20, "min_decay": 0.1, "power": 0.75}
+        config |= {"use_ema_warmup": True, "inv_gamma": 2.0, "update_after_step": 3}
+        state = {"a.weight": torch.ones(2, 2), "a.bias": torch.ones(2)}
+        for name in ("unet", "unet_ema"):
+            folder = tmp_path / "checkpoint-20" / name
+            folder.mkdir(parents=True)
+            save_file(state, folder / "diffusion_pytorch_model.safetensors")
+            told = {"_class_name": "UNet2DModel", **(config if "ema" in name else {})}
+            (folder / "config.json").write_text(json.dumps(told))
+        (tmp_path / "names").write_text("\n".join(state))
+        lacking = {"ema": state, "model": state, "step": 20, "decay": 0.9}
+        torch.save(lacking, tmp_path / "other.pt")
+        monkeypatch.chdir(tmp_path)
+        to_diffusers = ["--layout", "diffusers-ema", "--names", "names", "-o"]
+        assert emajit(monkeypatch, "convert", "checkpoint-20", *to_diffusers, "first.pt") == 0
+        assert emajit(monkeypatch, "convert", "first.pt", *to_diffusers, "again.pt") == 0
+        assert "warning" not in capsys.readouterr().out
+        for name in ("first.pt", "again.pt"):
+            held = torch.load(name)
+            assert {key: held[key] for key in config} == config
+        arguments = ["extract", "checkpoint-20", "--layout", "diffusers-ema", "-o", "folder"]
+        assert emajit(monkeypatch, *arguments, "--like", "checkpoint-20/unet") == 0
+        told = json.loads(Path("folder/config.json").read_text())
+        assert {key: told[key] for key in config} == config
+        capsys.readouterr()
+        assert emajit(monkeypatch, "convert", "other.pt", *to_diffusers, "x.pt") == 0
+        line = "tell how its decay rises; written with decay 0.9, min_decay 0, update_after_step 0"
+        assert line in capsys.readouterr().out
+        arguments = ["convert", "checkpoint-20", "--layout", "torch-ema", "--names", "names"]
+        assert emajit(monkeypatch, *arguments, "-o", "y.pt") == 0
+        assert "torch-ema has no place for min_decay 0.1" in capsys.readouterr().out
+        assert emajit(monkeypatch, "extract", "checkpoint-20", "-o", "z.safetensors") == 0
+        assert "warning" not in capsys.readouterr().out
+
     def test_names_are_no_markup(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:

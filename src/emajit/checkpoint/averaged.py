@@ -37,6 +37,8 @@ class Averaged(NamedTuple):
     raw_path: the path of the trained weights, if the layout has no place for them.
     why: the reason why these are taken for averages.
     sigma_rel: the length of a power-function average relative to the run, if known.
+    options: the options of diffusers' `EMAModel` beside its decay, such as the `power` of its
+        warm-up; empty for others.
     """
 
     weights: dict[str, Tensor]
@@ -50,6 +52,7 @@ class Averaged(NamedTuple):
     raw_path: str = ""
     why: str = ""
     sigma_rel: float | None = None
+    options: Mapping[str, Any] = {}
 
 
 class Reading(NamedTuple):
@@ -57,7 +60,7 @@ class Reading(NamedTuple):
 
     layout: as in `Averaged`.
     averages: by name, or in the order of the parameters.
-    step, decay, sigma_rel: as in `Averaged`.
+    step, decay, sigma_rel, options: as in `Averaged`.
     raw: the trained weights, if the layout has a place for them.
     flat: whether `averages` has the keys of a `LitEma`, which are names without their dots.
     path: the path of the averages in the mapping that the layout has read.
@@ -71,6 +74,7 @@ class Reading(NamedTuple):
     flat: bool = False
     path: str = ""
     sigma_rel: float | None = None
+    options: Mapping[str, Any] = {}
 
 
 class Names(NamedTuple):
@@ -90,6 +94,7 @@ class Writer(NamedTuple):
         written with `torch.save` only if the suffix of the path asks for it.
     torch_key: the key under which `torch.save` gets the content; "" for none.
     by_position: whether the averages are a list in the order of the model's parameters.
+    options: the options that are written beside the decay where the source holds none.
     """
 
     name: str
@@ -97,6 +102,7 @@ class Writer(NamedTuple):
     safetensors: bool = False
     torch_key: str = ""
     by_position: bool = False
+    options: Mapping[str, Any] = {}
 
 
 class Layout(NamedTuple):

@@ -93,6 +93,7 @@ def _described(averaged: Averaged, found: Found, raw_path: str = "") -> Averaged
         raw_path=raw_path,
         why=found.why,
         sigma_rel=found.reading.sigma_rel,
+        options=found.reading.options,
     )
 
 

@@ -185,7 +185,8 @@ def _chosen(
     if key is not None:
         chosen = [average_at(searched, key)]
     elif not found and len(held) == 1 and (word := marks.mark_of_file(name)):
-        reading = Reading("state", held[0].tensors, *search.told(held[0]))
+        told = search.told(held[0])
+        reading = Reading("state", held[0].tensors, *told, options=search.options(held[0]))
         chosen = [Found(reading, held[0].name, f"the name of the file says {word!r}")]
     else:
         chosen = found

@@ -18,6 +18,7 @@ from emajit import _controls, _names, _paths
 from emajit.checkpoint import followers, marks
 from emajit.checkpoint.averaged import Reading, step_of
 from emajit.checkpoint.layouts import LAYOUTS
+from emajit.checkpoint.layouts.diffusers import options_in
 
 _CONTROLS = {"decay", "initted", "n_averaged", "num_updates", "step", "steps", "updates"}
 _STEPS = "num_updates", "updates", "optimization_step", "steps", "step"
@@ -228,7 +229,7 @@ def _marked(part: Part) -> list[Found]:
         tensors = part.tensors
         if isinstance(tensors, dict):
             tensors = {name: v for name, v in tensors.items() if name not in _CONTROLS or v.ndim}
-        reading = Reading(f"state at {part.name}", tensors, step, decay)
+        reading = Reading(f"state at {part.name}", tensors, step, decay, options=options(part))
         return [Found(reading, part.name, f"its path says {word!r}")]
     found = []
     if isinstance(part.tensors, dict) and role != "aside":
@@ -257,6 +258,12 @@ def told(part: Part) -> tuple[int | None, float | None]:
     if isinstance(decay, Tensor):
         decay = _controls.decimal(float(decay))
     return step_of(step), None if decay is None else float(decay)
+
+
+def options(part: Part) -> dict[str, Any]:
+    """The options beside an average that diffusers keeps in the config.json of its weights."""
+    own = [each for each in reversed(part.above[-2:]) if isinstance(each, Mapping)]
+    return next((found for each in own if (found := options_in(each))), {})
 
 
 def _is_number(value: Any, kind: type) -> bool:

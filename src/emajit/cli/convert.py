@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -46,6 +47,8 @@ def write_averages(
             dtype=None if dtype is None else getattr(torch, dtype),
             tell=tell,
         )
+    if lost := _lost(found, layout, decay):
+        console.print(lost, style="yellow", highlight=False, markup=False, soft_wrap=True)
     count = len(found.weights) - len(found.raw_only)
     written = f"{found.layout}: {count:,} averages, written into {out}"
     console.print(written, highlight=False, markup=False)
@@ -53,6 +56,25 @@ def write_averages(
         shown = ", ".join(found.raw_only[:5]) + (", ..." if len(found.raw_only) > 5 else "")
         none = f"with {len(found.raw_only):,} that are not averages: {shown}"
         console.print(none, highlight=False, markup=False)
+
+
+def _lost(found: Averaged, layout: str, decay: float | None) -> str:
+    """A line on the options of diffusers' `EMAModel` that are not carried over, or ""."""
+    options = WRITERS[layout].options
+    if options and not found.options:
+        written = {"decay": found.decay if decay is None else decay, **options}
+        told = "the checkpoint does not tell how its decay rises; written with"
+        return f"warning: {told} {_shown(written)}"
+    if found.options and not options and layout != "state_dict":
+        return f"warning: {layout} has no place for {_shown(found.options)}"
+    return ""
+
+
+def _shown(options: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in options.items()
+    )
 
 
 @contextmanager
