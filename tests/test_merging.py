@@ -227,6 +227,25 @@ class TestSums:
         merging.merge(paths, tmp_path / "out.safetensors", of=of, key=key)
         assert_same(load_file(tmp_path / "out.safetensors"), summed([0.5, 0.5], held[which]))
 
+    @pytest.mark.parametrize(
+        ("of", "key", "form"),
+        [
+            ("trained", None, "unet"),
+            ("averages", "unet_ema", "unet_ema"),
+            ("averages", "custom_checkpoint_0", "unet"),
+            (None, "unet.diffusion_pytorch_model", "unet"),
+        ],
+    )
+    def test_a_folder_like_that_of_the_weights(
+        self, of: Any, key: str, form: str, tmp_path: Path
+    ) -> None:
+        """`from_pretrained` of diffusers wants this file and this config."""
+        paths, _ = self.two_averages(tmp_path)
+        merging.merge(paths, tmp_path / "out", of=of, key=key, to="folder")
+        files = sorted(path.name for path in (tmp_path / "out").iterdir())
+        assert files == ["config.json", "diffusion_pytorch_model.safetensors"]
+        assert json.loads((tmp_path / "out/config.json").read_text()) == {"of": form, "n": 0}
+
     def test_several_averages_are_shown(self, tmp_path: Path) -> None:
         paths, _ = self.two_averages(tmp_path)
         for key, line in (

@@ -230,8 +230,8 @@ def merge(
             $\sum_j c_j s_j B_j A_j$. Without a base A and B are averaged separately, and the
             product of means is not the mean of products.
         to: "safetensors"; "torch" for `torch.save`, with the weights below the keys of the first
-            source; "folder" for `from_pretrained`, with the config and the tokenizer of the first
-            source; "distributed" for a folder of torch.distributed.checkpoint.
+            source; "folder" for `from_pretrained`, with the config and the tokenizer beside the
+            weights in the first source; "distributed" for a folder of torch.distributed.checkpoint.
         tell: called with the number of bytes of each written piece.
         expect: called once, with the number of bytes of all of them.
 
@@ -274,7 +274,7 @@ def merge(
     if form == "folder" and not first.is_dir():
         raise ValueError(f"{first}: expected a folder to write one like it, found a file")
     if form == "folder":
-        like.write_folder_of(out, first, lambda path: result.write(path, tell))
+        like.write_folder_of(out, sums.first.folder, lambda path: result.write(path, tell))
     elif form == "torch":
         result.write_torch(out, tell)
     elif form == "distributed":

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,9 @@ class Source:
         self.size = sum(size for _, size, _ in self._stats)
         tree = sources.content(path, on_disk=True)
         with reading.told_of(path):
-            self.keys, self.tensors, self.step = _weights(path, tree, of, key, names)
+            weights = _weights(path, tree, of, key, names)
+        self.keys, self.tensors, self.step = weights[:3]
+        self.folder = _folder_of(path, weights.place)
 
     def leaf(self, name: str) -> Tensor:
         """A leaf in host memory, or mapped from the disk."""
@@ -69,10 +71,30 @@ def _stats(path: Path) -> list[tuple[str, int, int]]:
     return [(str(each), stat.st_size, stat.st_mtime_ns) for each, stat in found]
 
 
-def _weights(
-    path: Path, tree: Any, of: Of | None, key: str | None, names: Names
-) -> tuple[tuple[str, ...], dict[str, Any], int | None]:
-    """The keys that lead to the weights, the weights, and the step beside them.
+def _folder_of(path: Path, place: str) -> Path:
+    """The folder that holds the weights at a place in a checkpoint."""
+    for key in place.split("."):
+        path = path / key if (path / key).is_dir() else path
+    return path
+
+
+class _Weights(NamedTuple):
+    """The weights of a checkpoint.
+
+    keys: those that a file like it has above the weights.
+    tensors: by name.
+    step: beside them.
+    place: the path of weights of their form.
+    """
+
+    keys: tuple[str, ...]
+    tensors: dict[str, Any]
+    step: int | None
+    place: str
+
+
+def _weights(path: Path, tree: Any, of: Of | None, key: str | None, names: Names) -> _Weights:
+    """The weights in the content of a checkpoint.
 
     The averages are read as `checkpoint.read` does, and the trained weights are those beside them.
     """
@@ -94,14 +116,17 @@ def _weights(
         beside = reading.others(searched.held, [*searched.found, *found])
         averaged = [partners.named(each, beside, names, alone=key is not None) for each in found]
         if of != "trained":
-            return (), averaged[0].weights, averaged[0].step
+            (one,) = averaged
+            place = one.path if _is_saved_model(path, one.path) else one.raw_path
+            return _Weights((), one.weights, one.step, place)
         trained = {frozenset(map(id, each.raw.values())): each for each in averaged if each.raw}
         if not trained:
             raise ValueError("expected trained weights beside the averages, found none")
         widest = max(trained, key=len)  # one average may be of a module of the other's model
         if not all(each <= widest for each in trained):
             raise NotOneError(reading.not_one(searched))
-        return (), dict(trained[widest].raw), trained[widest].step
+        one = trained[widest]
+        return _Weights((), dict(one.raw), one.step, one.raw_path)
     held = searched.held
     if key is not None:
         keys = tuple(key.split(".")) if key else ()
@@ -111,7 +136,11 @@ def _weights(
     except ValueError as error:
         last = ", or take the last checkpoints in a folder with --last" if path.is_dir() else ""
         raise ValueError(f"{error}; choose with key, on the command line --key{last}") from None
-    return part.path, tensors, search.told(part)[0]
+    return _Weights(part.path, tensors, search.told(part)[0], part.name)
+
+
+def _is_saved_model(path: Path, place: str) -> bool:
+    return (_folder_of(path, place) / "config.json").is_file()
 
 
 class Sum:

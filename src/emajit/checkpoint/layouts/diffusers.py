@@ -11,7 +11,6 @@ from typing import Any
 
 from emajit.checkpoint.averaged import Averaged, Layout, Names, Reading, Writer, in_order, required
 
-
 OPTIONS = {
     "min_decay": 0.0,
     "update_after_step": 0,
