@@ -535,6 +535,8 @@ class TestCheckpoints:
         (tmp_path / "names.txt").write_bytes(b"\x80")
         assert emajit(monkeypatch, "inspect", "ema.pt", "--names", "names.txt") == 2
         assert "--names: expected a text file" in capsys.readouterr().err
+        assert emajit(monkeypatch, "inspect", "ema.pt", "--names", str(tmp_path)) == 2
+        assert "for name, _ in model.named_parameters()) gives it, f" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("content", "line"),

@@ -364,6 +364,8 @@ class TestPeers:
             checkpoint.read(source)
         with pytest.raises(ValueError, match="EMAModel: expected 6 names, found 1"):
             checkpoint.read(source, names=["w"])
+        with pytest.raises(ValueError, match=r"6 names, found 7; .*averaged alone"):
+            checkpoint.read(source, names=[*parameters(model), "frozen"])
 
     def test_torch_ema(self, written: Any) -> None:
         torch_ema = peer("torch_ema")

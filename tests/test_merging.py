@@ -996,6 +996,22 @@ class TestCommand:
         assert err.count("\n") == 1
         assert not Path("out").exists()
 
+    def test_sources_of_one_name_are_told_apart(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        paths = [f"{i}/unet" for i in range(2)]
+        for i, path in enumerate(paths):
+            Path(path).mkdir(parents=True)
+            save_file(STATES[i], f"{path}/model.safetensors")
+        assert run(monkeypatch, "merge", *paths, "-o", "out.safetensors") == 0
+        assert run(monkeypatch, "inspect", "out.safetensors") == 0
+        shown = capsys.readouterr().out
+        assert [shown.count(path) for path in paths] == [2, 2]
+        told = merging.told("out.safetensors")
+        assert told is not None
+        assert [each["name"] for each in told["sources"]] == paths
+
     def test_inspect_shows_what_was_merged(
         self,
         sources: list[Path],

@@ -327,12 +327,15 @@ class _Result:
             version = metadata.version("emajit")
         except metadata.PackageNotFoundError:
             version = "unknown"
+        names = runs.told_apart([source.path.resolve() for source in self._held])
         told: dict[str, Any] = {
-            "sources": [_record(*each) for each in zip(self._held, self._c, strict=True)],
+            "sources": [_record(*each) for each in zip(self._held, names, self._c, strict=True)],
             "step": self._held[-1].step,
             "emajit": version,
         }
-        return {MERGED: json.dumps(told | ({"base": _record(base[0], 1.0)} if base else {}))}
+        if base:
+            told["base"] = _record(base[0], base[0].path.resolve().name, 1.0)
+        return {MERGED: json.dumps(told)}
 
 
 def _is_within(out: Path, source: Path) -> bool:
@@ -391,6 +394,5 @@ def _text_of(path: Path) -> str | None:
         return archive.read(names[0]).decode(errors="replace") if names else None
 
 
-def _record(source: summing.Source, x: float) -> dict[str, Any]:
-    name, size = source.path.resolve().name, source.size
-    return {"name": name, "bytes": size, "crc32": source.crc, "coefficient": x}
+def _record(source: summing.Source, name: str, x: float) -> dict[str, Any]:
+    return {"name": name, "bytes": source.size, "crc32": source.crc, "coefficient": x}

@@ -177,8 +177,10 @@ def by_position(layout: str, averages: Any, names: Names) -> dict[str, Tensor]:
     if names.parameters is None:
         raise ValueError(f"{layout}: expected names, since its averages have none, {NO_NAMES}")
     if len(averages) != len(names.parameters):
-        found = len(names.parameters)
-        raise ValueError(f"{layout}: expected {len(averages)} names, found {found}")
+        found = f"found {len(names.parameters)}"
+        hint = "pass names=, on the command line --names FILE, of those that were averaged alone"
+        hint = f"; {hint}" if len(averages) < len(names.parameters) else ""
+        raise ValueError(f"{layout}: expected {len(averages)} names, {found}{hint}")
     check_unique(layout, names.parameters)
     return dict(zip(names.parameters, averages, strict=True))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -55,6 +55,24 @@ def check_order(folder: str | os.PathLike[str], found: Mapping[Path, int | None]
                 f"{folder}: expected a {what} of each checkpoint or of none, found none of "
                 f"{_paths.some(lacking)}; give the checkpoints in their order"
             )
+
+
+def told_apart(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of paths, of as many parts for all, that tell them apart.
+
+    >>> told_apart([Path("run/1/unet"), Path("run/2/unet")]), told_apart([Path("a/1"), Path("b/2")])
+    (['1/unet', '2/unet'], ['1', '2'])
+    """
+    parts = [path.absolute().parts for path in paths]
+    count = next(
+        (
+            n
+            for n in range(1, max(map(len, parts)))
+            if len({p[-n:] for p in parts}) == len({*parts})
+        ),
+        1,
+    )
+    return [str(Path(*each[-count:])) for each in parts]
 
 
 def _is_checkpoint(path: Path) -> bool:

@@ -80,8 +80,11 @@ def names_in(file: Path | None) -> list[str] | None:
         return None
     try:
         text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"--names: expected a text file, one name a line, found {file}") from None
+    except (IsADirectoryError, UnicodeDecodeError):
+        wanted = r'"\n".join(name for name, _ in model.named_parameters())'
+        raise ValueError(
+            f"--names: expected a text file, one name a line, as {wanted} gives it, found {file}"
+        ) from None
     return [name for line in text.splitlines() if (name := line.strip())]
 
 

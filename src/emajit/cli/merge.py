@@ -35,8 +35,8 @@ def merge_checkpoints(
     if told:
         console.print(told, highlight=False, markup=False)
     table = Table("checkpoint", "coefficient")
-    for source, share in zip(sources, shares, strict=True):
-        table.add_row(escape(source.name or str(source)), f"{share:.6g}")
+    for name, share in zip(runs.told_apart(sources), shares, strict=True):
+        table.add_row(escape(name), f"{share:.6g}")
     console.print(table, highlight=False)
     if options["base"] is None and any(
         (source / "adapter_config.json").is_file() for source in sources
