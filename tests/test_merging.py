@@ -654,6 +654,12 @@ class TestNewest:
         save_file(STATES[0], tmp_path / "unet/diffusion_pytorch_model.safetensors")
         with pytest.raises(ValueError, match=r"a step of each .* found none of unet"):
             merging.newest(tmp_path, 2)
+        save_file(STATES[0], tmp_path / "final.safetensors")
+        (tmp_path / "checkpoint-9.pt").rename(tmp_path / "saved")
+        with pytest.raises(ValueError, match=r"found one only of checkpoint-10\.pt"):
+            merging.newest(tmp_path, 2)
+        (tmp_path / "saved").rename(tmp_path / "checkpoint-9.pt")
+        (tmp_path / "final.safetensors").unlink()
         told = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}
         (tmp_path / "model_index.json").write_text(json.dumps(told))
         assert [p.stem for p in merging.newest(tmp_path, 2)] == ["checkpoint-9", "checkpoint-10"]

@@ -44,16 +44,18 @@ def steps(folder: str | os.PathLike[str]) -> dict[Path, int | None]:
 
 def check_order(folder: str | os.PathLike[str], found: Mapping[Path, int | None]) -> None:
     """Raise ValueError where only some of the `steps` hold a step, or a number in their names."""
-    for what, lacking in (
-        ("step", [path.name for path, step in found.items() if step is None]),
-        ("number in the name", [path.name for path in found if not re.search(r"\d", path.name)]),
+    for what, holding in (
+        ("step", [path for path, step in found.items() if step is not None]),
+        ("number in the name", [path for path in found if re.search(r"\d", path.name)]),
     ):
-        if not lacking:
+        if len(holding) == len(found):
             return
-        if len(lacking) < len(found):
+        if holding:
+            lacking = [path for path in found if path not in holding]
+            word, fewer = min(("none", lacking), ("one only", holding), key=lambda x: len(x[1]))
             raise ValueError(
-                f"{folder}: expected a {what} of each checkpoint or of none, found none of "
-                f"{_paths.some(lacking)}; give the checkpoints in their order"
+                f"{folder}: expected a {what} of each checkpoint or of none, found {word} of "
+                f"{_paths.some([path.name for path in fewer])}; give the checkpoints in their order"
             )
 
 

@@ -47,8 +47,6 @@ def write_averages(
             dtype=None if dtype is None else getattr(torch, dtype),
             tell=tell,
         )
-    if lost := _lost(found, layout, decay):
-        console.print(lost, style="yellow", highlight=False, markup=False, soft_wrap=True)
     count = len(found.weights) - len(found.raw_only)
     written = f"{found.layout}: {count:,} averages, written into {out}"
     console.print(written, highlight=False, markup=False)
@@ -56,6 +54,8 @@ def write_averages(
         shown = ", ".join(found.raw_only[:5]) + (", ..." if len(found.raw_only) > 5 else "")
         none = f"with {len(found.raw_only):,} that are not averages: {shown}"
         console.print(none, highlight=False, markup=False)
+    if lost := _lost(found, layout, decay):
+        console.print(lost, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def _lost(found: Averaged, layout: str, decay: float | None) -> str:
