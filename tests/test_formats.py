@@ -360,6 +360,8 @@ class TestPeers:
         found = checkpoint.read(source, names=model)
         assert_average(found, dict(zip(parameters(model), ema.shadow_params, strict=True)))
         assert (found.layout, found.step, found.decay) == ("diffusers EMAModel", 3, 0.9)
+        options = {"use_ema_warmup": False, "power": 2 / 3, "inv_gamma": 1.0}
+        assert found.options.items() >= options.items()
         with pytest.raises(ValueError, match="EMAModel: expected names, since its averages have n"):
             checkpoint.read(source)
         with pytest.raises(ValueError, match="EMAModel: expected 6 names, found 1"):

@@ -201,8 +201,8 @@ for name, average in ema.named_averages().items():
   Do not log `ema.decay`: with a schedule, only saving writes it.
 - **Buffers**: not averaged; the model keeps its own.
 - **Count**: `optimization_step` is the number of updates.
-- **The checkpoint** has averages by position, which `names=model` names, the count and the decay.
-  `found` lacks the options of the warm-up, which are plain numbers in the same file.
+- **The checkpoint** has averages by position, which `names=model` names, the count, the decay
+  and, in `found.options`, those of the warm-up.
 
 ### The scripts of diffusers, with accelerate
 
@@ -246,8 +246,8 @@ for name, average in ema.named_averages().items():
 accelerator.register_for_checkpointing(ema)
 ```
 
-The folder has the names, so that `read` needs none; also the count, the decay and, in its
-`config.json`, the options of the warm-up: without `use_ema_warmup` the first rows of the table
+The folder has the names, so that `read` needs none; also the count, the decay and, in
+`found.options`, those of the warm-up: without `use_ema_warmup` the first rows of the table
 apply. From the next checkpoint on, register the `LitEma` before `load_state`.
 
 **A folder for `from_pretrained`**

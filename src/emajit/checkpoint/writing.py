@@ -39,7 +39,7 @@ def write(
         path: the file. A flat layout ("state_dict", "litema") is written as safetensors, or with
             `torch.save` into a `.ckpt`, `.pt`, `.pth` or `.bin`. The others are always written with
             `torch.save`, and refuse a `.safetensors`.
-        averaged: from `read`.
+        averaged: from `read`. "diffusers-ema" writes its `options`, where there are some.
         layout: "state_dict" for the averaged weights alone, as a model loads them; "litema",
             "averaged-model", "ema-pytorch", "timm", "diffusers-ema", "torch-ema" or "mmcv". The
             modules of `emajit.checkpoint.layouts` describe their files.
