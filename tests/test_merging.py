@@ -726,8 +726,59 @@ class TestFolders:
         with pytest.raises(ValueError, match="the weights that the adapters change, found none at"):
             merging.merge(paths, tmp_path / "out", base=tmp_path / "base.safetensors")
         (paths[0] / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
-        with pytest.raises(ValueError, match="expected LoRA without DoRA, found IA3"):
+        with pytest.raises(ValueError, match="expected LoRA, found IA3"):
             merging.merge(paths, tmp_path / "out", base=tmp_path / "base.safetensors")
+
+    @pytest.mark.parametrize(
+        ("config", "words"),
+        [
+            ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa', which changes the base"),
+            ({"init_lora_weights": "pissa_niter_4"}, "found init_lora_weights 'pissa_niter_4'"),
+            ({"init_lora_weights": "OLoRA"}, "found init_lora_weights 'OLoRA'"),
+            ({"init_lora_weights": "corda"}, "found init_lora_weights 'corda'"),
+            ({"init_lora_weights": "loftq"}, "found init_lora_weights 'loftq'"),
+            ({"init_lora_weights": "lora_ga"}, "found init_lora_weights 'lora_ga'"),
+            ({"init_lora_weights": ["pissa"]}, r"found init_lora_weights \['pissa'\]"),
+            ({"use_dora": True}, "expected plain LoRA, found use_dora True"),
+            ({"alora_invocation_tokens": [1]}, r"plain LoRA, found alora_invocation_tokens \[1\]"),
+            ({"use_qalora": True}, "found use_qalora True"),
+            ({"layer_replication": [[0, 2]]}, "found layer_replication"),
+            ({"of_tomorrow": {"x": 1}}, r"found of_tomorrow \{'x': 1\}"),
+        ],
+    )
+    def test_adapters_whose_change_is_another(
+        self, config: dict[str, Any], words: str, tmp_path: Path
+    ) -> None:
+        save_file({"net.weight": torch.ones(4, 3)}, tmp_path / "base.safetensors")
+        paths = self.adapters(tmp_path, **config)
+        with pytest.raises(ValueError, match=f"adapter_config.json: .*{words}"):
+            merging.merge(paths, tmp_path / "out", base=tmp_path / "base.safetensors")
+
+    @pytest.mark.filterwarnings("ignore:.*Using default EVA config:UserWarning")
+    def test_adapters_with_all_that_peft_writes(self, tmp_path: Path) -> None:
+        peft = pytest.importorskip("peft", reason="its own config")
+        base = {"net.weight": torch.randn(4, 3)}
+        save_file(base, tmp_path / "base.safetensors")
+        paths = self.adapters(tmp_path)
+        merging.merge(paths, tmp_path / "plain", base=tmp_path / "base.safetensors")
+        for init in (True, False, "gaussian", "Gaussian", "eva", "orthogonal"):
+            for path in paths:
+                told = {"r": 2, "lora_alpha": 6, "lora_dropout": 0.1, "target_modules": ["net"]}
+                peft.LoraConfig(init_lora_weights=init, **told).save_pretrained(path)
+            merging.merge(paths, tmp_path / "whole", base=tmp_path / "base.safetensors")
+            assert_same(load_file(tmp_path / "whole"), load_file(tmp_path / "plain"))
+
+    @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+    def test_a_base_in_float64_stays_as_it_is(self, suffix: str, tmp_path: Path) -> None:
+        """Its memory is read twice where the result is written with a checksum or a tie."""
+        tied = torch.randn(4, 3, dtype=torch.float64)
+        torch.save({"net.weight": tied, "other.weight": tied}, tmp_path / "base.pt")
+        paths = self.adapters(tmp_path)
+        out = tmp_path / f"out{suffix}"
+        merging.merge(paths, out, base=tmp_path / "base.pt")
+        found = load_file(out) if suffix == ".safetensors" else torch.load(out)
+        assert torch.equal(found["other.weight"], tied)
+        assert not torch.equal(found["net.weight"], tied)
 
 
 @tells_memory
