@@ -504,6 +504,21 @@ class TestHostile:
         with pytest.raises(ValueError, match="'w': expected numbers up to 65504, found a larger"):
             merging.merge(*arguments, allow_any_sum=True)
 
+    @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+    @pytest.mark.parametrize("sign", [1, -1])
+    def test_a_sum_that_overflows_eight_bits(
+        self, dtype: torch.dtype, sign: int, tmp_path: Path
+    ) -> None:
+        """Where torch saturates, too (1200 to 448); a third of the largest, three times, is it."""
+        held = {"w": torch.full((2,), sign * torch.finfo(dtype).max).to(dtype)}
+        for i in range(3):
+            torch.save(held, tmp_path / f"{i}.pt")
+        sources = [tmp_path / f"{i}.pt" for i in range(3)]
+        merging.merge(sources, tmp_path / "out.pt")
+        assert torch.equal(torch.load(tmp_path / "out.pt")["w"].float(), held["w"].float())
+        with pytest.raises(ValueError, match=r"'w': expected numbers up to \d+, found a larger"):
+            merging.merge(sources, tmp_path / "out.pt", [1.0] * 3, allow_any_sum=True)
+
 
 class TestNewest:
     def test_by_the_step_that_files_tell(self, tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ class Sum:
                 into = narrow[i : i + _PART]
                 total = summed(start + i, len(into))
                 into.copy_(total)
-                if not _is_finite(into):
+                if dtype.itemsize == 1 or not _is_finite(into):  # 8 bits may saturate
                     self._check_finite(name, total)
                     into.copy_(files.cast(repr(name), total, dtype))
             yield narrow
@@ -239,8 +239,6 @@ def _is_finite(values: Tensor) -> bool:
     """Whether all are; in one pass, which large numbers may deceive into False."""
     if values.is_complex():
         values = torch.view_as_real(values)
-    if values.dtype.itemsize == 1:
-        values = values.to(torch.float32)
     return math.isfinite(values.sum(dtype=torch.promote_types(values.dtype, torch.float32)).item())
 
 
