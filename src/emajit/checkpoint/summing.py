@@ -13,7 +13,7 @@ from torch import Tensor
 
 from emajit import _alias, _paths, _tree
 from emajit.checkpoint import files, partners, reading, search, sources, streaming
-from emajit.checkpoint.averaged import Names
+from emajit.checkpoint.averaged import Names, not_means
 
 Of = Literal["averages", "trained"]
 ZERO_CRC = "00000000"
@@ -34,7 +34,7 @@ class Source:
         self._stats = _stats(path)
         self.size = sum(size for _, size, _ in self._stats)
         tree = sources.content(path, on_disk=True)
-        self.keys, self.tensors, self.step = _weights(path, tree, of, key, names)
+        self.keys, self.tensors, self.step, self.not_means = _weights(path, tree, of, key, names)
 
     def leaf(self, name: str) -> Tensor:
         """A leaf in host memory, or mapped from the disk."""
@@ -70,8 +70,8 @@ def _stats(path: Path) -> list[tuple[str, int, int]]:
 
 def _weights(
     path: Path, tree: Any, of: Of | None, key: str | None, names: Names
-) -> tuple[tuple[str, ...], dict[str, Any], int | None]:
-    """The keys that lead to the weights, the weights, and the step beside them."""
+) -> tuple[tuple[str, ...], dict[str, Any], int | None, frozenset[str]]:
+    """The keys that lead to the weights, the weights, the step, and the names that are no means."""
     walked = search.containers(tree)
     parts = search.parts(walked)
     found = search.averages(walked, parts)
@@ -86,10 +86,11 @@ def _weights(
         if len(found) > 1:
             raise ValueError(f"{path}: expected one average, found {len(found)}; choose with key")
         averaged = partners.named(found[0], reading.others(parts, found), names)
-        held = dict(averaged.weights if of == "averages" else averaged.raw)
-        if not held:
+        if of == "averages":
+            return (), dict(averaged.weights), averaged.step, not_means(averaged)
+        if not averaged.raw:
             raise ValueError(f"{path}: expected trained weights beside the averages, found none")
-        return (), held, averaged.step
+        return (), dict(averaged.raw), averaged.step, frozenset()
     else:
         chosen = parts
     try:
@@ -97,7 +98,7 @@ def _weights(
     except ValueError as error:
         last = ", or take the last checkpoints in a folder with --last" if path.is_dir() else ""
         raise ValueError(f"{path}: {error}; choose with key{last}") from None
-    return part.path, tensors, search.told(part)[0]
+    return part.path, tensors, search.told(part)[0], frozenset()
 
 
 class Sum:
@@ -106,6 +107,9 @@ class Sum:
     def __init__(self, held: Sequence[Source], c: Sequence[float], integers: str) -> None:
         self.first, self._held, self._c, self._integers = held[0], held, c, integers
         each = [_ties(source) for source in held]
+        # A difference of means is a mean of what lies between, that of other tensors is none.
+        self._kept = held[-1].not_means if min(c) < 0 else frozenset[str]()
+        self._last = Sum(held[-1:], [1.0], "last") if self._kept else self
         # The names that are tied to the same other name in all sources.
         self.tied = {n: to for n, to in each[0].items() if all(t.get(n) == to for t in each)}
 
@@ -116,10 +120,14 @@ class Sum:
         r"""$\sum_j c_j \theta_j$ in `dtype`, or the integers, flat and in pieces.
 
         Summed in float64 in parts that stay in the cache, several pieces at a time, while another
-        thread computes checksums.
+        thread computes checksums. Beside averages, with a negative coefficient, tensors that are no
+        means come from the last source.
         """
         if not (dtype.is_floating_point or dtype.is_complex):
             yield self._agreed(name)
+            return
+        if name in self._kept:
+            yield from self._last.pieces(name, dtype)
             return
         mapped = [flat for source in self._held if (flat := source.mapped(name)) is not None]
         if len(mapped) < len(self._held):
@@ -254,15 +262,16 @@ def check_alike(held: Sequence[Source]) -> None:
         told += [f"{name} beside" for name in source.tensors if name not in first.tensors]
         for name, value in first.tensors.items():
             other = source.tensors.get(name)
-            if other is not None and _kind(other) != _kind(value):
-                kinds = [f"{kind} of shape {shape}" for kind, shape in map(_kind, (other, value))]
+            if other is not None and kind_of(other) != kind_of(value):
+                kinds = [f"{kind} of shape {shape}" for kind, shape in map(kind_of, (other, value))]
                 told.append(f"{name}, {kinds[0]} for {kinds[1]}")
         if told:
             found = _paths.some(told)
             raise ValueError(f"{source.path}: expected the tensors of {first.path}, found {found}")
 
 
-def _kind(value: Any) -> tuple[str, tuple[int, ...]]:
+def kind_of(value: Any) -> tuple[str, tuple[int, ...]]:
+    """The kind of number, and the shape."""
     dtype = value.dtype
     kind = "complex" if dtype.is_complex else "floating" if dtype.is_floating_point else str(dtype)
     return kind, tuple(value.shape)
