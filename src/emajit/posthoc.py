@@ -288,7 +288,8 @@ def window(
     Args:
         averages: snapshots of an average with `schedules.uniform()`, saved with `sigma_rel` $=
             1 / \sqrt{12}$; or files that `checkpoint.read` knows and that hold their step, such as
-            icefall's, with `model_avg` and `batch_idx_train`.
+            icefall's, with `model_avg` and `batch_idx_train`. A file that does not tell the decay
+            has to hold a mean since the start; no test can tell.
         start: $t_1$, the step of one average, or 0.
         stop: $t_2$, the step of another average.
 
