@@ -178,6 +178,11 @@ class TestPull:
                 ValueError,
                 r"shadow\['b'\]: expected a number that torch.float32 as in params can hold",
             ),
+            (
+                lambda s: s.update(b=torch.zeros(4, dtype=torch.int64)),
+                ValueError,
+                r"shadow\['b'\]: expected an average of torch.float32, found torch.int64",
+            ),
             (lambda s: s.update(b=None), ValueError, r"shadow\['b'\]: expected a tensor as in par"),
             (lambda s: s.update(b=1.0), TypeError, r"shadow\['b'\]: expected a tensor or None"),
         ],

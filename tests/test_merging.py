@@ -588,6 +588,21 @@ class TestHostile:
         with pytest.raises(ValueError, match="'w': expected numbers up to 65504, found a larger"):
             merging.merge(*arguments, allow_any_sum=True)
 
+    @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+    @pytest.mark.parametrize("sign", [1, -1])
+    def test_a_sum_that_overflows_eight_bits(
+        self, dtype: torch.dtype, sign: int, tmp_path: Path
+    ) -> None:
+        """Where torch saturates, too (1200 to 448); a third of the largest, three times, is it."""
+        held = {"w": torch.full((2,), sign * torch.finfo(dtype).max).to(dtype)}
+        for i in range(3):
+            torch.save(held, tmp_path / f"{i}.pt")
+        sources = [tmp_path / f"{i}.pt" for i in range(3)]
+        merging.merge(sources, tmp_path / "out.pt")
+        assert torch.equal(torch.load(tmp_path / "out.pt")["w"].float(), held["w"].float())
+        with pytest.raises(ValueError, match=r"'w': expected numbers up to \d+, found a larger"):
+            merging.merge(sources, tmp_path / "out.pt", [1.0] * 3, allow_any_sum=True)
+
 
 class TestNewest:
     def test_by_the_step_that_files_tell(self, tmp_path: Path) -> None:
@@ -837,8 +852,59 @@ class TestFolders:
         with pytest.raises(ValueError, match="the weights that the adapters change, found none at"):
             merging.merge(paths, tmp_path / "out", base=tmp_path / "base.safetensors")
         (paths[0] / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
-        with pytest.raises(ValueError, match="expected LoRA without DoRA, found IA3"):
+        with pytest.raises(ValueError, match="expected LoRA, found IA3"):
             merging.merge(paths, tmp_path / "out", base=tmp_path / "base.safetensors")
+
+    @pytest.mark.parametrize(
+        ("config", "words"),
+        [
+            ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa', which changes the base"),
+            ({"init_lora_weights": "pissa_niter_4"}, "found init_lora_weights 'pissa_niter_4'"),
+            ({"init_lora_weights": "OLoRA"}, "found init_lora_weights 'OLoRA'"),
+            ({"init_lora_weights": "corda"}, "found init_lora_weights 'corda'"),
+            ({"init_lora_weights": "loftq"}, "found init_lora_weights 'loftq'"),
+            ({"init_lora_weights": "lora_ga"}, "found init_lora_weights 'lora_ga'"),
+            ({"init_lora_weights": ["pissa"]}, r"found init_lora_weights \['pissa'\]"),
+            ({"use_dora": True}, "expected plain LoRA, found use_dora True"),
+            ({"alora_invocation_tokens": [1]}, r"plain LoRA, found alora_invocation_tokens \[1\]"),
+            ({"use_qalora": True}, "found use_qalora True"),
+            ({"layer_replication": [[0, 2]]}, "found layer_replication"),
+            ({"of_tomorrow": {"x": 1}}, r"found of_tomorrow \{'x': 1\}"),
+        ],
+    )
+    def test_adapters_whose_change_is_another(
+        self, config: dict[str, Any], words: str, tmp_path: Path
+    ) -> None:
+        save_file({"net.weight": torch.ones(4, 3)}, tmp_path / "base.safetensors")
+        paths = self.adapters(tmp_path, **config)
+        with pytest.raises(ValueError, match=f"adapter_config.json: .*{words}"):
+            merging.merge(paths, tmp_path / "out", base=tmp_path / "base.safetensors")
+
+    @pytest.mark.filterwarnings("ignore:.*Using default EVA config:UserWarning")
+    def test_adapters_with_all_that_peft_writes(self, tmp_path: Path) -> None:
+        peft = pytest.importorskip("peft", reason="its own config")
+        base = {"net.weight": torch.randn(4, 3)}
+        save_file(base, tmp_path / "base.safetensors")
+        paths = self.adapters(tmp_path)
+        merging.merge(paths, tmp_path / "plain", base=tmp_path / "base.safetensors")
+        for init in (True, False, "gaussian", "Gaussian", "eva", "orthogonal"):
+            for path in paths:
+                told = {"r": 2, "lora_alpha": 6, "lora_dropout": 0.1, "target_modules": ["net"]}
+                peft.LoraConfig(init_lora_weights=init, **told).save_pretrained(path)
+            merging.merge(paths, tmp_path / "whole", base=tmp_path / "base.safetensors")
+            assert_same(load_file(tmp_path / "whole"), load_file(tmp_path / "plain"))
+
+    @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+    def test_a_base_in_float64_stays_as_it_is(self, suffix: str, tmp_path: Path) -> None:
+        """Its memory is read twice where the result is written with a checksum or a tie."""
+        tied = torch.randn(4, 3, dtype=torch.float64)
+        torch.save({"net.weight": tied, "other.weight": tied}, tmp_path / "base.pt")
+        paths = self.adapters(tmp_path)
+        out = tmp_path / f"out{suffix}"
+        merging.merge(paths, out, base=tmp_path / "base.pt")
+        found = load_file(out) if suffix == ".safetensors" else torch.load(out)
+        assert torch.equal(found["other.weight"], tied)
+        assert not torch.equal(found["net.weight"], tied)
 
 
 @tells_memory
@@ -935,6 +1001,91 @@ class TestWindow:
         for averages in (posthoc.snapshots(tmp_path), sorted(tmp_path.iterdir())):
             with pytest.raises(ValueError, match=r"a mean since the start, found sigma_rel 0\.1"):
                 posthoc.window(averages, 5, 9)
+
+    @pytest.mark.parametrize("of_torch", [False, True])
+    def test_what_is_no_mean_is_that_of_stop(
+        self, of_torch: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Statistics that shrink: the mean before `stop` of two that are none is below zero."""
+        model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).double()
+        averaged, held = AveragedModel(model), []
+        for step in range(1, 10):
+            for value in model.state_dict().values():
+                value.copy_(torch.randn(value.shape, dtype=torch.float64).abs() / step**4)
+            averaged.update_parameters(model)
+            held.append({name: value.clone() for name, value in model.state_dict().items()})
+            shadow = {n: torch.stack([x[n] for x in held]).mean(0) for n in ("0.weight", "1.bias")}
+            state = {"state_dict": held[-1], "emajit": {"shadow": shadow, "step": step}}
+            torch.save(averaged.state_dict() if of_torch else state, tmp_path / f"{step}.pt")
+        paths = [tmp_path / "4.pt", tmp_path / "9.pt"]
+        arguments = ["merge", "--window", "4:9", *map(str, paths), "--of", "averages"]
+        assert run(monkeypatch, *arguments, "-o", str(tmp_path / "out.safetensors")) == 0
+        if not of_torch:  # a difference of models, not of means
+            out = tmp_path / "trained.safetensors"
+            merging.merge(paths, out, [-1.0, 2.0], of="trained")
+            for name, value in load_file(out).items():
+                if value.is_floating_point():
+                    torch.testing.assert_close(value, 2 * held[-1][name] - held[3][name])
+        for mean in (posthoc.window(paths, 4, 9), load_file(tmp_path / "out.safetensors")):
+            for name in ("1.running_mean", "1.running_var", "1.num_batches_tracked"):
+                assert torch.equal(mean[name], held[-1][name])
+            for name in ("0.weight", "1.bias"):
+                direct = torch.stack([each[name] for each in held[4:]]).mean(0)
+                torch.testing.assert_close(mean[name], direct, rtol=1e-9, atol=1e-9)
+
+    def test_of_an_average_with_a_decay(self, tmp_path: Path) -> None:
+        decays: Any = [0.99, 0.9999, schedules.uniform()]
+        for i, decay in enumerate(decays):
+            model = nn.Linear(2, 3)
+            ema = LitEma(model, decay)
+            for step in range(1, 10):
+                with torch.no_grad():
+                    model.weight.add_(step)
+                ema(model)
+                state = {f"model_ema.{name}": value for name, value in ema.state_dict().items()}
+                state |= {f"model.{name}": value for name, value in model.state_dict().items()}
+                torch.save({"state_dict": state}, tmp_path / f"{i}-{step}.pt")
+        for i, word in ((0, "0.99"), (1, "0.9999")):
+            words = (
+                rf"{i}-4.pt: expected a mean since the start, whose .* is 0.75, found .* {word}$"
+            )
+            with pytest.raises(ValueError, match=words):
+                posthoc.window([tmp_path / f"{i}-4.pt", tmp_path / f"{i}-9.pt"], 4, 9)
+        posthoc.window([tmp_path / "2-4.pt", tmp_path / "2-9.pt"], 4, 9)
+
+    @pytest.mark.parametrize(
+        "other", [torch.ones(3, 1), torch.ones(3, 3, dtype=torch.int64), torch.ones(3, 3) * 1j]
+    )
+    def test_of_two_that_differ(self, other: Tensor, tmp_path: Path) -> None:
+        paths = [tmp_path / "5.safetensors", tmp_path / "9.safetensors"]
+        checkpoint.save(paths[0], {"w": other}, 5)
+        checkpoint.save(paths[1], {"w": torch.ones(3, 3)}, 9)
+        with pytest.raises(ValueError, match=r"same names, shapes and kinds at 5 and 9, .* at w$"):
+            posthoc.window(paths, 5, 9)
+
+    def test_of_two_of_one_step(self, tmp_path: Path) -> None:
+        paths = [tmp_path / f"{i}.safetensors" for i in range(3)]
+        for i, (path, step) in enumerate(zip(paths, (5, 5, 9), strict=True)):
+            checkpoint.save(path, {"w": torch.full((2,), float(i))}, step)
+        with pytest.raises(
+            ValueError, match=r"1\.safetensors: expected one average at 5, found .*0"
+        ):
+            posthoc.window(paths, 5, 9)
+        posthoc.window([paths[0], paths[0], paths[2]], 5, 9)
+
+    def test_of_a_tensor_that_one_file_averages(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        weights = {"w": torch.ones(2), "running_mean": torch.ones(3)}
+        for step, names in ((5, ["w"]), (9, ["w", "running_mean"])):
+            ours = {"shadow": {name: weights[name] for name in names}, "step": step}
+            torch.save({"state_dict": weights, "emajit": ours}, tmp_path / f"{step}.ckpt")
+        paths = [str(tmp_path / "5.ckpt"), str(tmp_path / "9.ckpt")]
+        with pytest.raises(ValueError, match=r"at 5 and 9, found others at running_mean$"):
+            posthoc.window(paths, 5, 9)
+        out = str(tmp_path / "out.pt")
+        assert run(monkeypatch, "merge", "--window", "5:9", *paths, "-o", out) != 0
+        assert "found others at running_mean" in capsys.readouterr().err.replace("\n", " ")
 
     @pytest.mark.parametrize("kind", ["snapshots", "icefall"])
     def test_of_the_command(

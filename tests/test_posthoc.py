@@ -415,6 +415,29 @@ class TestTrouble:
         with pytest.raises(ValueError, match="'v': expected numbers up to 65504, found"):
             posthoc.reconstruct(posthoc.snapshots(tmp_path), 0.1, dtype=torch.float16)
 
+    @pytest.mark.parametrize(
+        ("dtype", "fits", "over"),
+        [
+            (torch.float8_e4m3fn, [449.0, -463.9, math.nan], [464.1, -1e30, math.inf]),
+            (torch.float8_e5m2, [61439.0, math.inf, -math.inf], [61440.0, -1e30]),
+            (torch.float16, [65519.0, math.inf, math.nan], [65520.0, -1e30]),
+            (torch.bfloat16, [3.39e38, math.inf], [3.4e38, -3.4e38]),
+        ],
+    )
+    def test_a_number_that_overflows_in_a_file(
+        self, tmp_path: Path, dtype: torch.dtype, fits: list[float], over: list[float]
+    ) -> None:
+        for i, number in enumerate(fits):
+            weights = {"w": torch.tensor([number, 1.0])}
+            (path,) = posthoc.save(tmp_path, weights, i + 1, sigma_rel=0.1, dtype=dtype)
+            found = checkpoint.read(path).weights["w"]
+            assert_close(found.float(), weights["w"].to(dtype).float(), equal_nan=True)
+        for number in over:
+            with pytest.raises(ValueError, match=r"expected numbers up to .*, found a larger"):
+                posthoc.save(
+                    tmp_path, {"w": torch.tensor([1.0, number])}, 9, sigma_rel=0.1, dtype=dtype
+                )
+
     @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
     def test_complex_numbers_in_half_precision(self, tmp_path: Path) -> None:
         for step in (4, 8):

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from emajit import _kernels, _plan, _tree, functional, schedules, scope
+from emajit import _kernels, _paths, _plan, _tree, functional, schedules, scope
 from emajit._torch import pytree
 from emajit.functional import Step
 
@@ -39,7 +39,7 @@ def pull_(params: Tree, shadow: Any, c: float = 1.0) -> Tree:
 
     Raises, before anything is written:
         ValueError: `c` is not in [0, 1]; structure, shape or device differ; a parameter overlaps
-            the memory of another leaf.
+            the memory of another leaf; a floating-point parameter has an integer for its average.
         TypeError: a leaf is neither a tensor nor None.
         RuntimeError: a parameter is inside an `ema_scope`, where it holds an average.
 
@@ -61,6 +61,10 @@ def pull_(params: Tree, shadow: Any, c: float = 1.0) -> Tree:
         plan, p, s = _plan.find([written], shadow, alphas, "nearest", "propagate", "eager")
     except (TypeError, ValueError) as error:
         raise _renamed(error, shadow="params", params="shadow") from None
+    for i, (leaf, average) in enumerate(zip(leaves, spec.flatten_up_to(shadow), strict=True)):
+        if leaf is not None and _is_averaged(leaf) and not _is_averaged(average):  # else copied
+            where = _paths.path("shadow", shadow, i)
+            raise ValueError(f"{where}: expected an average of {leaf.dtype}, found {average.dtype}")
     scope.prepare_to_write()
     with torch.set_grad_enabled(False):
         replace(plan, low_precision=[]).run(p, s, alphas, 0)  # no average that could stall
@@ -134,12 +138,16 @@ def bema(
 
 
 def _corrected(s: Tensor, p: Tensor, p0: Tensor, weight: float | Tensor) -> Tensor:
-    if not (p.is_floating_point() or p.is_complex()):
+    if not _is_averaged(p):
         return s.detach().clone()
     dtype = torch.promote_types(_kernels.precision(s, p), _kernels.precision(s, p0))
     if isinstance(weight, Tensor):
         weight = weight.to(s.device, dtype.to_real())
     return (s.to(dtype) + weight * (p.to(dtype) - p0.to(dtype))).to(s.dtype)
+
+
+def _is_averaged(leaf: Tensor) -> bool:
+    return leaf.is_floating_point() or leaf.is_complex()
 
 
 def _renamed(error: Exception, **roles: str) -> Exception:

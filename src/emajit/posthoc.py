@@ -94,7 +94,9 @@ from torch import Tensor, nn
 
 from emajit import _devices, _paths, _tree, _warn, checkpoint
 from emajit.checkpoint import files
+from emajit.checkpoint.averaged import Averaged, not_means
 from emajit.checkpoint.saved import Saved, count, opened
+from emajit.checkpoint.summing import kind_of
 from emajit.schedules import gamma_to_sigma_rel, sigma_rel_to_gamma
 
 __all__ = [  # noqa: RUF022, in the order of use
@@ -280,35 +282,47 @@ def window(
     is exactly the mean of the steps in between. It multiplies the rounding errors of the files by
     $(t_1 + t_2) / (t_2 - t_1)$ at most: save float64 if the window is a small part of the run.
 
+    Buffers that the files do not average come from `stop`, as do those of batch normalisation in
+    torch's `AveragedModel`, whose file does not tell: re-estimate them for the mean.
+
     Args:
         averages: snapshots of an average with `schedules.uniform()`, saved with `sigma_rel` $=
             1 / \sqrt{12}$; or files that `checkpoint.read` knows and that hold their step, such as
-            icefall's, with `model_avg` and `batch_idx_train`.
+            icefall's, with `model_avg` and `batch_idx_train`. A file that does not tell the decay
+            has to hold a mean since the start; no test can tell.
         start: $t_1$, the step of one average, or 0.
         stop: $t_2$, the step of another average.
 
     Returns the mean in float64, by name; leaves that are not floating-point come from `stop`.
 
-    Raises ValueError where no average has one of the steps, a snapshot is of another profile, the
-    names differ, or `start` is not before `stop`.
+    Raises ValueError where no average has one of the steps, or two have; a file tells another
+    profile or a decay that is not of a mean; names, shapes or kinds of number differ; or `start` is
+    not before `stop`.
     """
-    found = {step: weights for step, _, weights in _ends(averages, start, stop)}
-    end, begin = found[stop], found.get(start, {})
-    if start and begin.keys() != end.keys():
-        raise ValueError(
-            f"averages: expected the same names at {start} and {stop}, found others at "
-            f"{_paths.some(sorted(begin.keys() ^ end.keys()))}"
-        )
+    *first, end = (held for *_, held in _ends(averages, start, stop))
+    kept = not_means(end)
     means = {}
-    for name, average in end.items():
+    for name, average in end.weights.items():
         if not (average.is_floating_point() or average.is_complex()):
             means[name] = average.clone()
             continue
-        mean = average.to(_tree.copy_dtype(average, torch.float64))
-        if start:
-            mean = (stop * mean - start * begin[name].to(mean.dtype)) / (stop - start)
+        mean = average.to(_tree.copy_dtype(average, torch.float64), copy=True)
+        for begin in first if name not in kept else ():
+            mean = (stop * mean - start * begin.weights[name].to(mean.dtype)) / (stop - start)
         means[name] = mean
     return means
+
+
+def _check_same(begin: Averaged, end: Averaged, start: int, stop: int) -> None:
+    """Raise ValueError where the averages differ in names, shapes or kinds of number."""
+    (begins, first), (ends, last) = ((each.weights, not_means(each)) for each in (begin, end))
+    differ = {*(begins.keys() ^ ends.keys()), *(first ^ last)}
+    differ |= {n for n in begins.keys() & ends.keys() if kind_of(begins[n]) != kind_of(ends[n])}
+    if differ:
+        raise ValueError(
+            f"averages: expected the same names, shapes and kinds at {start} and {stop}, found "
+            f"others at {_paths.some(sorted(differ))}"
+        )
 
 
 def window_of(
@@ -321,15 +335,15 @@ def window_of(
 
 def _ends(
     averages: Iterable[Snapshot | str | os.PathLike[str]], start: int, stop: int
-) -> list[tuple[int, Path, dict[str, Tensor]]]:
-    """The step, file and weights of the averages at `start`, if it is not 0, and at `stop`.
+) -> list[tuple[int, Path, Averaged]]:
+    """The step, file and content of the averages at `start`, if it is not 0, and at `stop`.
 
     Raises ValueError as `window`.
     """
     if not 0 <= start < stop:
         raise ValueError(f"start: expected 0 <= start < stop, found {start} and {stop}")
     wanted = (start, stop) if start else (stop,)
-    found: dict[int, tuple[int, Path, dict[str, Tensor]]] = {}
+    found: dict[int, tuple[int, Path, Averaged]] = {}
     for each in averages:
         if isinstance(each, Snapshot) and each.step not in wanted:
             continue
@@ -342,10 +356,26 @@ def _ends(
                 raise ValueError(
                     f"{path}: expected a mean since the start, found sigma_rel {length:g}"
                 )
-            found.setdefault(held.step, (held.step, path, held.weights))
+            _check_decay(path, held.step, held.decay)
+            _, other, _ = found.setdefault(held.step, (held.step, path, held))
+            if other.resolve() != path.resolve():
+                raise ValueError(f"{path}: expected one average at {held.step}, found {other} too")
     if missing := [step for step in wanted if step not in found]:
         raise ValueError(f"averages: expected one at each of {wanted}, found none at {missing}")
-    return [found[step] for step in wanted]
+    ends = [found[step] for step in wanted]
+    for *_, begin in ends[:-1]:
+        _check_same(begin, ends[-1][2], start, stop)
+    return ends
+
+
+def _check_decay(path: Path, step: int, decay: float | None) -> None:
+    """Raise ValueError for another decay than that of `schedules.uniform` in the last update."""
+    uniform = 1 - 1 / step
+    if decay is not None and abs(decay - uniform) > 1e-7:  # float32, as a `LitEma` has it
+        raise ValueError(
+            f"{path}: expected a mean since the start, whose decay at {step} is {uniform:.6g}, "
+            f"found decay {decay:g}"
+        )
 
 
 def _gamma_in(path: Path) -> float | None:

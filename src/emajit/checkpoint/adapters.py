@@ -17,6 +17,40 @@ from emajit import _paths
 from emajit.checkpoint.summing import PIECE, Source, Sum, wide
 
 CONFIG = "adapter_config.json"
+
+# Of PEFT 0.21's LoraConfig, what leaves a change at $s B A$: what is read here, says where the
+# pairs are, or acts in training alone. Anything else that is set may give A and B another meaning.
+_KNOWN = {
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "fan_in_fan_out",
+    "init_lora_weights",
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+    "bias",
+    "lora_dropout",
+    "megatron_core",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "qalora_group_size",
+}
+# The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base in memory, not in its file.
+_INITS = [None, True, False, "gaussian", "eva", "orthogonal", "mica"]
 _PREFIX = "base_model.model."
 _A = re.compile(r".*\.lora_(?:A\.weight|embedding_A)")
 _FACTOR = re.compile(r"\.lora_(?:[AB]\.weight|embedding_[AB])$")
@@ -81,7 +115,7 @@ class Deltas(Sum):
             rows = max(1, PIECE // math.prod(value.shape[1:]))
             for start in range(0, len(value), rows):
                 part = slice(start, start + rows)
-                total = value[part].flatten(1).to(wide(value))
+                total = value[part].flatten(1).to(wide(value), copy=True)
                 for source, pair, x in found:
                     left, right = pair.factors()
                     left, right = left[part].to(total.dtype), right.to(total.dtype)
@@ -143,14 +177,22 @@ def _config(file: Path) -> Mapping[str, Any]:
         raise ValueError(f"{file.parent}: expected a folder of a PEFT adapter, found none")
     try:
         told: Any = json.loads(file.read_text(encoding="utf-8"))
-        kind, has_dora = told.get("peft_type"), bool(told.get("use_dora"))
+        kind = told.get("peft_type")
         if kind == "LORA":
             float(told["r"]), float(told["lora_alpha"])
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(f"{file}: expected the config of a PEFT adapter, found another") from None
-    if kind != "LORA" or has_dora:
-        found = "LoRA with DoRA" if has_dora else kind
-        raise ValueError(f"{file}: expected LoRA without DoRA, found {found}")
+    if kind != "LORA":
+        raise ValueError(f"{file}: expected LoRA, found {kind}")
+    if others := [f"{key} {told[key]!r}" for key in told if told[key] and key not in _KNOWN]:
+        raise ValueError(f"{file}: expected plain LoRA, found {_paths.some(others)}")
+    init = told.get("init_lora_weights")
+    if (init.lower() if isinstance(init, str) else init) not in _INITS:
+        raise ValueError(
+            f"{file}: expected a change of the base in its file, found init_lora_weights {init!r}, "
+            "which changes the base in memory; save the adapter as plain LoRA, by PEFT's "
+            "save_pretrained with path_initial_model_for_weight_conversion"
+        )
     return told  # type: ignore[no-any-return]
 
 

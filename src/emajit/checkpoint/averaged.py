@@ -55,6 +55,16 @@ class Averaged(NamedTuple):
     options: Mapping[str, Any] = {}
 
 
+def not_means(averaged: Averaged) -> frozenset[str]:
+    """The names in `weights` that are no means over steps, or may be none.
+
+    torch's `AveragedModel` copies buffers unless told, which its file does not tell.
+    """
+    copied = averaged.weights if averaged.layout == "AveragedModel" else ()
+    buffers = [name for name in copied if name.rpartition(".")[2] in BUFFERS]
+    return frozenset([*averaged.raw_only, *buffers])
+
+
 class Reading(NamedTuple):
     """One average as a layout holds it, before its parameters have the names of the model.
 

@@ -148,20 +148,27 @@ def float_casts(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dic
 
 def cast(where: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """`tensor` in `dtype`; ValueError, with `where`, if one of its numbers overflows."""
-    narrow = tensor.to(dtype)
     if tensor.is_floating_point() or tensor.is_complex():
         largest = torch.finfo(dtype).max
-        if largest < torch.finfo(tensor.dtype).max:
-            wide, known = _real(tensor), _real(narrow)
-            known = known if dtype.itemsize > 1 else known.to(torch.float32)
-            total = known.sum(dtype=torch.float32)  # no temporary
-            if not total.isfinite() and bool((wide.isfinite() & ~known.isfinite()).any()):
-                raise ValueError(f"{where}: expected numbers up to {largest:g}, found a larger one")
-    return narrow
+        if largest < torch.finfo(tensor.dtype).max and _overflows(tensor, dtype):
+            raise ValueError(f"{where}: expected numbers up to {largest:g}, found a larger one")
+    return tensor.to(dtype)
 
 
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+def _overflows(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a number is rounded beyond `dtype`, where torch may write its largest number."""
+    wide = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    wide = wide if wide.dtype.itemsize > 1 else wide.to(torch.float32)
+    if not wide.numel():
+        return False
+    of = torch.finfo(dtype)
+    limit = of.max + of.eps / 2 * 2 ** math.floor(math.log2(of.max))  # and half of its ulp
+    low, high = map(float, wide.aminmax())  # no temporary
+    if -limit < low <= high < limit:
+        return False
+    over = wide.abs() >= limit
+    has_infinity = dtype.itemsize > 1 or dtype is torch.float8_e5m2
+    return bool((over & wide.isfinite() if has_infinity else over).any())
 
 
 def write_torch(path: Path, state: Any, tell: Callable[[int], object]) -> None:

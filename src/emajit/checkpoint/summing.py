@@ -13,7 +13,7 @@ from torch import Tensor
 
 from emajit import _alias, _paths, _tree
 from emajit.checkpoint import files, partners, reading, search, sources, streaming
-from emajit.checkpoint.averaged import Names, NotOneError
+from emajit.checkpoint.averaged import Names, NotOneError, not_means
 
 Of = Literal["averages", "trained"]
 ZERO_CRC = "00000000"
@@ -37,6 +37,7 @@ class Source:
         with reading.told_of(path):
             weights = _weights(path, tree, of, key, names)
         self.keys, self.tensors, self.step = weights[:3]
+        self.not_means = weights.not_means
         self.folder = _folder_of(path, weights.place)
 
     def leaf(self, name: str) -> Tensor:
@@ -85,12 +86,14 @@ class _Weights(NamedTuple):
     tensors: by name.
     step: beside them.
     place: the path of weights of their form.
+    not_means: the names of weights that are no averages.
     """
 
     keys: tuple[str, ...]
     tensors: dict[str, Any]
     step: int | None
     place: str
+    not_means: frozenset[str] = frozenset()
 
 
 def _weights(path: Path, tree: Any, of: Of | None, key: str | None, names: Names) -> _Weights:
@@ -118,7 +121,7 @@ def _weights(path: Path, tree: Any, of: Of | None, key: str | None, names: Names
         if of != "trained":
             (one,) = averaged
             place = one.path if _is_saved_model(path, one.path) else one.raw_path
-            return _Weights((), one.weights, one.step, place)
+            return _Weights((), one.weights, one.step, place, not_means(one))
         trained = {frozenset(map(id, each.raw.values())): each for each in averaged if each.raw}
         if not trained:
             raise ValueError("expected trained weights beside the averages, found none")
@@ -149,6 +152,9 @@ class Sum:
     def __init__(self, held: Sequence[Source], c: Sequence[float], integers: str) -> None:
         self.first, self._held, self._c, self._integers = held[0], held, c, integers
         each = [_ties(source) for source in held]
+        # A difference of means is a mean of what lies between, that of other tensors is none.
+        self._kept = held[-1].not_means if min(c) < 0 else frozenset[str]()
+        self._last = Sum(held[-1:], [1.0], "last") if self._kept else self
         # The names that are tied to the same other name in all sources.
         self.tied = {n: to for n, to in each[0].items() if all(t.get(n) == to for t in each)}
 
@@ -159,10 +165,14 @@ class Sum:
         r"""$\sum_j c_j \theta_j$ in `dtype`, or the integers, flat and in pieces.
 
         Summed in float64 in parts that stay in the cache, several pieces at a time, while another
-        thread computes checksums.
+        thread computes checksums. Beside averages, with a negative coefficient, tensors that are no
+        means come from the last source.
         """
         if not (dtype.is_floating_point or dtype.is_complex):
             yield self._agreed(name)
+            return
+        if name in self._kept:
+            yield from self._last.pieces(name, dtype)
             return
         mapped = [flat for source in self._held if (flat := source.mapped(name)) is not None]
         if len(mapped) < len(self._held):
@@ -219,7 +229,7 @@ class Sum:
                 into = narrow[i : i + _PART]
                 total = summed(start + i, len(into))
                 into.copy_(total)
-                if not _is_finite(into):
+                if dtype.itemsize == 1 or not _is_finite(into):  # 8 bits may saturate
                     self._check_finite(name, total)
                     into.copy_(files.cast(repr(name), total, dtype))
             yield narrow
@@ -282,8 +292,6 @@ def _is_finite(values: Tensor) -> bool:
     """Whether all are; in one pass, which large numbers may deceive into False."""
     if values.is_complex():
         values = torch.view_as_real(values)
-    if values.dtype.itemsize == 1:
-        values = values.to(torch.float32)
     return math.isfinite(values.sum(dtype=torch.promote_types(values.dtype, torch.float32)).item())
 
 
@@ -299,15 +307,16 @@ def check_alike(held: Sequence[Source]) -> None:
         told += [f"{name} beside" for name in source.tensors if name not in first.tensors]
         for name, value in first.tensors.items():
             other = source.tensors.get(name)
-            if other is not None and _kind(other) != _kind(value):
-                kinds = [f"{kind} of shape {shape}" for kind, shape in map(_kind, (other, value))]
+            if other is not None and kind_of(other) != kind_of(value):
+                kinds = [f"{kind} of shape {shape}" for kind, shape in map(kind_of, (other, value))]
                 told.append(f"{name}, {kinds[0]} for {kinds[1]}")
         if told:
             found = _paths.some(told)
             raise ValueError(f"{source.path}: expected the tensors of {first.path}, found {found}")
 
 
-def _kind(value: Any) -> tuple[str, tuple[int, ...]]:
+def kind_of(value: Any) -> tuple[str, tuple[int, ...]]:
+    """The kind of number, and the shape."""
     dtype = value.dtype
     kind = "complex" if dtype.is_complex else "floating" if dtype.is_floating_point else str(dtype)
     return kind, tuple(value.shape)
