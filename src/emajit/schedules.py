@@ -5,10 +5,11 @@ decay lower at first, or lets the average lengthen with the run:
 
 >>> import torch
 >>> import emajit
+>>> from emajit import schedules
 >>> params = {"w": torch.ones(1)}
 >>> shadow = emajit.init(params)
 >>> for step in range(3):
-...     _ = emajit.update_(shadow, params, step, decay=warmup(0.999))
+...     _ = emajit.update_(shadow, params, step, decay=schedules.warmup(0.999))
 
 Here and in `emajit.LitEma` a schedule stands in place of the number.
 
