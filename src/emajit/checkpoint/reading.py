@@ -107,7 +107,7 @@ def inspected(
     tree = _content(source)
     with _told_of(source) as name:
         searched = _searched(tree, name)
-        several = key is None and len(searched.found) > 1
+        several = key is None and len(search.main(searched.found)) > 1
         found = [] if several else _chosen(searched, names, key, raw_key, several=False)
         return _candidates(searched), found[0] if found else None
 
@@ -186,7 +186,7 @@ def _chosen(
         reading = Reading("state", held[0].tensors, *search.told(held[0]))
         chosen = [Found(reading, held[0].name, f"the name of the file says {word!r}")]
     else:
-        chosen = found
+        chosen = found if several else search.main(found)
     if not chosen or (len(chosen) > 1 and not several):
         raise NotOneError(_not_one(searched))
     beside = others(held, [*found, *chosen])

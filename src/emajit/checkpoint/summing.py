@@ -83,9 +83,9 @@ def _weights(
             "of='averages' or of='trained', on the command line --of"
         )
     elif found:
-        if len(found) > 1:
+        if len(own := search.main(found)) > 1:
             raise ValueError(f"{path}: expected one average, found {len(found)}; choose with key")
-        averaged = partners.named(found[0], reading.others(parts, found), names)
+        averaged = partners.named(own[0], reading.others(parts, found), names)
         held = dict(averaged.weights if of == "averages" else averaged.raw)
         if not held:
             raise ValueError(f"{path}: expected trained weights beside the averages, found none")
