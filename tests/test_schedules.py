@@ -339,7 +339,7 @@ def test_bad_arguments(make: Callable[[], Schedule], message: str) -> None:
         (lambda: schedules.warmup("0.9"), r"for a schedule, found warmup\('0.9'\)"),  # type: ignore[arg-type]
         (lambda: schedules.power_function("x"), r"expected numbers .*power_function\('x'\)"),  # type: ignore[arg-type]
         (lambda: schedules.linear(0, [1], 3), r"found linear\(0, \[1\], 3\)"),  # type: ignore[arg-type]
-        (schedules.warmup, "missing a required argument: 'decay'"),  # type: ignore[call-arg]
+        (schedules.warmup, "missing a required argument: 'decay'"),
         (lambda: schedules.delay(schedules.warmup, 3), r"^schedule: .* call it: warmup\(\.\.\.\)"),  # type: ignore[arg-type]
         (lambda: schedules.every(torch.nn.Linear(1, 1), 3), "^schedule: .*found a module, Linear"),
     ],

@@ -79,9 +79,9 @@ def test_snapshots_of_a_resumed_training_are_those_of_a_whole(tmp_path: Path) ->
         folder = tmp_path / run / "checkpoint-6"
         assert_same(trained(GPT2LMHeadModel.from_pretrained(folder / "averaged")), averages(whole))
         assert not [*folder.glob("averaged-*")]
-        found = checkpoint.read(folder)
-        assert found.path == "averages.shadow"
-        assert_same({name: found.weights[name] for name in averages(whole)}, averages(whole))
+        held = checkpoint.read(folder)
+        assert held.path == "averages.shadow"
+        assert_same({name: held.weights[name] for name in averages(whole)}, averages(whole))
         assert len(checkpoint.read_all(folder)) == 3
     again = trainer_of(tmp_path / "again", callback("whole"))
     with pytest.raises(ValueError, match="no snapshots before the first update, found 0000000001"):

@@ -182,6 +182,8 @@ def _chosen(
     tree, name, walked, held, found = searched
     if key is not None:
         chosen = [_at(tree, found, key)]
+    elif not found and (modules := _pickled_averages(walked)):
+        raise NotOneError("\n".join(modules))
     elif not found and len(held) == 1 and (word := marks.mark_of_file(name)):
         reading = Reading("state", held[0].tensors, *search.told(held[0]))
         chosen = [Found(reading, held[0].name, f"the name of the file says {word!r}")]
@@ -297,6 +299,23 @@ def _pickled(leaves: Iterable[Any]) -> str:
     names = sorted(f"{kind.__module__}.{kind.__name__}" for kind in kinds)
     hint = "; load it where these classes are, and save a state_dict()"
     return f", beside what is not unpickled: {_paths.some(names)}{hint}" if names else ""
+
+
+def _pickled_averages(walked: Sequence[Container]) -> list[str]:
+    """A line for each pickled object with weights in the place of averages."""
+    lines = []
+    for path, value, _ in walked:
+        for key, leaf in value.items() if isinstance(value, Mapping) else enumerate(value):
+            place = [*path, str(key)]
+            if not isinstance(leaf, Opaque) or not leaf.holds_tensors:
+                continue
+            if marks.role(place)[0] == "averaged":
+                kind = type(leaf)
+                lines.append(
+                    f"{'.'.join(place)} holds a pickled {kind.__name__}: save its state_dict(), "
+                    f"where {kind.__module__} can be imported; nothing but tensors is unpickled"
+                )
+    return lines
 
 
 def _check_shapes(found: Averaged, names: Any) -> None:
