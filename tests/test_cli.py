@@ -285,6 +285,17 @@ class TestCheckpoints:
         )
         return tmp_path / "ldm.ckpt"
 
+    def test_inspect_parameters(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Of whatever script: averages that require grad."""
+        average = nn.Parameter(torch.ones(2))
+        torch.save({"model": {"w": torch.full((2,), 2.0)}, "ema": {"w": average}}, tmp_path / "f")
+        assert emajit(monkeypatch, "inspect", str(tmp_path / "f")) == 0
+        shown = capsys.readouterr()
+        assert "50.00%" in shown.out
+        assert not shown.err
+
     def test_inspect(
         self, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +64,10 @@ class TestRun:
         told = rows(shown)
         assert told["raw"][:2] == [f"{history.raw[-1]:.4f}", ""]
         assert told["averaged"][:2] == [f"{history.averaged[-1]:.4f}", f"{-history.gain:+.1%}"]
-        assert all("ms" in told[weights][2] for weights in ("raw", "averaged"))
+        assert re.fullmatch(r"\d+\.\d\d ms a step", told["raw"][2])
+        share = r"\+ \d+\.\d\d ms \(\d+\.\d%\)"
+        assert re.fullmatch(share, told["averaged"][2])
+        assert re.fullmatch(f"as above, {share}", told["in bfloat16, stochastic"][2])
 
     def test_the_table_shows_what_each_feature_is_worth(
         self, finished: tuple[Path, demo.History, str]

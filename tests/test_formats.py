@@ -32,6 +32,7 @@ from bench import contestants
 from emajit import LitEma, checkpoint, posthoc
 from emajit.checkpoint import layouts
 from emajit.checkpoint.layouts import WRITERS
+from emajit.checkpoint.reading import inspected
 from tests import reference
 from tests.counting import own_memory, tells_memory
 
@@ -573,8 +574,8 @@ class TestRefused:
     def test_no_module_is_unpickled(self, tmp_path: Path) -> None:
         path = tmp_path / "model.pt"
         of = "beside what is not unpickled: torch.nn.modules"
-        torch.save({"ema": net(), "model": None}, path)
-        with pytest.raises(ValueError, match=rf"^{path}: .* none among ema, model, {of}"):
+        torch.save({"first": net(), "model": None}, path)
+        with pytest.raises(ValueError, match=rf"^{path}: .* none among first, model, {of}"):
             checkpoint.read(path)
         torch.save(nn.Linear(1, 1), path)
         with pytest.raises(ValueError, match=f"^{path}: expected a mapping .* found Linear, {of}"):
@@ -582,6 +583,26 @@ class TestRefused:
         path.write_bytes(pickle.dumps(copy.copy))
         with pytest.raises(ValueError, match=f"^{path}: expected a whole file of torch.save"):
             checkpoint.read(path)
+
+    @pytest.mark.parametrize("file", ["model.pt", "ema.pt"])
+    def test_trained_weights_beside_a_pickled_average(self, tmp_path: Path, file: str) -> None:
+        """They are not offered, nor taken, in its place."""
+        path = tmp_path / file
+        told = r"ema holds a pickled Sequential: save its state_dict\(\), where torch\.nn\.modules"
+        torch.save({"model": net().state_dict(), "ema": net()}, path)
+        for read in (checkpoint.read, checkpoint.read_all, inspected):
+            with pytest.raises(ValueError, match=f"^{path}: {told}") as caught:
+                read(path)
+            assert "key" not in str(caught.value)
+        torch.save({"model": net().state_dict(), "state": {"ema": net()}}, path)
+        with pytest.raises(ValueError, match=rf"^{path}: state\.{told}"):
+            checkpoint.read(path)
+        assert checkpoint.read(path, key="model").path == "model"
+
+    def test_pickled_settings_of_averages_are_no_averages(self, tmp_path: Path) -> None:
+        path, state = tmp_path / "ema.pt", net().state_dict()
+        torch.save({"model": state, "ema_args": argparse.Namespace(decay=0.9)}, path)
+        assert checkpoint.read(path).weights.keys() == state.keys()
 
     @pytest.mark.parametrize("content", [b"", b"PK", b"\x80\x02", b"no", b"12345678{", bytes(9)])
     def test_broken_files(self, tmp_path: Path, content: bytes) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 # Each takes tens of milliseconds to seconds.
 HEAVY = {
     "numpy",
@@ -34,3 +36,13 @@ def test_imports_nothing_beside_torch_and_nothing_heavy() -> None:
     assert tops - sys.stdlib_module_names <= {"emajit", "torch"}
     assert not found & HEAVY
     assert not found & {f"emajit.{room}" for room in ROOMS}
+
+
+@pytest.mark.parametrize("module", ["checkpoint", "merging", "posthoc"])
+def test_without_safetensors_a_module_says_what_to_install(module: str) -> None:
+    code = f"import sys; sys.modules['safetensors'] = None; from emajit import {module}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "ModuleNotFoundError: emajit.checkpoint needs safetensors; pip install safetensors"
+    )

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from emajit import LitEma, posthoc, schedules
+from emajit import LitEma, checkpoint, merging, posthoc, schedules
 from emajit.posthoc import PostHoc
 
 pytest.importorskip("lightning", reason="lightning is not installed")
@@ -62,6 +63,30 @@ def test_are_those_of_the_averages(tmp_path: Path, every: int, expected: list[in
         loaded = model_of(1).load_state_dict(found, strict=False)
         assert not loaded.unexpected_keys
         assert {*loaded.missing_keys} <= {key for key, _ in model.named_buffers()}
+
+
+@pytest.mark.parametrize("save", ["raw", "averaged"])
+def test_the_average_in_a_checkpoint_is_not_one_for_snapshots(tmp_path: Path, save: Any) -> None:
+    callback, model = EMACallback(0.9, save=save, posthoc=PostHoc(tmp_path / "s", 4)), model_of()
+    trainer = trainer_of(tmp_path, callback)
+    trainer.fit(model, data())
+    file = tmp_path / "last.ckpt"
+    trainer.save_checkpoint(file)
+    found = checkpoint.read(file)
+    assert found.path == "emajit.shadow"
+    expected = averages(callback, model)
+    assert_equal({name: found.weights[name] for name in expected}, expected)
+    every = {one.path for one in checkpoint.read_all(file)}
+    assert every == {found.path, *(f"emajit.shadows.posthoc-{one}" for one in LENGTHS)}
+    merging.merge([file], tmp_path / "merged.safetensors", of="averages")
+    assert_equal(load_file(tmp_path / "merged.safetensors"), found.weights)
+
+    several = EMACallback({"a": 0.9, "b": 0.99}, posthoc=PostHoc(tmp_path / "t", 4))
+    trainer = trainer_of(tmp_path, several)
+    trainer.fit(model_of(), data())
+    trainer.save_checkpoint(file)
+    with pytest.raises(ValueError, match="expected one average, found 4"):
+        checkpoint.read(file)
 
 
 def test_a_resume_at_an_earlier_step_writes_the_later_snapshots_again(tmp_path: Path) -> None:

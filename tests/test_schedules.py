@@ -334,6 +334,41 @@ def test_bad_arguments(make: Callable[[], Schedule], message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: schedules.warmup("0.9"), r"for a schedule, found warmup\('0.9'\)"),  # type: ignore[arg-type]
+        (lambda: schedules.power_function("x"), r"expected numbers .*power_function\('x'\)"),  # type: ignore[arg-type]
+        (lambda: schedules.linear(0, [1], 3), r"found linear\(0, \[1\], 3\)"),  # type: ignore[arg-type]
+        (schedules.warmup, "missing a required argument: 'decay'"),
+        (lambda: schedules.delay(schedules.warmup, 3), r"^schedule: .* call it: warmup\(\.\.\.\)"),  # type: ignore[arg-type]
+        (lambda: schedules.every(torch.nn.Linear(1, 1), 3), "^schedule: .*found a module, Linear"),
+    ],
+)
+def test_arguments_of_another_type(make: Callable[[], Schedule], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("step", [0, 5, torch.tensor(5)])
+@pytest.mark.parametrize("name", ["warmup", "uniform", "cosine", "power_function"])
+def test_a_forgotten_call(name: str, step: int | torch.Tensor) -> None:
+    decay: Any = getattr(schedules, name)
+    message = rf"decay: expected a schedule, found {name} itself; call it: {name}\(\.\.\.\)"
+    with pytest.raises(TypeError, match=message):
+        emajit.update_({"w": torch.zeros(1)}, {"w": torch.ones(1)}, step, decay=decay)
+    with pytest.raises(TypeError, match=message):
+        emajit.LitEma(torch.nn.Linear(1, 1), decay=decay)
+
+
+def test_a_module_is_no_schedule() -> None:
+    decay: Any = torch.nn.Linear(1, 1)
+    with pytest.raises(TypeError, match=r"decay: .*found a module, Linear"):
+        emajit.LitEma(decay, decay=decay)
+    with pytest.raises(TypeError, match=r"decay: .*found a module, Linear"):
+        emajit.update_({"w": torch.zeros(1)}, {"w": torch.ones(1)}, 0, decay=decay)
+
+
+@pytest.mark.parametrize(
     "schedule",
     [
         schedules.constant(0.9),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from emajit import LitEma, posthoc, schedules
+from emajit import LitEma, checkpoint, cli, posthoc, schedules
 from emajit.posthoc import PostHoc
 
 pytest.importorskip("transformers", reason="the callback for transformers")
@@ -79,9 +79,27 @@ def test_snapshots_of_a_resumed_training_are_those_of_a_whole(tmp_path: Path) ->
         folder = tmp_path / run / "checkpoint-6"
         assert_same(trained(GPT2LMHeadModel.from_pretrained(folder / "averaged")), averages(whole))
         assert not [*folder.glob("averaged-*")]
+        held = checkpoint.read(folder)
+        assert held.path == "averages.shadow"
+        assert_same({name: held.weights[name] for name in averages(whole)}, averages(whole))
+        assert len(checkpoint.read_all(folder)) == 3
     again = trainer_of(tmp_path / "again", callback("whole"))
     with pytest.raises(ValueError, match="no snapshots before the first update, found 0000000001"):
         again.train()
+
+
+@pytest.mark.parametrize("every", [None, 2])
+def test_extract_like_the_same_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int | None
+) -> None:
+    callback = EMACallback(0.9, posthoc=PostHoc(tmp_path / "s", every) if every else None)
+    trainer_of(tmp_path, callback, **SAVES).train()
+    folder, out = str(tmp_path / "checkpoint-6"), tmp_path / "averaged"
+    monkeypatch.setattr("sys.argv", ["emajit", "extract", folder, "-o", str(out), "--like", folder])
+    assert cli.main() == 0
+    model = GPT2LMHeadModel.from_pretrained(out)
+    assert_same(trained(model), averages(callback))
+    assert {path.name for path in out.iterdir()} >= {"config.json", "model.safetensors"}
 
 
 def test_the_last_is_saved_and_only_by_the_first_process(

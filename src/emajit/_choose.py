@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from itertools import chain
 from operator import itemgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ NOISY_LEAVES = 32
 
 # Some leaves, a `range` if all of them, and the kernel that averages them.
 Group = tuple[Sequence[int], Kernel]
+S = TypeVar("S")
 
 
 def groups(update: Update, backend: str, *, in_place: bool) -> list[Group]:
@@ -162,6 +163,17 @@ def check_options(rounding: str, nonfinite: str) -> None:
     """Raise ValueError for an unknown option."""
     _check_option("rounding", rounding, ("nearest", "stochastic"))
     _check_option("nonfinite", nonfinite, ("propagate", "skip"))
+
+
+def called(name: str, schedule: S) -> S:
+    """A schedule; raises TypeError for a function that makes one, uncalled, and for a module."""
+    if hasattr(schedule, "makes_schedules"):
+        made = schedule.__name__  # type: ignore[attr-defined]
+        raise TypeError(f"{name}: expected a schedule, found {made} itself; call it: {made}(...)")
+    if isinstance(schedule, torch.nn.Module):
+        found = type(schedule).__qualname__
+        raise TypeError(f"{name}: expected a number or a schedule, found a module, {found}")
+    return schedule
 
 
 def check_differentiable(rounding: str, shadows: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from emajit import _devices, _plan, _torch, _tree, scope
+from emajit import _choose, _devices, _plan, _torch, _tree, scope
 from emajit._kernels import Alpha
 
 Step = int | Tensor
@@ -259,7 +259,7 @@ def _alpha(decay: Decay | Schedule, step: Step) -> float | Tensor:
         if isinstance(step, Tensor) and hasattr(decay, "alpha") and _devices.is_narrow(step.device):
             return decay.alpha(step)  # type: ignore[no-any-return]
         step = _devices.argument(decay, step)
-    beta = decay(step) if callable(decay) else decay
+    beta = _choose.called("decay", decay)(step) if callable(decay) else decay
     if type(beta) is float and 0.0 <= beta <= 1.0:
         return 1.0 - beta
     if isinstance(beta, Tensor):

@@ -69,12 +69,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from emajit import _tree
 from emajit.checkpoint import adapters, files, like, runs, sources, streaming, summing
 from emajit.checkpoint.averaged import listed
+from emajit.checkpoint.files import load_file
 from emajit.checkpoint.saved import MERGED, TIED
 
 __all__ = [  # noqa: RUF022, in the order of use

@@ -5,10 +5,11 @@ decay lower at first, or lets the average lengthen with the run:
 
 >>> import torch
 >>> import emajit
+>>> from emajit import schedules
 >>> params = {"w": torch.ones(1)}
 >>> shadow = emajit.init(params)
 >>> for step in range(3):
-...     _ = emajit.update_(shadow, params, step, decay=warmup(0.999))
+...     _ = emajit.update_(shadow, params, step, decay=schedules.warmup(0.999))
 
 Here and in `emajit.LitEma` a schedule stands in place of the number.
 
@@ -46,8 +47,8 @@ On a device without float64 (MPS) the decay for a tensor step is float32, and 1 
 its last digits. There an update calls `schedule.alpha(step)`, which every schedule of this module
 computes without cancellation.
 
-Every schedule here raises ValueError for an argument outside its range, and is printed, compared
-and pickled as the call that made it:
+Every schedule here raises ValueError for an argument outside its range and TypeError for one of
+another type, and is printed, compared and pickled as the call that made it:
 
 >>> every(warmup(0.999), 4)
 every(warmup(0.999), 4)
@@ -59,7 +60,7 @@ import functools
 import inspect
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, overload
 
 import torch
@@ -111,9 +112,7 @@ class _Schedule:
         return name, bound.args, bound.kwargs
 
     def __repr__(self) -> str:
-        name, args, kwargs = self._call()
-        told = [*map(repr, args), *(f"{key}={value!r}" for key, value in kwargs.items())]
-        return f"{name}({', '.join(told)})"
+        return _written(*self._call())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Schedule) and self._call() == other._call()
@@ -125,6 +124,11 @@ class _Schedule:
         return _make, self._made
 
 
+def _written(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    told = [*map(repr, args), *(f"{key}={value!r}" for key, value in kwargs.items())]
+    return f"{name}({', '.join(told)})"
+
+
 def _make(name: str, args: Any, kwargs: Any) -> Schedule:
     made: Schedule = globals()[name](*args, **kwargs)
     return made
@@ -133,9 +137,17 @@ def _make(name: str, args: Any, kwargs: Any) -> Schedule:
 def _factory(function: Callable[P, Schedule]) -> Callable[P, Schedule]:
     @functools.wraps(function)
     def made(*args: P.args, **kwargs: P.kwargs) -> Schedule:
-        schedule: Any = function(*args, **kwargs)
+        try:
+            schedule: Any = function(*args, **kwargs)
+        except TypeError:
+            given = inspect.signature(function).bind(*args, **kwargs)  # raises for missing ones
+            for name, value in given.arguments.items():
+                _choose.called(name, value)
+            found = _written(function.__name__, args, kwargs)
+            raise TypeError(f"expected numbers for a schedule, found {found}") from None
         return _Schedule(schedule, schedule.alpha, function.__name__, args, kwargs)
 
+    made.makes_schedules = True  # type: ignore[attr-defined]
     return made
 
 
@@ -698,6 +710,7 @@ def _integer(name: str, number: int, least: int) -> int:
 def _checked(schedule: Schedule) -> Schedule:
     """The schedule; one of the user's gets a tensor in float64, as `emajit.update` gives it."""
     _check(callable(schedule), "schedule", "a schedule, step -> decay", schedule)
+    _choose.called("schedule", schedule)
     if hasattr(schedule, "alpha"):
         return schedule
     return lambda step: schedule(_devices.argument(schedule, step))

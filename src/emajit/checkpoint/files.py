@@ -21,6 +21,7 @@ from torch import Tensor
 
 try:
     from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file as load_file  # noqa: PLC0414, for merging
 except ModuleNotFoundError as error:
     message = "emajit.checkpoint needs safetensors; pip install safetensors"
     raise ModuleNotFoundError(message, name=error.name) from None

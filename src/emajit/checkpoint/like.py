@@ -46,6 +46,9 @@ def fitted(averages: Mapping[str, Tensor], like: str | os.PathLike[str]) -> dict
 
 def _weights_in(path: Path) -> dict[str, Tensor]:
     held = search.parts(search.containers(sources.content(path)))
+    if path.is_dir() and not (path / ".metadata").is_file():
+        # The model of the folder itself: beside it may be averages, and other models in folders.
+        held = [part for part in held if len(part.path) == 1] or held
     try:
         return search.one_model(held)[1]
     except ValueError as error:

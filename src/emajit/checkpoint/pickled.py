@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from emajit.checkpoint import archives, files
 
@@ -17,16 +19,31 @@ _OF_TENSORS = re.compile(
 
 
 class Opaque:
-    """Replaces a pickled object: its class is not imported and runs no code."""
+    """Replaces a pickled object: its class is not imported and runs no code.
+
+    `holds_tensors` tells a module, and other objects with weights, from settings.
+    """
+
+    holds_tensors = False
 
     def __init__(self, *_: object, **__: object) -> None:
         pass
 
-    def __setstate__(self, _: object) -> None:
-        pass
+    def __setstate__(self, state: object) -> None:
+        self.holds_tensors = _holds_tensors(state)
 
     def __bool__(self) -> bool:
         raise TypeError(f"expected a value, found a pickled {type(self).__name__}")
+
+
+def _holds_tensors(state: object, depth: int = 3) -> bool:
+    """Whether there is a tensor at most `depth` containers deep, as the parameters of a module."""
+    if isinstance(state, Opaque):
+        return state.holds_tensors
+    if not isinstance(state, Mapping | list | tuple) or not depth:
+        return isinstance(state, Tensor)
+    inner = state.values() if isinstance(state, Mapping) else state
+    return any(_holds_tensors(each, depth - 1) for each in inner)
 
 
 def _opaque(path: str) -> type[Opaque]:

@@ -109,7 +109,7 @@ def inspected(
     tree = _content(source)
     with told_of(source) as name:
         searched = searched_in(tree, name)
-        several = key is None and len(searched.found) > 1
+        several = key is None and len(search.main(searched.found)) > 1
         found = [] if several else _chosen(searched, names, key, raw_key, several=False)
         return _candidates(searched), found[0] if found else None
 
@@ -184,12 +184,14 @@ def _chosen(
     tree, name, walked, held, found = searched
     if key is not None:
         chosen = [average_at(searched, key)]
+    elif not found and (modules := _pickled_averages(walked)):
+        raise NotOneError("\n".join(modules))
     elif not found and len(held) == 1 and (word := marks.mark_of_file(name)):
         told = search.told(held[0])
         reading = Reading("state", held[0].tensors, *told, options=search.options(held[0]))
         chosen = [Found(reading, held[0].name, f"the name of the file says {word!r}")]
     else:
-        chosen = found
+        chosen = found if several else search.main(found)
     if not chosen or (len(chosen) > 1 and not several):
         raise NotOneError(not_one(searched))
     beside = others(held, [*found, *chosen])
@@ -313,6 +315,23 @@ def _pickled(leaves: Iterable[Any]) -> str:
     names = sorted(f"{kind.__module__}.{kind.__name__}" for kind in kinds)
     hint = "; load it where these classes are, and save a state_dict()"
     return f", beside what is not unpickled: {_paths.some(names)}{hint}" if names else ""
+
+
+def _pickled_averages(walked: Sequence[Container]) -> list[str]:
+    """A line for each pickled object with weights in the place of averages."""
+    lines = []
+    for path, value, _ in walked:
+        for key, leaf in value.items() if isinstance(value, Mapping) else enumerate(value):
+            place = [*path, str(key)]
+            if not isinstance(leaf, Opaque) or not leaf.holds_tensors:
+                continue
+            if marks.role(place)[0] == "averaged":
+                kind = type(leaf)
+                lines.append(
+                    f"{'.'.join(place)} holds a pickled {kind.__name__}: save its state_dict(), "
+                    f"where {kind.__module__} can be imported; nothing but tensors is unpickled"
+                )
+    return lines
 
 
 def _check_shapes(found: Averaged, names: Any) -> None:

@@ -28,6 +28,9 @@ _MAPPINGS = dict, Mapping  # most are dicts, which is quicker to tell
 _CONTAINERS = dict, list, tuple, Mapping
 _PLAIN = int, float, str, bytes, type(None)
 
+# An average for snapshots, in the callbacks' files.
+_OF_SNAPSHOT = re.compile(r"(^|\.)(emajit\.shadows\.|averages-)posthoc-[\d.e-]+(\.shadow)?$")
+
 Path = tuple[str, ...]
 
 
@@ -187,6 +190,18 @@ def averages(walked: Sequence[Container], held: Sequence[Part]) -> list[Found]:
             known = places.values()
             found += [each for each in _marked(part) if not any(map(each.is_copy_of, known))]
     return _widest(found)
+
+
+def main(found: Sequence[Found]) -> list[Found]:
+    """The averages, without those that emajit's callbacks keep for snapshots beside a single one.
+
+    >>> reading = Reading("emajit", {})
+    >>> paths = "averages.shadow", "averages-posthoc-0.05.shadow"
+    >>> [each.path for each in main([Found(reading, path, "") for path in paths])]
+    ['averages.shadow']
+    """
+    own = [each for each in found if not _OF_SNAPSHOT.search(each.path)]
+    return own if len(own) == 1 else [*found]
 
 
 def _readings(tree: Mapping[str, Any]) -> list[Reading]:

@@ -114,6 +114,7 @@ def _weights(path: Path, tree: Any, of: Of | None, key: str | None, names: Names
             "of='averages' or of='trained', on the command line --of"
         )
     if found:
+        found = search.main(found)
         if len(found) > 1 and of == "averages":
             raise NotOneError(reading.not_one(searched))
         beside = reading.others(searched.held, [*searched.found, *found])

@@ -165,7 +165,7 @@ def train(
     model, device, history = trial.model, trial.device, History()
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     parallel = model if trial.ranks == 1 else DistributedDataParallel(model)
-    interval = max(1, settings.steps // 30)
+    interval = max(20, settings.steps // 30)  # a loss takes as long as some steps
     for step in range(settings.steps):
         began = clock(device)
         images, t, noise = trial.batch()
@@ -218,11 +218,13 @@ def table(
     def add(weights: str, loss: float, takes: str) -> None:
         shown.add_row(weights, f"{loss:.4f}", f"{loss / history.raw[-1] - 1:+.1%}", takes)
 
+    def more(time: float) -> str:
+        return f"+ {time:.2f} ms ({time / step:.1%})"
+
     shown.add_row("raw", f"{history.raw[-1]:.4f}", "", f"{step:.2f} ms a step")
-    add("averaged", history.averaged[-1], f"+ {average:.2f} ms ({average / step:.1%})")
+    add("averaged", history.averaged[-1], more(average))
     add("in bfloat16, to nearest", trial.loss(averages.nearest), "half the memory")
-    takes = f"half the memory, + {noise:.2f} ms"
-    add("in bfloat16, stochastic", trial.loss(averages.stochastic), takes)
+    add("in bfloat16, stochastic", trial.loss(averages.stochastic), f"as above, {more(noise)}")
     if by_length:
         length = min(by_length, key=by_length.__getitem__)
         takes = f"snapshots at {SNAPSHOTS} steps"

@@ -225,7 +225,7 @@ def _count_of_modules(names: Iterable[str], depth: int | None) -> int:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1)[:_SAMPLED].double()
+    return tensor.detach().reshape(-1)[:_SAMPLED].double()
 
 
 def _shown(modules: Mapping[str, float | None]) -> Table:

@@ -75,7 +75,7 @@ def emajit(
 def demo(
     steps: Annotated[
         int | None,
-        typer.Option(help="Training steps.", show_default="2000; 400 with --quick"),
+        typer.Option(help="Training steps.", show_default="2000; 300 with --quick"),
     ] = None,
     decay: Annotated[
         float, typer.Option(help="Decay of the average after its warm-up, in [0, 1].")
@@ -86,7 +86,7 @@ def demo(
     ] = "",
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("emajit-demo"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="Train for 400 steps, some seconds.")
+        bool, typer.Option("--quick", help="Train for 300 steps, some seconds.")
     ] = False,
 ) -> None:
     """Train a small diffusion model on digits and show the gain from averaging its weights."""
@@ -95,7 +95,7 @@ def demo(
 
         torch.set_num_threads(1)  # more threads slow down so small a model
         device = device or training.default_device()
-        steps = (400 if quick else 2000) if steps is None else steps
+        steps = (300 if quick else 2000) if steps is None else steps
         training.run(training.Settings(steps, decay, seed, device, out), Console())
 
 
