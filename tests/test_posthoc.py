@@ -538,5 +538,5 @@ def test_memory_does_not_grow_with_the_snapshots(tmp_path: Path) -> None:
         chosen, solutions, torch.float32, lambda _: peaks.append(own_memory() - before)
     )
     assert len(peaks) == len(weights)
-    assert max(peaks) < 2 * 8 * 2**20  # what is freed is not all returned to the system
+    assert max(peaks) < 3 * 8 * 2**20  # what is freed is not all returned to the system
     assert_close(result["7"], weights["7"])
