@@ -264,6 +264,7 @@ class TestCopies:
         update(shadow, model)
         assert_close(teacher(x), nn.functional.linear(x, shadow["weight"], shadow["bias"]))
 
+    @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")  # of torch 2.15 itself
     @pytest.mark.parametrize("make", ["script", "trace", "own"])
     def test_of_a_class_that_copies_itself_in_its_own_way(self, make: str) -> None:
         class Own(nn.Linear):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 from collections.abc import Iterable
@@ -143,9 +144,10 @@ def split_as(leaf: Any, tensor: Tensor) -> Any:
         return tensor
     from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415, as in `_computed_region`
 
-    return distribute_tensor(
-        tensor.to(leaf.device), leaf.device_mesh, leaf.placements, src_data_rank=None
-    )
+    # Every process has the whole tensor; torch 2.6 sends the first one's all the same.
+    has_option = "src_data_rank" in inspect.signature(distribute_tensor).parameters
+    options: Any = {"src_data_rank": None} if has_option else {}
+    return distribute_tensor(tensor.to(leaf.device), leaf.device_mesh, leaf.placements, **options)
 
 
 def region(leaf: Any) -> Region | None:
