@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -11,6 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 from torch.testing._internal.distributed.fake_pg import FakeStore
+
+# Whether each process can split what it has, without a message; not before torch 2.7.
+EACH_SPLITS = "src_data_rank" in inspect.signature(distribute_tensor).parameters
 
 
 @contextmanager
@@ -23,7 +28,11 @@ def as_rank(rank: int, world: int) -> Iterator[None]:
 
 
 def split(whole: Tensor, mesh: DeviceMesh, *placements: Placement) -> DTensor:
-    return distribute_tensor(whole.clone(), mesh, placements, src_data_rank=None)
+    has_option = (
+        "src_data_rank" in inspect.signature(distribute_tensor).parameters
+    )  # not in torch 2.6
+    options: Any = {"src_data_rank": None} if has_option else {}
+    return distribute_tensor(whole.clone(), mesh, placements, **options)
 
 
 def line(world: int, name: str | None = None) -> DeviceMesh:

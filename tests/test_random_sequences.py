@@ -113,6 +113,7 @@ def test_any_sequence_of_updates_is_the_equation(seed: int) -> None:
             assert "tied" not in tree or tree["tied"] is tree["p0"]
 
 
+@pytest.mark.skipif(not shards.EACH_SPLITS, reason="torch 2.6 sends shards, which none receives")
 @pytest.mark.parametrize("seed", range(12))
 def test_any_sequence_of_updates_of_shards_has_the_bits_of_the_whole(seed: int) -> None:
     """On a random rank of a random mesh, with noise or without, the leaves placed anew at times."""

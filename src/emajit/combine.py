@@ -49,7 +49,7 @@ def pull_(params: Tree, shadow: Any, c: float = 1.0) -> Tree:
     >>> params
     {'w': tensor([0.7500], requires_grad=True)}
     """
-    if not isinstance(c, int | float) or not 0 <= c <= 1:
+    if not isinstance(c, (int, float)) or not 0 <= c <= 1:
         raise ValueError(f"c: expected a number in [0, 1], found {c!r}")
     leaves, spec = pytree.tree_flatten(params)
     scope.check_outside(leaf for leaf in leaves if isinstance(leaf, Tensor))
