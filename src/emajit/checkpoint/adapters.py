@@ -126,10 +126,6 @@ class Deltas(Sum):
                 yield from self._rounded(name, dtype, len(flat), partial(flat.narrow, 0))
 
 
-def _part(flat: Tensor, start: int, count: int) -> Tensor:
-    return flat[start : start + count]
-
-
 def _pairs(source: Source, base: Source) -> dict[str, _Pair]:
     """The pair of factors for each weight that an adapter changes.
 
