@@ -315,7 +315,7 @@ def test_examples_of_a_vmap_share_the_noise(dtype: torch.dtype) -> None:
     assert_same_bits(found, {n: torch.stack([s, s]) for n, s in expected.items()})
 
 
-@pytest.mark.parametrize(("leaves", "graphs"), [(20, 1), (40, 2), (100, 2)])
+@pytest.mark.parametrize(("leaves", "graphs"), [(12, 1), (20, 2), (40, 2), (100, 2)])
 def test_leaves_of_all_sizes_in_several_graphs(
     leaves: int, graphs: int, counting: tuple[str, Counting]
 ) -> None:

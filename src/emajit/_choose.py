@@ -14,12 +14,11 @@ from emajit import _compile, _kernels, _shards, _torch
 from emajit._kernels import Kernel, Update
 from emajit._torch import pytree
 
-# Measured on 2 cores of an AMD EPYC with 32 MiB of cache, torch 2.13, 2026-11-22 to 2026-11-29.
+# Measured on 2 cores of an AMD EPYC with 32 MiB of cache, torch 2.13, 2026-11-22 to 2026-11-30.
 #
 # "auto" compiles updates that no single operator does: mixed or low precision, nonfinite="skip", an
 # alpha on a device. Milliseconds of update_ on ResNet-50, eager / compiled: float32 3.1 / 3.3,
-# float32 of bfloat16 10 / 3.6, bfloat16 16 / 3.7 (with noise 65 / 10.5, in an older form that took
-# 0.4 times today's time in eager mode and 0.8 times compiled), "skip" 36 / 4.1. Below
+# float32 of bfloat16 10 / 3.6, bfloat16 16 / 3.1 (with noise 360 / 11.4), "skip" 36 / 4.1. Below
 # this many elements a step takes a few ms at most, and 10,000 steps do not earn back the
 # seconds to minutes of a compilation, which grow with the number of leaves. Before torch 2.8 "auto"
 # compiles nothing on a CPU: Inductor does not vectorise 16-bit dtypes there, 18 ms in place of 16.
@@ -32,10 +31,11 @@ READ_ONCE = 2**23
 # group has at least this many leaves and elements: a U-Net compiles in 31 s in place of 74, ViT-B
 # in 12 s in place of 16, of which Inductor's start takes 8. The two graphs of ViT-B take 0.99 times
 # as long as one (minima of 150 interleaved calls, 2026-11-30); one more takes 0.3 ms.
-GROUP_LEAVES = 24
+#
+# With noise a group has at most this many leaves, too. ResNet-50, first call / later calls: 12 leaves
+# 45 s / 11.4 ms; 24 to 32 leaves 67 s / 20 ms, because gcc stops inlining.
+GROUP_LEAVES = 12
 GROUP_ELEMENTS = 2**25
-# With the noise of more leaves in one function gcc stops inlining: 9.3 ms become 13.9.
-NOISY_LEAVES = 32
 
 # Some leaves, a `range` if all of them, and the kernel that averages them.
 Group = tuple[Sequence[int], Kernel]
@@ -127,7 +127,7 @@ def _in_graphs(leaves: Sequence[int], update: Update) -> list[Sequence[int]]:
         form = s.numel(), _compile.form(s, p), id(alpha), key and key[1]
         forms.setdefault(form, []).append(leaf)
     columns = [(form[0], forms[form]) for form in sorted(forms, key=itemgetter(0))]
-    most = NOISY_LEAVES if noisy else len(leaves)
+    most = GROUP_LEAVES if noisy else len(leaves)
     groups: list[Sequence[int]] = []
     while columns:
         times = _times(columns, 1 if noisy else GROUP_ELEMENTS)

@@ -29,8 +29,8 @@ def stochastic(
     """Round `base + step`, of a leaf or a `region` of it, to `dtype` of `SUPPORTED`, at random.
 
     Sums that `dtype` holds exactly do not change, nor do infinities and NaN. Rounding is to nearest
-    beyond the largest finite number, which has no second neighbour, and in bfloat16 above 2^110
-    and below 2^-126.
+    beyond the largest finite number of float16, and in bfloat16 above 2^110, where `_nearest` is
+    NaN, and below 2^-126.
     """
     if dtype.is_complex:
         base, step = torch.view_as_real(base), torch.view_as_real(step)
@@ -44,12 +44,11 @@ def stochastic(
     # the drawn side is taken with probability 2 |rest| / ulp if the rest points there, else never.
     rest = (base - nearest).add_(step).to(torch.float32).mul_(side)
     is_taken = drawn * ulp < rest
+    if dtype == torch.float16:
+        is_taken.logical_and_(x.abs() <= torch.finfo(dtype).max)
     del drawn, rest  # keeps the peak at 80 bytes an element
     neighbour = torch.add(nearest, ulp.mul_(side), alpha=2.0 ** _DROPPED[dtype])
-    del side, ulp
-    rounded = torch.where(is_taken, neighbour, nearest)
-    limit = min(2 * torch.finfo(dtype).max, torch.finfo(torch.float32).max)
-    return torch.where(nearest.add_(rounded).abs_() <= limit, rounded, x).to(dtype)
+    return torch.where(is_taken, neighbour, x).to(dtype)
 
 
 # These use floating-point arithmetic: on a CPU Inductor does not vectorise a bit view of a float
