@@ -27,15 +27,22 @@ WORTH_COMPILING_NOISE = 2**18
 # Several averages, each smaller than the cache, are updated one after the other: an operator with a
 # scalar for each leaf takes 1.3 times as long. For larger averages each parameter is read once.
 READ_ONCE = 2**23
-# A model is compiled in groups of leaves that share a graph, like the blocks of a network, if each
-# group has at least this many leaves and elements: a U-Net compiles in 31 s in place of 74, ViT-B
-# in 12 s in place of 16, of which Inductor's start takes 8. The two graphs of ViT-B take 0.99 times
-# as long as one (minima of 150 interleaved calls, 2026-11-30); one more takes 0.3 ms.
+# A model is compiled in groups of leaves that share a graph, like the blocks of a network: at most
+# 16 groups, each with at least this many leaves and elements. First call in one graph / in groups,
+# 8 s of it Inductor's start: ResNet-50 18 / 13 s, ViT-B 16 / 11 s, a U-Net 74 / 31 s. Later calls
+# take 1.02 times as long.
 #
-# With noise a group has at most this many leaves, too. ResNet-50, first call / later calls: 12 leaves
-# 45 s / 11.4 ms; 24 to 32 leaves 67 s / 20 ms, because gcc stops inlining.
+# With noise a group has at most this many leaves, too. First and later calls of ResNet-50: 45 s and
+# 11.4 ms; with 24 to 32 leaves 67 s and 20 ms, because gcc stops inlining.
+GROUPS = 16
 GROUP_LEAVES = 12
-GROUP_ELEMENTS = 2**25
+GROUP_ELEMENTS = 2**22
+
+_OPTIONS = {
+    "rounding": ("nearest", "stochastic"),
+    "nonfinite": ("propagate", "skip"),
+    "backend": ("auto", "eager", "inductor"),
+}
 
 # Some leaves, a `range` if all of them, and the kernel that averages them.
 Group = tuple[Sequence[int], Kernel]
@@ -117,11 +124,11 @@ def _in_graphs(leaves: Sequence[int], update: Update) -> list[Sequence[int]]:
     k groups, each group gets n // k; repeat for the remainder. Small leaves come first, before the
     threads start: behind large leaves they would also keep gcc from inlining.
     """
-    noisy = update.keys is not None
     if update.shadows[0].device.type != "cpu":
         return [leaves]
-    if not noisy and sum(map(Tensor.numel, update.shadows)) < 2 * GROUP_ELEMENTS:
-        return [leaves]
+    noisy = update.keys is not None
+    elements = sum(s.numel() for s in update.shadows)
+    least = 1 if noisy else max(GROUP_ELEMENTS, elements // GROUPS)
     forms: dict[tuple[Any, ...], list[int]] = {}
     for leaf, (s, p, alpha, key) in zip(leaves, update.rows(), strict=True):
         form = s.numel(), _compile.form(s, p), id(alpha), key and key[1]
@@ -130,7 +137,7 @@ def _in_graphs(leaves: Sequence[int], update: Update) -> list[Sequence[int]]:
     most = GROUP_LEAVES if noisy else len(leaves)
     groups: list[Sequence[int]] = []
     while columns:
-        times = _times(columns, 1 if noisy else GROUP_ELEMENTS)
+        times = _times(columns, least)
         for j in range(times):
             shares = [c[len(c) // times * j : len(c) // times * (j + 1)] for _, c in columns]
             group = [*chain.from_iterable(shares)]
@@ -152,17 +159,17 @@ def _times(columns: list[tuple[int, list[int]]], elements: int) -> int:
     return next(filter(suffices, range(most, 1, -1)), 1)
 
 
-def check_backend(backend: str) -> None:
-    """Raise ValueError for a backend that torch.compile does not know."""
-    ours = ("auto", "eager", "inductor")
-    if backend not in ours and backend not in torch.compiler.list_backends(exclude_tags=()):
-        _check_option("backend", backend, (*ours, "a name of torch.compiler.list_backends()"))
-
-
-def check_options(rounding: str, nonfinite: str) -> None:
-    """Raise ValueError for an unknown option."""
-    _check_option("rounding", rounding, ("nearest", "stochastic"))
-    _check_option("nonfinite", nonfinite, ("propagate", "skip"))
+def check_options(**found: str) -> None:
+    """Raise ValueError for an unknown `rounding`, `nonfinite` or `backend`."""
+    for name, value in found.items():
+        expected = _OPTIONS[name]
+        if value in expected:
+            continue
+        if name == "backend":
+            if value in torch.compiler.list_backends(exclude_tags=()):
+                continue
+            expected = *expected, "a name of torch.compiler.list_backends()"
+        raise ValueError(f"{name}: expected {' or '.join(expected)}, found {value!r}")
 
 
 def called(name: str, schedule: S) -> S:
@@ -184,8 +191,3 @@ def check_differentiable(rounding: str, shadows: Any) -> None:
         )
     if _shards.are_in(pytree.tree_leaves(shadows)):
         raise ValueError("differentiable: expected whole tensors, found DTensors")
-
-
-def _check_option(name: str, found: str, expected: tuple[str, ...]) -> None:
-    if found not in expected:
-        raise ValueError(f"{name}: expected {' or '.join(expected)}, found {found!r}")

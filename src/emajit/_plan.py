@@ -222,8 +222,7 @@ def _made(
 ) -> Found:
     """A new plan, after everything has been checked."""
     rounding, nonfinite, backend = options
-    _choose.check_options(rounding, nonfinite)
-    _choose.check_backend(backend)
+    _choose.check_options(rounding=rounding, nonfinite=nonfinite, backend=backend)
     if _torch.in_dispatch_mode():
         backend = "eager"
     pairs = _tree.pair(shadows, params, flat, same_device=same_device)
@@ -262,7 +261,7 @@ def _traced(
 ) -> Found:
     """A plan of one group, for the user's own trace or transform; derivatives may go through."""
     rounding, nonfinite, _ = options
-    _choose.check_options(rounding, nonfinite)
+    _choose.check_options(rounding=rounding, nonfinite=nonfinite)
     pairs = _tree.pair(shadows, params, None, same_device=same_device)
     if in_place and not _torch.in_transform():
         _tree.check_averages(shadows)

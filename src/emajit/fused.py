@@ -155,7 +155,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         elif (decay is None) == (decays is None):
             found = "None" if decay is None else "decays too"
             raise TypeError(f"decay: expected one beside a shadow, found {found}")
-        _choose.check_backend(backend)
+        _choose.check_options(backend=backend)
         self.optimizer = optimizer
         self._ema, self._params = ema, params
         self._decay, self._decays = decay, decays

@@ -91,8 +91,7 @@ class LitEma(LitEmaState):
         rate = decay if callable(decay) else float(decay)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a module, found {type(model).__qualname__}")
-        _choose.check_options(rounding, nonfinite)
-        _choose.check_backend(backend)
+        _choose.check_options(rounding=rounding, nonfinite=nonfinite, backend=backend)
         _controls.check_every(every)
         _controls.check_first(init_num_updates)
         warms_up = use_num_upates if use_num_updates is None else use_num_updates
@@ -148,7 +147,7 @@ class LitEma(LitEmaState):
             try:
                 functional.update_(averages, params, step, **options)
             except _paths.DeviceError:
-                params = {name: _moved(p, averages[name].device) for name, p in params.items()}
+                params = _module.moved(params, averages)
                 functional.update_(averages, params, step, **options)
             self._finish_update(model, updates)
         except BaseException as error:
@@ -290,8 +289,3 @@ class LitEma(LitEmaState):
             finally:
                 if context is not None:
                     _log.info("%s: Restored training weights", context)
-
-
-def _moved(param: Tensor, device: torch.device) -> Tensor:
-    """The parameter on the device of its average; as it is, if that is the meta device."""
-    return param if device.type == "meta" else param.to(device)

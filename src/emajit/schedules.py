@@ -184,8 +184,7 @@ def multi_avg_fn(
     >>> averaged.update_parameters(model)  # after each optimizer step
     """
     functional.check_decay(decay)
-    _choose.check_options(rounding, nonfinite)
-    _choose.check_backend(backend)
+    _choose.check_options(rounding=rounding, nonfinite=nonfinite, backend=backend)
     return functools.partial(
         _average, decay=decay, rounding=rounding, nonfinite=nonfinite, backend=backend
     )

@@ -61,8 +61,7 @@ def checked(
     _tree.check_dtype(dtype)
     _module.check_policy(buffers)
     _controls.check_every(every)
-    _choose.check_options(rounding, nonfinite)
-    _choose.check_backend(backend)
+    _choose.check_options(rounding=rounding, nonfinite=nonfinite, backend=backend)
     return {
         "decay": _schedules(decay),
         "dtype": dtype,
@@ -212,7 +211,7 @@ class Averages:
             try:
                 functional.update_many_(shadows, params, updates, decays=decays, **options)
             except _paths.DeviceError:
-                params = {name: p.to(shadows[0][name].device) for name, p in params.items()}
+                params = _module.moved(params, shadows[0])
                 functional.update_many_(shadows, params, updates, decays=decays, **options)
             for ema in emas:
                 ema._finish_update(model, updates)
