@@ -222,12 +222,6 @@ def check_shapes(averages: Mapping[str, Tensor], params: Mapping[str, Tensor]) -
             raise ValueError(f"{name}: {misplaced}")
 
 
-def moved(params: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters on their averages' devices; as they are where that is the meta device."""
-    devices = {name: averages[name].device for name in params}
-    return {n: p if devices[n].type == "meta" else p.to(devices[n]) for n, p in params.items()}
-
-
 def copy_common(average: Tensor, old: Tensor) -> None:
     """Copy the common block of `old`, from index 0 in each dimension, into a resized average.
 

@@ -152,13 +152,10 @@ def find(
     leaves = flat[0] + flat[1]
     addresses = _addresses(leaves)
     found = _hit((addresses, options), leaves, flat)
-    if found is None and _shards.are_in(leaves):
-        placed = _shards.placed(flat[0])
-        if placed != _shards.placed(flat[1]) * len(shadows):
-            return _made(shadows, params, None, alphas, given, in_place=True)
-        flat = _shards.local(flat[0]), _shards.local(flat[1])
+    if found is None and (shards := _shards.opened(*flat)) is not None:
+        placed, flat = shards
         leaves = flat[0] + flat[1]
-        addresses, options = _addresses(leaves), (*options, tuple(placed))
+        addresses, options = _addresses(leaves), (*options, placed)
         found = _hit((addresses, options), leaves, flat)
     if found is None:
         found = _made(shadows, params, flat, alphas, given, in_place=True)
@@ -280,13 +277,14 @@ def _traced(
 
 def _keys(shadows: Sequence[PyTree], pairs: Pairs) -> Keys:
     """The hash keys of the pairs, in the order of the kernels."""
+    firsts = _tree.firsts(pairs.slots)
+    places = _tree.interleave(firsts, len(shadows))
     paths: list[str] = []
     regions: list[Any] = []
     for i, shadow in enumerate(shadows):
         prefix = "" if len(shadows) == 1 else f"[{i}]"
         paths += [prefix + path for path in _paths.paths(shadow)]
         regions += [_shards.region(leaf) for leaf in pytree.tree_leaves(shadow)]
-    firsts = _tree.firsts(pairs.slots)
     for leaf, s in zip(firsts, pairs.shadows, strict=True):
         if s.dtype.itemsize < 2 and s.is_floating_point():
             raise ValueError(
@@ -294,5 +292,4 @@ def _keys(shadows: Sequence[PyTree], pairs: Pairs) -> Keys:
                 f"rounding='stochastic', found {s.dtype}"
             )
     device = pairs.shadows[0].device if pairs.shadows else torch.device("cpu")
-    places = _tree.interleave(firsts, len(shadows))
     return _rounding.of_paths([paths[i] for i in places], [regions[i] for i in places], device)

@@ -59,6 +59,21 @@ def placed(leaves: Iterable[Any]) -> list[Any]:
     ]
 
 
+def opened(
+    shadows: list[Any], params: list[Any]
+) -> tuple[tuple[Any, ...], tuple[list[Any], list[Any]]] | None:
+    """The placements of the params, and the shards of both lists; None without DTensors.
+
+    None, too, where the placement of a shadow differs from its parameter's.
+    """
+    if not are_in((*shadows, *params)):
+        return None
+    places = placed(params)
+    if placed(shadows) != places * (len(shadows) // max(1, len(params))):
+        return None
+    return tuple(places), (local(shadows), local(params))
+
+
 def _place_in(mesh: Any) -> tuple[int, ...]:
     """The coordinates of this process in a mesh; () outside the mesh."""
     return tuple(mesh.get_coordinate() or ())

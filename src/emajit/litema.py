@@ -147,7 +147,7 @@ class LitEma(LitEmaState):
             try:
                 functional.update_(averages, params, step, **options)
             except _paths.DeviceError:
-                params = _module.moved(params, averages)
+                params = moved(params, averages)
                 functional.update_(averages, params, step, **options)
             self._finish_update(model, updates)
         except BaseException as error:
@@ -289,3 +289,9 @@ class LitEma(LitEmaState):
             finally:
                 if context is not None:
                     _log.info("%s: Restored training weights", context)
+
+
+def moved(params: dict[str, Tensor], averages: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters on their averages' devices; as they are where that is the meta device."""
+    devices = {name: averages[name].device for name in params}
+    return {n: p if devices[n].type == "meta" else p.to(devices[n]) for n, p in params.items()}

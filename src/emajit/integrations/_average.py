@@ -32,7 +32,7 @@ from emajit import (
 from emajit.combine import pull_
 from emajit.functional import Nonfinite, Rounding
 from emajit.integrations import _snapshots
-from emajit.litema import LitEma
+from emajit.litema import LitEma, moved
 from emajit.posthoc import PostHoc
 
 ONLY = ""  # the name of a single average
@@ -211,7 +211,7 @@ class Averages:
             try:
                 functional.update_many_(shadows, params, updates, decays=decays, **options)
             except _paths.DeviceError:
-                params = _module.moved(params, shadows[0])
+                params = moved(params, shadows[0])
                 functional.update_many_(shadows, params, updates, decays=decays, **options)
             for ema in emas:
                 ema._finish_update(model, updates)
