@@ -90,6 +90,17 @@ def below(prefix: str, held: Mapping[str, T]) -> dict[str, T]:
     return {key.removeprefix(prefix): v for key, v in held.items() if key.startswith(prefix)}
 
 
+def attribute(names: Iterable[str]) -> str:
+    """The attribute that all names share, with its dot; "" for none, or an index of a list.
+
+    >>> attribute(["a.b.w", "a.b.c.w"]), attribute(["a.w", "b.w"]), attribute(["0.w"])
+    ('a.', '', '')
+    """
+    first = {name.partition(".")[0] if "." in name else "" for name in names}
+    (attribute,) = first if len(first) == 1 else [""]
+    return f"{attribute}." if attribute and not attribute.isdecimal() else ""
+
+
 def match(names: Collection[str], others: Collection[str]) -> dict[str, str]:
     """Match each name in `others` with the name in `names` of the same parameter.
 

@@ -29,10 +29,13 @@ class Scan(NamedTuple):
 
     is_stored: whether no record is compressed, so that torch can map the file.
     names: the classes and functions that its pickle names.
+    pickled, text: the name of the pickle's record, and its bytes.
     """
 
     is_stored: bool
     names: set[str]
+    pickled: str = ""
+    text: bytes = b""
 
 
 def scan(path: Path) -> Scan:
@@ -63,7 +66,7 @@ def scan(path: Path) -> Scan:
         if held < length:
             raise ValueError(f"record {key}: expected {length:,} bytes, found {held:,}")
     stored = all(record.compress_type == zipfile.ZIP_STORED for record in records.values())
-    return Scan(stored, found.names)
+    return Scan(stored, found.names, pickled, text)
 
 
 def _held(path: Path, record: zipfile.ZipInfo) -> bytes:
@@ -93,7 +96,7 @@ class _Pickled(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         self.names.add(f"{module}.{name}")
-        return type(name, (_Nothing,), {})
+        return type(name, (Nothing,), {})
 
     def persistent_load(self, pid: Any) -> None:
         _, kind, key, _, count = pid
@@ -101,7 +104,7 @@ class _Pickled(pickle.Unpickler):
         self.lengths[key] = max(length, self.lengths.get(key, 0))
 
 
-class _Nothing:
+class Nothing:
     """Replaces any pickled object and any function that makes one."""
 
     def __init__(self, *_: object, **__: object) -> None:

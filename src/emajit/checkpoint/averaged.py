@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from emajit import _alias, _names, _paths
+from emajit.checkpoint.patching import Changes
 
 State = Mapping[str, Tensor]
 BUFFERS = {"num_batches_tracked", "running_mean", "running_var"}  # of batch normalisation
@@ -36,7 +37,8 @@ class Averaged(NamedTuple):
     path: the path of the averages in the checkpoint, as `key` of `checkpoint.read` takes it.
     raw_path: the path of the trained weights, if the layout has no place for them.
     why: the reason why these are taken for averages.
-    sigma_rel: the length of a power-function average relative to the run, if known.
+    sigma_rel: the length of a power-function average relative to the run, if the file tells it
+        (EDM2), or the `sigma_rel` given to `checkpoint.read` (ema-pytorch's `PostHocEMA`).
     options: the options of diffusers' `EMAModel` beside its decay, such as the `power` of its
         warm-up; empty for others.
     """
@@ -53,6 +55,12 @@ class Averaged(NamedTuple):
     why: str = ""
     sigma_rel: float | None = None
     options: Mapping[str, Any] = {}
+
+
+def is_copied(name: str, dtype: torch.dtype) -> bool:
+    """Whether a tensor is one of batch normalisation, or of integers, which libraries copy."""
+    is_number = dtype.is_floating_point or dtype.is_complex
+    return name.rpartition(".")[2] in BUFFERS or not is_number
 
 
 def not_means(averaged: Averaged) -> frozenset[str]:
@@ -74,6 +82,7 @@ class Reading(NamedTuple):
     raw: the trained weights, if the layout has a place for them.
     flat: whether `averages` has the keys of a `LitEma`, which are names without their dots.
     path: the path of the averages in the mapping that the layout has read.
+    number: the place of its length in the list of lengths, if the file tells the place alone.
     """
 
     layout: str
@@ -85,6 +94,7 @@ class Reading(NamedTuple):
     path: str = ""
     sigma_rel: float | None = None
     options: Mapping[str, Any] = {}
+    number: int | None = None
 
 
 class Names(NamedTuple):
@@ -94,25 +104,43 @@ class Names(NamedTuple):
     buffers: list[str]
 
 
+class Place(NamedTuple):
+    """The place of averages in a checkpoint of a trainer.
+
+    trained: the trained weights in it, under the names of the model's `state_dict`.
+    averages: the averages in it, under the same names; None if it has none yet.
+    put: makes the changes to the checkpoint from averages under these names and their step; None
+        for the step leaves the step that the checkpoint has.
+    """
+
+    trained: Mapping[str, Any]
+    averages: Mapping[str, Any] | None
+    put: Callable[[dict[str, Tensor], int | None], Changes]
+
+
 class Writer(NamedTuple):
     """How a layout is written.
 
     name: its name in `checkpoint.write` and in the command.
     state: makes the content of a file from averages and names. Raises ValueError where the averages
-        lack something that the layout holds, such as a step.
+        lack something that the layout holds, such as a step. None for a layout with a `place`.
     safetensors: whether the content is a flat state, which safetensors can hold. Such a layout is
         written with `torch.save` only if the suffix of the path asks for it.
     torch_key: the key under which `torch.save` gets the content; "" for none.
     by_position: whether the averages are a list in the order of the model's parameters.
     options: the options that are written beside the decay where the source holds none.
+    place: finds the place of the averages in a checkpoint of the trainer, of which the written file
+        is a copy. Raises ValueError for a checkpoint of another trainer. None for a layout that is
+        written from the averages alone.
     """
 
     name: str
-    state: Callable[[Averaged, Names], dict[str, Any]]
+    state: Callable[[Averaged, Names], dict[str, Any]] | None
     safetensors: bool = False
     torch_key: str = ""
     by_position: bool = False
     options: Mapping[str, Any] = {}
+    place: Callable[[Mapping[str, Any]], Place] | None = None
 
 
 class Layout(NamedTuple):
@@ -239,9 +267,7 @@ def of_parameters(averaged: Averaged, names: Names) -> dict[str, Tensor]:
     return {
         name: value
         for name, value in averages_of(averaged).items()
-        if name not in names.buffers
-        and name.rpartition(".")[2] not in BUFFERS
-        and (value.is_floating_point() or value.is_complex())
+        if name not in names.buffers and not is_copied(name, value.dtype)
     }
 
 

@@ -1,4 +1,7 @@
-"""Write averages as a model's own file or folder, after a check of names and shapes."""
+"""Write averages as a model's own file or folder, or into a copy of a trainer's checkpoint.
+
+Names and shapes are checked before.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,12 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emajit import _alias, _paths
+from emajit import _alias, _names, _paths
 from emajit.checkpoint import files, search, sources
+from emajit.checkpoint.averaged import Averaged, Place, Writer, averages_of, is_copied
+from emajit.checkpoint.patching import Archive, Changes, Held
 
 # Stems of weight files, and the suffixes of files to copy: no weights, no training state.
 _STEMS = "diffusion_pytorch_model", "adapter_model"  # of diffusers, and PEFT
 _TOLD = ".json", ".txt", ".model", ".md", ".jinja", ".py"
+
+_DEEPEST = 100  # attributes before a name
 
 
 def fitted(averages: Mapping[str, Tensor], like: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -53,6 +61,102 @@ def _weights_in(path: Path) -> dict[str, Tensor]:
         return search.one_model(held)[1]
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def write_copy(
+    path: Path,
+    averaged: Averaged,
+    writer: Writer,
+    like: str | os.PathLike[str] | None,
+    tell: Callable[[int], object],
+) -> None:
+    """Write a copy of the checkpoint `like` of a trainer with these averages in their place.
+
+    They take the dtypes that they have there. Raises ValueError, with the first five differences,
+    where names or shapes differ, and as `Archive`.
+    """
+    if like is None or writer.place is None:
+        raise ValueError(
+            f"{writer.name}: expected a checkpoint of the trainer, of which a copy is written, "
+            "found none; pass like=, on the command line --like FILE"
+        )
+    archive = Archive(Path(like))
+    try:
+        archive.write(path, _changes(averaged, writer.place(archive.tree)), tell)
+    except ValueError as error:
+        raise ValueError(f"{writer.name}: {like}: {error}") from None
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{writer.name}: {like}: expected its averages, found {error!r}") from None
+
+
+def _changes(averaged: Averaged, place: Place) -> Changes:
+    trained = {name: v for name, v in place.trained.items() if isinstance(v, Held)}
+    averages = _placed(averaged, trained, place.averages)
+    if place.averages is None and averaged.step is None:
+        raise ValueError(
+            "expected a checkpoint that tells its step, or a step to write, found none; pass "
+            "step=, on the command line --step"
+        )
+    return place.put(averages, averaged.step)
+
+
+def _placed(
+    averaged: Averaged, trained: Mapping[str, Held], there: Mapping[str, Any] | None
+) -> dict[str, Tensor]:
+    """The averages under the names of a trainer's weights, for each average that is `there`.
+
+    Its module may hold the model as an attribute. All of its averages are needed, except those of
+    copied buffers and of tensors that the source has without an average, such as frozen ones.
+    """
+    own = averages_of(averaged)
+    name_of = _around([n for n, v in own.items() if not is_copied(n, v.dtype)], trained)
+    named = {name_of(name): value for name, value in own.items()}
+    first = {trained[name]: value for name, value in named.items() if name in trained}
+    full = {name: first[held] for name, held in trained.items() if held in first}
+    wanted = trained if there is None else there
+    known = {*full, *map(name_of, averaged.weights)}
+    missing = [
+        name for name, held in (there or {}).items() if name not in known and _is_needed(name, held)
+    ]
+    unknown = [n for n, v in named.items() if n not in wanted and not is_copied(n, v.dtype)]
+    shapes = [
+        f"{name} of shape {tuple(value.shape)} for {trained[name].shape}"
+        for name, value in full.items()
+        if tuple(value.shape) != trained[name].shape
+    ]
+    told = [*(f"no {name}" for name in missing), *(f"{name} beside" for name in unknown), *shapes]
+    kept = {name: value for name, value in full.items() if name in wanted}
+    if told or not kept:
+        raise ValueError(f"expected averages of its weights, found {_paths.some(told) or 'none'}")
+    return kept
+
+
+def _is_needed(name: str, held: Any) -> bool:
+    return isinstance(held, Held) and not is_copied(name, held.dtype)
+
+
+def _around(averages: Iterable[str], names: Collection[str]) -> Callable[[str], str]:
+    """How names of averages become `names`, of most of them: attributes before them may change.
+
+    >>> _around(["model.0.w", "model.1.w"], ["net.0.w", "net.1.w", "b"])("model.0.w")
+    'net.0.w'
+    """
+    bare = {short: name for name, short in _names.canonical_of(names).items()}
+    before: dict[str, list[str]] = {}  # the attributes before each end of a name
+    for name in bare:
+        keys = name.split(".")
+        for i in range(min(len(keys), _DEEPEST)):
+            before.setdefault(".".join(keys[i:]), []).append(".".join([*keys[:i], ""]) if i else "")
+    less, rest = "", [_names.canonical(name) for name in averages]
+    while rest:
+        counts = Counter(each for name in rest for each in before.get(name, ())).most_common(2)
+        several = [each for each, count in counts if count == counts[0][1]]
+        if counts and 2 * counts[0][1] > len(rest) and (len(several) == 1 or "" in several):
+            more = "" if "" in several else several[0]
+            return lambda name: bare.get(n := more + _names.canonical(name).removeprefix(less), n)
+        attribute = _names.attribute(rest)
+        less, rest = less + attribute, [n.removeprefix(attribute) for n in rest if attribute]
+    return lambda name: name
 
 
 def write_folder(

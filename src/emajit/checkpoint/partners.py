@@ -159,7 +159,7 @@ def _by_name(averages: State, part: Part) -> list[Partner]:
             Partner(_place(part, prefix), _names.below(prefix, raw), own)
             for prefix in (fitting or named[:1])[:MOST]
         ]
-        around = _attribute(own)
+        around = _names.attribute(own)
         if found or not around:
             return found
         own = _names.below(around, own)
@@ -209,7 +209,7 @@ def _by_position(averages: Sequence[Tensor], part: Part) -> list[Partner]:
             f"{names[first[i]]!r} or of {names[last[i]]!r}; pass names=model, on the command line "
             "--names FILE"
         )
-    around = _attribute(raw) if _is_of_lightning(part) else ""
+    around = _names.attribute(raw) if _is_of_lightning(part) else ""
     full = {names[i]: average for i, average in zip(first, averages, strict=True)}
     return [Partner(_place(part, around), *(_names.below(around, each) for each in (raw, full)))]
 
@@ -228,17 +228,6 @@ def _places(wanted: Iterable[Any], held: Sequence[Any]) -> list[int] | None:
             return None
         places.append(place)
     return places
-
-
-def _attribute(names: Iterable[str]) -> str:
-    """The attribute that all names share, with its dot; "" for none, or an index of a list.
-
-    >>> _attribute(["a.b.w", "a.b.c.w"]), _attribute(["a.w", "b.w"]), _attribute(["0.w"])
-    ('a.', '', '')
-    """
-    first = {name.partition(".")[0] if "." in name else "" for name in names}
-    (attribute,) = first if len(first) == 1 else [""]
-    return f"{attribute}." if attribute and not attribute.isdecimal() else ""
 
 
 def _is_of_lightning(part: Part) -> bool:

@@ -14,9 +14,9 @@ from torch import Tensor
 from emajit import _alias, _tree
 from emajit.checkpoint import files
 from emajit.checkpoint.averaged import Averaged, averages_of, listed
-from emajit.checkpoint.layouts import WRITERS
+from emajit.checkpoint.layouts import WRITERS, diffusers
 from emajit.checkpoint.layouts.litema import CONTROLS
-from emajit.checkpoint.like import fitted, write_folder
+from emajit.checkpoint.like import fitted, write_copy, write_folder
 from emajit.checkpoint.saved import TIED, count
 from emajit.checkpoint.sources import OF_TORCH
 
@@ -41,8 +41,9 @@ def write(
             `torch.save`, and refuse a `.safetensors`.
         averaged: from `read`. "diffusers-ema" writes its `options`, where there are some.
         layout: "state_dict" for the averaged weights alone, as a model loads them; "litema",
-            "averaged-model", "ema-pytorch", "timm", "diffusers-ema", "torch-ema" or "mmcv". The
-            modules of `emajit.checkpoint.layouts` describe their files.
+            "averaged-model", "ema-pytorch", "timm", "diffusers-ema", "torch-ema" or "mmcv"; or
+            "lightning", "emajit-lightning" or "mmengine", a copy of the trainer's checkpoint
+            `like`. The modules of `emajit.checkpoint.layouts` describe their files.
         names: for a layout by position, such as "diffusers-ema", the names of the model's
             parameters in order; or the model: its buffers are left out, and its parameters
             without an average get their trained value.
@@ -51,21 +52,33 @@ def write(
             `save_pretrained`, `path` becomes such a folder, with its config and tokenizer: with
             "state_dict" for the model's `from_pretrained`, with "diffusers-ema" for the
             `from_pretrained` of `EMAModel`.
+
+            For a trainer's layout, a checkpoint of the run that is to go on. `path` becomes a copy
+            with these averages, in the place of its own or of none, in the dtypes of its own.
+            Their names may have other attributes before them. All else keeps its bytes (trained
+            weights, optimizers, loops, tensors without an average such as buffers), and no pickled
+            object is loaded, of whatever class. Without a step the checkpoint's is kept.
         decay: the decay to go on with, for layouts that hold one; default, `averaged.decay`.
         step: how many updates the averages have taken, likewise.
-        dtype: the dtype of floating-point tensors; default, their own.
+        dtype: the dtype of floating-point tensors; default, their own. Not for a trainer's layout.
         tell: called with the number of bytes of each written piece.
 
     Raises:
         ValueError: `layout` is unknown; `dtype` is not floating-point, or too narrow for a finite
             number; the decay is outside [0, 1], the step negative; the layout needs something that
-            is missing: the trained weights, a step, a decay, or the names of all averages; `path`
-            ends in `.safetensors` for a layout of `torch.save`.
+            is missing: the trained weights, a step, a decay, the names of all averages, or `like`;
+            names or shapes differ from those in `like` (the first five are shown); `like` is of
+            another trainer, or has several averages; `path` ends in `.safetensors` for a layout of
+            `torch.save`.
         TypeError: `averaged` is not from `read`.
         OSError: the file cannot be written.
     """
     path, averaged = Path(path), _checked(averaged, layout, decay, step, dtype)
     writer = WRITERS[layout]
+    if writer.state is None:
+        _check_copied(path, layout, dtype)
+        write_copy(path, averaged, writer, like, tell)
+        return
     if like is not None:
         averaged = averaged._replace(weights=fitted(averaged.weights, like))
         if Path(like).is_dir():
@@ -83,8 +96,7 @@ def write(
             header[TIED] = json.dumps(tied)
         files.write_tensors(path, state, lambda *_: header, casts=casts, tell=tell)
         return
-    if path.suffix == ".safetensors":
-        raise ValueError(f"{path}: expected a name with {' or '.join(OF_TORCH)} for {layout}")
+    _check_suffix(path, layout)
     weights, raw = (_cast(part, dtype) for part in (averaged.weights, averaged.raw))
     state = writer.state(averaged._replace(weights=weights, raw=raw), listed(names))
     files.write_torch(path, {writer.torch_key: state} if writer.torch_key else state, tell)
@@ -114,6 +126,18 @@ def _checked(
     return averaged
 
 
+def _check_suffix(path: Path, layout: str) -> None:
+    if path.suffix == ".safetensors":
+        raise ValueError(f"{path}: expected a name with {' or '.join(OF_TORCH)} for {layout}")
+
+
+def _check_copied(path: Path, layout: str, dtype: torch.dtype | None) -> None:
+    """Raise ValueError for what a copy of a trainer's checkpoint has no place for."""
+    _check_suffix(path, layout)
+    if dtype is not None:
+        raise ValueError(f"dtype: expected none, since {layout} keeps the trainer's, found {dtype}")
+
+
 def _config(averaged: Averaged, layout: str) -> dict[str, Any]:
     """The state of an `EMAModel` that diffusers keeps in the config.json of its weights."""
     if layout == "state_dict":
@@ -122,7 +146,7 @@ def _config(averaged: Averaged, layout: str) -> dict[str, Any]:
         raise ValueError(
             f"layout: expected state_dict or diffusers-ema in a folder, found {layout}"
         )
-    state = WRITERS[layout].state(averaged, listed([*averages_of(averaged)]))
+    state = diffusers.state(averaged, listed([*averages_of(averaged)]))
     return {key: value for key, value in state.items() if key != "shadow_params"}
 
 

@@ -50,7 +50,7 @@ def write_averages(
     count = len(found.weights) - len(found.raw_only)
     written = f"{found.layout}: {count:,} averages, written into {out}"
     console.print(written, highlight=False, markup=False)
-    if found.raw_only and not WRITERS[layout].by_position:
+    if found.raw_only and not WRITERS[layout].by_position and not WRITERS[layout].place:
         shown = ", ".join(found.raw_only[:5]) + (", ..." if len(found.raw_only) > 5 else "")
         none = f"with {len(found.raw_only):,} that are not averages: {shown}"
         console.print(none, highlight=False, markup=False)

@@ -57,7 +57,18 @@ RawKey = Annotated[
 ]
 
 
+SigmaRel = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LENGTHS",
+        help="The lengths of ema-pytorch's PostHocEMA, joined by commas in the order of the "
+        "training script: its files hold none.",
+    ),
+]
+
+
 _FLAT = " and ".join(name for name, writer in WRITERS.items() if writer.safetensors)
+_COPIED = ", ".join(name for name, writer in WRITERS.items() if writer.place)
 Out = Annotated[
     Path,
     typer.Option(
@@ -82,7 +93,8 @@ Like = Annotated[
     typer.Option(
         metavar="MODEL",
         help="A file of the model's weights: require its names and shapes. Or a folder of "
-        "diffusers or transformers: write such a folder, for from_pretrained.",
+        "diffusers or transformers: write such a folder, for from_pretrained. Or, for "
+        f"{_COPIED}, a checkpoint of the trainer: write a copy of it with these averages.",
     ),
 ]
 Cast = Annotated[

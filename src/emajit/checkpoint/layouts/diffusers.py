@@ -34,7 +34,7 @@ def _read(tree: Mapping[str, Any]) -> list[Reading]:
     return [Reading("diffusers EMAModel", shadow, step, decay, options=options)]
 
 
-def _state(averaged: Averaged, names: Names) -> dict[str, Any]:
+def state(averaged: Averaged, names: Names) -> dict[str, Any]:
     return {
         "decay": required("decay", "diffusers-ema", averaged),
         "optimization_step": required("step", "diffusers-ema", averaged),
@@ -44,4 +44,4 @@ def _state(averaged: Averaged, names: Names) -> dict[str, Any]:
     }
 
 
-LAYOUT = Layout(_read, Writer("diffusers-ema", _state, by_position=True, options=OPTIONS))
+LAYOUT = Layout(_read, Writer("diffusers-ema", state, by_position=True, options=OPTIONS))

@@ -1,14 +1,31 @@
 """mmengine, which swaps on saving: averages in `state_dict`, trained weights in `ema_state_dict`.
 
 The trained weights are below `module.`, beside the number of updates in `steps`.
+
+"mmengine" writes a copy of a checkpoint of mmengine in which `EMAHook` finds these averages, in the
+place of others or of none. The momentum is an option of the hook, which no file holds.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
-from emajit.checkpoint.averaged import Layout, Reading, step_of, tensors_below, tensors_of
+import torch
+from torch import Tensor
+
+from emajit import _names
+from emajit.checkpoint.averaged import (
+    Layout,
+    Place,
+    Reading,
+    Writer,
+    step_of,
+    tensors_below,
+    tensors_of,
+)
+from emajit.checkpoint.patching import Changes
 
 
 def _read(tree: Mapping[str, Any]) -> list[Reading]:
@@ -23,7 +40,29 @@ def _is_of_mmengine(tree: Mapping[str, Any]) -> bool:
     """Whether mmengine wrote the file: others keep the averages in `ema_state_dict`."""
     meta = tree.get("meta")
     told = isinstance(meta, Mapping) and "mmengine_version" in meta
-    return told or "message_hub" in tree or "steps" in tree["ema_state_dict"]
+    return told or "message_hub" in tree or "steps" in tree.get("ema_state_dict", {})
 
 
-LAYOUT = Layout(_read)
+def _place(tree: Mapping[str, Any]) -> Place:
+    if "state_dict" not in tree or not _is_of_mmengine(tree):
+        raise ValueError(f"expected a checkpoint of mmengine, found {[*tree][:5]}")
+    state, ema = tree["state_dict"], tree.get("ema_state_dict")
+    if ema:
+
+        def put(averages: dict[str, Tensor], step: int | None) -> Changes:
+            steps = [] if step is None else [(ema["steps"], torch.tensor(step))]
+            return Changes({}, [(state[name], v) for name, v in averages.items()] + steps)
+
+        return Place(_names.below("module.", ema), state, put)
+
+    def add(averages: dict[str, Tensor], step: int | None) -> Changes:
+        averaged = copy.copy(state)  # also its versions of modules
+        averaged.update(averages)
+        trained = {f"module.{name}": value for name, value in state.items()}
+        ema = {"steps": torch.tensor(step), **trained}
+        return Changes({"state_dict": averaged, "ema_state_dict": ema})
+
+    return Place(state, None, add)
+
+
+LAYOUT = Layout(_read, Writer("mmengine", None, place=_place))

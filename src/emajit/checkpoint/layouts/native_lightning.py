@@ -2,6 +2,9 @@
 
 Where `state_dict` holds the averages, the trained weights are under `raw` in `emajit`. A single
 average is under `shadow`, several are under `shadows` by name.
+
+"emajit-lightning" writes a copy of a checkpoint of Lightning in which `EMACallback` finds these
+averages: in the place of its single average, or of none.
 """
 
 from __future__ import annotations
@@ -9,8 +12,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from emajit import _names
-from emajit.checkpoint.averaged import Layout, Reading, step_of, tensors_of
+from emajit.checkpoint.averaged import Layout, Place, Reading, Writer, step_of, tensors_of
+from emajit.checkpoint.patching import Changes
 
 
 def read(tree: Mapping[str, Any]) -> list[Reading]:
@@ -31,4 +37,41 @@ def read(tree: Mapping[str, Any]) -> list[Reading]:
     return readings
 
 
-LAYOUT = Layout(read)
+def _place(tree: Mapping[str, Any]) -> Place:
+    if not {"state_dict", "pytorch-lightning_version"} <= tree.keys():
+        raise ValueError(f"expected a checkpoint of Lightning, found {[*tree][:5]}")
+    if "current_model_state" in tree:
+        raise ValueError(
+            "expected averages of EMACallback or none, found those of Lightning's "
+            "WeightAveraging; write the layout lightning, with which EMACallback resumes too"
+        )
+    state = tree["state_dict"]
+    if "emajit" not in tree:
+
+        def add(averages: dict[str, Tensor], step: int | None) -> Changes:
+            bare = _names.canonical_of(averages)
+            shadow = {bare[name]: value for name, value in averages.items()}
+            at = tree["global_step"]
+            return Changes({"emajit": {"shadow": shadow, "step": step, "averaged_at": at}})
+
+        return Place(state, None, add)
+    ours = tree["emajit"]
+    shadows = [*ours.get("shadows", {}).values(), *([ours["shadow"]] if "shadow" in ours else [])]
+    if len(shadows) != 1:
+        raise ValueError(
+            f"expected one average, found {len(shadows)}, which share their number of updates"
+        )
+    partners = _names.match(state, shadows[0])
+    held = {partners.get(name, name): value for name, value in shadows[0].items()}
+    raw = {**state, **(ours.get("raw") or {})}
+
+    def put(averages: dict[str, Tensor], step: int | None) -> Changes:
+        numbers = [(held[name], value) for name, value in averages.items() if name in held]
+        if "raw" in ours:  # `state_dict` has the averages too
+            numbers += [(state[name], value) for name, value in averages.items() if name in state]
+        return Changes({"emajit": {**ours, **({} if step is None else {"step": step})}}, numbers)
+
+    return Place(raw, held, put)
+
+
+LAYOUT = Layout(read, Writer("emajit-lightning", None, place=_place))

@@ -1,0 +1,253 @@
+"""Copy an archive of `torch.save` with new tensors, without unpickling what else it holds.
+
+The records of the archive are copied, except the numbers of the changed tensors. The pickle keeps
+its bytes too, so that it may hold objects of any class: items of the outermost dict are set by
+instructions behind the old ones.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import sys
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from emajit.checkpoint import archives, files
+
+_DTYPES = {  # of the storages that `torch.save` names
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+_KINDS = {dtype: kind for kind, dtype in _DTYPES.items()}
+_CHUNK, _ALIGNED = 2**24, 64  # bytes; torch aligns records like this
+_START = b"\x80\x02}q\x00"  # protocol 2, an empty dict, remembered as the first object
+
+
+class Storage(NamedTuple):
+    """The numbers in a record of an archive; `kind` is the name of their class in torch."""
+
+    key: str
+    kind: str
+    size: int
+
+
+class Held(NamedTuple):
+    """A tensor in an archive, which is not read."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Raises ValueError for a dtype that emajit does not write."""
+        if self.storage.kind not in _DTYPES:
+            raise ValueError(f"expected {' or '.join(_DTYPES)}, found {self.storage.kind}")
+        return _DTYPES[self.storage.kind]
+
+
+class Changes(NamedTuple):
+    """What a copy of an archive has in place of the original.
+
+    items: of the outermost dict: plain containers with new tensors, and with those that are `Held`.
+    numbers: tensors in the archive, and the tensor of the same shape that each becomes.
+    """
+
+    items: Mapping[str, Any]
+    numbers: Sequence[tuple[Held, Tensor]] = ()
+
+
+class Archive:
+    """A checkpoint of `torch.save`: its containers, with `Held` tensors, and other objects empty.
+
+    Raises ValueError, with the path, where the file is another, or broken.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with files.opened_to_read(path):
+            pass
+        try:
+            scan = archives.scan(path)
+            self._pickled, self._text = scan.pickled, scan.text
+            file = io.BytesIO(self._text)
+            self.tree = _Skeleton(file).load()
+            # A later protocol has frames, which must not grow.
+            is_known = self._text[:2] in (_START[:2], b"\x80\x03") and not file.read()
+        except Exception as error:  # noqa: BLE001, whatever a broken file makes of a parser
+            raise ValueError(
+                f"{path}: expected a whole checkpoint of torch.save, with a dict, found: "
+                f"{str(error) or type(error).__name__:.300}"
+            ) from None
+        if not isinstance(self.tree, dict) or not is_known:
+            found = f"{type(self.tree).__name__} in protocol {self._text[1]}"
+            raise ValueError(f"{path}: expected a dict pickled by protocol 2 or 3, found {found}")
+
+    def write(self, path: Path, changes: Changes, tell: Callable[[int], object]) -> None:
+        """Write a copy with these changes, whole or not at all.
+
+        `tell` is called with the bytes of each written piece. Raises ValueError for a number that
+        overflows, and for an object that would have to be pickled anew.
+        """
+        with zipfile.ZipFile(self.path) as archive:
+            records = archive.infolist()
+            folder = self._pickled.removesuffix("data.pkl")
+            order = f"{folder}byteorder"
+            if order in archive.namelist() and archive.read(order).decode() != sys.byteorder:
+                raise ValueError(f"{self.path}: expected numbers of this machine's byte order")
+            taken = {record.filename.removeprefix(f"{folder}data/") for record in records}
+            text, added = _appended(self._text, changes.items, taken)
+            changed: dict[str, list[tuple[Held, Tensor]]] = {}
+            for held, tensor in changes.numbers:
+                _check_fits(held, tensor)
+                changed.setdefault(f"{folder}data/{held.storage.key}", []).append((held, tensor))
+
+            def fill(file: BinaryIO) -> None:
+                with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as out:
+                    for record in records:
+                        name, size = record.filename, record.file_size
+                        pieces: Iterator[Any] = self._pieces(archive, record)
+                        if name == self._pickled:
+                            size, pieces = len(text), iter([text])
+                        elif name in changed:
+                            pieces = iter([_with(bytearray(b"".join(pieces)), changed[name])])
+                        _add(out, file, name, size, pieces, tell)
+                    for key, tensor in added.items():
+                        name = f"{folder}data/{key}"
+                        _add(out, file, name, tensor.nbytes, iter([files.memory(tensor)]), tell)
+
+            files.write(path, fill)
+
+    def _pieces(self, archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> Iterator[bytes]:
+        """The bytes of a record; like torch, without a check of the checksum."""
+        is_stored = record.compress_type == zipfile.ZIP_STORED
+        rest = record.file_size
+        with self.path.open("rb") if is_stored else archive.open(record) as file:
+            if is_stored:
+                file.seek(archives.begin(self.path, record))
+            while rest:
+                piece = file.read(min(rest, _CHUNK))
+                if not piece:
+                    raise ValueError(f"{self.path}: {record.filename}: expected {rest} bytes more")
+                rest -= len(piece)
+                yield piece
+
+
+def _add(
+    out: zipfile.ZipFile,
+    file: BinaryIO,
+    name: str,
+    size: int,
+    pieces: Iterator[Any],
+    tell: Callable[[int], object],
+) -> None:
+    """Add a record, whose bytes begin at a multiple of 64 for torch's mapping."""
+    is_long = size > 2**30
+    begin = file.tell() + 30 + len(name.encode()) + (20 if is_long else 0) + 4
+    padding = -begin % _ALIGNED
+    record = zipfile.ZipInfo(name)
+    record.file_size, record.extra = size, b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
+    with out.open(record, "w", force_zip64=is_long) as written:
+        for piece in pieces:
+            written.write(piece)
+            tell(memoryview(piece).nbytes)
+
+
+def _check_fits(held: Held, tensor: Tensor) -> None:
+    if held.shape != tuple(tensor.shape):
+        raise ValueError(f"expected an average of shape {held.shape}, found {tuple(tensor.shape)}")
+    files.cast("an average", tensor, held.dtype)
+
+
+def _with(held: bytearray, changed: Sequence[tuple[Held, Tensor]]) -> bytearray:
+    """The bytes of a storage, in which tensors get new numbers."""
+    for (storage, offset, shape, stride), tensor in changed:
+        if math.prod(shape):
+            whole = torch.frombuffer(held, dtype=_DTYPES[storage.kind])
+            whole.as_strided(shape, stride, offset).copy_(tensor)
+    return held
+
+
+def _appended(
+    text: bytes, items: Mapping[str, Any], taken: set[str]
+) -> tuple[bytes, dict[str, Tensor]]:
+    """A pickle whose outermost dict has these items too, and the tensors of its new records."""
+    file = io.BytesIO()
+    pickler = _Items(file, taken)
+    pickler.dump(dict(items))
+    own = file.getvalue()
+    if not own.startswith(_START):
+        raise RuntimeError(f"expected a pickle of protocol 2, found {own[:9]!r}")
+    # The old instructions leave the outermost dict on the stack, the new ones fill it. They
+    # number their objects from 1 on, and need no object of the old ones.
+    return text[:-1] + own[len(_START) :], pickler.added
+
+
+class _Items(pickle.Pickler):
+    """Pickles items with tensors, those of the archive by their records there."""
+
+    def __init__(self, file: BinaryIO, taken: set[str]) -> None:
+        super().__init__(file, protocol=2)
+        self.added: dict[str, Tensor] = {}
+        self._next = 1 + max((int(key) for key in taken if key.isdecimal()), default=-1)
+        tensor: Any = torch.empty(0)
+        self._rebuild = tensor.__reduce_ex__(2)[0]  # torch's function, as `torch.save` names it
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            key, host = str(self._next + len(self.added)), value.detach().cpu().contiguous()
+            if host.dtype not in _KINDS:
+                raise ValueError(f"expected averages in {[*_KINDS]}, found {host.dtype}")
+            self.added[key] = host
+            storage = Storage(key, _KINDS[host.dtype], host.numel())
+            value = Held(storage, 0, tuple(host.shape), tuple(host.stride()))
+        if isinstance(value, Held):
+            return self._rebuild, (*value, False, OrderedDict())
+        if isinstance(value, archives.Nothing):
+            name = type(value).__name__
+            raise ValueError(f"expected tensors beside the averages, found a pickled {name}")  # noqa: TRY004
+        return NotImplemented
+
+    def persistent_id(self, value: Any) -> Any:
+        if not isinstance(value, Storage):
+            return None
+        return "storage", getattr(torch, value.kind), value.key, "cpu", value.size
+
+
+class _Skeleton(pickle.Unpickler):
+    """Makes the containers and `Held` tensors; runs and imports nothing that a pickle names."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module.partition(".")[0] == "torch":
+            if name == "_rebuild_tensor_v2":
+                return lambda storage, offset, shape, stride, *_: Held(
+                    storage, offset, tuple(shape), tuple(stride)
+                )
+            if name == "_rebuild_parameter":
+                return lambda tensor, *_: tensor
+        return type(name, (archives.Nothing,), {})
+
+    def persistent_load(self, pid: Any) -> Storage:
+        _, kind, key, _, count = pid
+        return Storage(key, kind.__name__, count)
