@@ -309,8 +309,9 @@ class TestPeers:
         for i, found in enumerate(both):
             assert f"length {i} in the order of its sigma_rels" in found.why
             assert_average(found, ema.ema_models[i].ema_model.state_dict())
+            assert found.sigma_rel is None  # which its state does not hold
         found = checkpoint.read(tmp_path / "1.1.pt")
-        assert found.step is None  # it is in float16
+        assert found.step == 1  # from its name: in the file it is in float16
         expected = {k: v.half() for k, v in ema.ema_models[1].ema_model.state_dict().items()}
         assert_average(found, expected)
 
@@ -324,6 +325,46 @@ class TestPeers:
         save_file(state, tmp_path / "file")
         found = checkpoint.read_all(tmp_path / "file")
         assert [int(each.weights["w"][0]) for each in found] == [*range(11)]
+
+    def test_ema_pytorch_posthoc_with_its_lengths(self, tmp_path: Path) -> None:
+        ema_pytorch = peer("ema_pytorch")
+        lengths = (0.05, 0.15, 0.28)
+        options: dict[str, Any] = {"checkpoint_folder": str(tmp_path), "update_every": 1}
+        ema = ema_pytorch.PostHocEMA(net(), sigma_rels=lengths, **options)
+        for _ in range(10):
+            ema.update()
+            ema.checkpoint()
+        assert not [name for name in ema.state_dict() if "gamma" in name or "sigma" in name]
+        state = checkpoint.read_all(ema.state_dict(), sigma_rel=lengths)
+        assert [each.sigma_rel for each in state] == [*lengths]
+        assert ["sigma_rel 0.15" in each.why for each in state] == [False, True, False]
+        told = checkpoint.read_all(tmp_path, sigma_rel=lengths)
+        order = [(each.step, each.sigma_rel) for each in told]
+        assert order == [(step, length) for step in range(1, 11) for length in lengths]
+        one = checkpoint.read(tmp_path / "1.10.pt", sigma_rel=lengths)
+        assert (one.step, one.sigma_rel, one.path) == (10, 0.15, "1.10.ema_model")
+        assert checkpoint.read(tmp_path / "1.10.pt", key=one.path).path == one.path
+        with pytest.raises(
+            ValueError, match="length 2 in the order of its sigma_rels, sigma_rel 0"
+        ):
+            checkpoint.read(ema.state_dict(), sigma_rel=lengths)
+        key = "ema_models.2.ema_model"
+        assert checkpoint.read(ema.state_dict(), key=key, sigma_rel=lengths).sigma_rel == 0.28
+        for wrong, source in (
+            ((0.05, 0.28), ema.state_dict()),
+            ((*lengths, 0.1), ema.state_dict()),
+            ((0.05, 0.28), tmp_path),
+            ((0.05,), tmp_path / "1.10.pt"),
+        ):
+            with pytest.raises(ValueError, match=r"sigma_rel: expected \d lengths, found \d"):
+                checkpoint.read_all(source, sigma_rel=wrong)
+        with pytest.raises(ValueError, match="sigma_rel"):
+            checkpoint.read_all(tmp_path, sigma_rel=(0.05, 0.15, 2.8))
+        edm2 = {"stds": [0.05], "emas": [net().state_dict()], "net": net().state_dict()}
+        with pytest.raises(
+            ValueError, match="sigma_rel: expected averages of PostHocEMA, found ED"
+        ):
+            checkpoint.read(edm2, sigma_rel=(0.05,))
 
     def test_ema_pytorch_posthoc_as_snapshots(self, tmp_path: Path) -> None:
         """Another length from its files, close to that averaged in training."""
@@ -340,10 +381,10 @@ class TestPeers:
                     p.copy_(torch.full_like(p, math.sin(i / 40)))
             ema.update()
             wanted.update()
-        told = {tuple(map(int, f.path.split(".")[:2])): f for f in checkpoint.read_all(folder)}
-        for number, step in sorted(told, key=lambda each: each[1]):
-            weights = told[number, step].weights
-            posthoc.save(ours, weights, step, sigma_rel=lengths[number])
+        for each in checkpoint.read_all(folder, sigma_rel=lengths):
+            assert each.step is not None
+            assert each.sigma_rel is not None
+            posthoc.save(ours, each.weights, each.step, sigma_rel=each.sigma_rel)
         got = posthoc.reconstruct(posthoc.snapshots(ours), 0.15)
         expected = parameters(wanted.ema_model)
         assert_close(got, expected, rtol=0, atol=0.01)

@@ -335,7 +335,8 @@ The left column of the table has `update_every=1`; with another, `t` counts all 
 - **Count**: `step` counts all calls, and so does `found.step`.
 - **The checkpoint** has the averages and the count; also the trained weights, in `found.raw`, unless
   `include_online_model=False`; none of the options.
-- **`PostHocEMA`**: see `emajit.posthoc`.
+- **`PostHocEMA`**: see `emajit.posthoc`; `emajit.checkpoint.layouts.ema_pytorch` tells how to read
+  its files, which do not hold their lengths.
 
 ## ExponentialMovingAverage of torch_ema
 

@@ -72,6 +72,7 @@ pip install ".[cli]"
 emajit inspect model.ckpt
 emajit extract model.ckpt -o averaged.safetensors
 emajit convert model.ckpt -o swa.pt --layout averaged-model
+emajit convert model.pt -o next.ckpt --layout lightning --like last.ckpt
 ```
 
 - `inspect` shows the candidates in a file, the one that is read as the average and the reason, its
@@ -80,6 +81,11 @@ emajit convert model.ckpt -o swa.pt --layout averaged-model
   against a file of the model, or writes a folder for `from_pretrained`.
 - `convert` writes the layout of latent-diffusion, `AveragedModel`, ema-pytorch, timm, MMCV,
   diffusers or torch_ema. Where the checkpoint does not hold them, give `--decay` and `--step`.
+- Lightning and mmengine resume from a whole checkpoint alone. So `--like LAST` gives `convert` one
+  of the run that is to go on, with averages or without: it writes a copy with the new averages.
+  The trained weights, optimizers, loops and all else in it stay, also objects that are pickled,
+  which are copied and not loaded. `lightning` is for Lightning's `WeightAveraging` and emajit's
+  `EMACallback`, `emajit-lightning` for `EMACallback`, `mmengine` for `EMAHook`.
 
 ## Limits
 
@@ -87,6 +93,9 @@ emajit convert model.ckpt -o swa.pt --layout averaged-model
   it where its class is, and save a `state_dict()`.
 - Averages that are stored by position (diffusers, torch_ema, NeMo) need `names=model`, if there are
   no trained weights that give the names in order. Safetensors keeps no order.
+- ema-pytorch's `PostHocEMA` keeps several averages, and their lengths in no file: they are told
+  apart by their places. Give the lengths with `sigma_rel=(0.05, 0.28)`, in the order of the
+  training script; on the command line `emajit inspect --sigma-rel 0.05,0.28`.
 - `save` needs tensors that are dense and whole, of dtypes that safetensors has.
 - `load_sharded` checks no checksums.
 """

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from emajit import _paths
+from emajit import _paths, schedules
 from emajit.checkpoint import marks, partners, search, sources
 from emajit.checkpoint.averaged import Averaged, NotOneError, Reading, listed, tensors_of
+from emajit.checkpoint.layouts import ema_pytorch
 from emajit.checkpoint.pickled import Opaque
 from emajit.checkpoint.search import Container, Found, Part
 
@@ -26,6 +27,7 @@ def read(
     names: Iterable[str] | torch.nn.Module | None = None,
     key: str | None = None,
     raw_key: str | None = None,
+    sigma_rel: Sequence[float] | None = None,
 ) -> Averaged:
     """The averaged weights in a checkpoint, under the names of the trained weights beside them.
 
@@ -48,6 +50,8 @@ def read(
         key: the path of the averages, if the file does not show it: keys joined by dots, such as
             "ema.module"; also a module in a state, such as "state_dict.teacher".
         raw_key: the path of the trained weights, likewise.
+        sigma_rel: the lengths of all averages of ema-pytorch's `PostHocEMA`, in the order in which
+            it got them: its state and its files hold their places alone.
 
     The tensors may lie in the file, which is mapped into memory: clone tensors that must outlive
     the file.
@@ -55,11 +59,12 @@ def read(
     Raises:
         ValueError: there is no average, or more than one (the message is a table of candidates);
             the trained weights may be in two places, or have other names or shapes; `names` are
-            missing, or too few or too many; the file is broken, or holds pickled objects.
+            missing, or too few or too many; `sigma_rel` is of another number, or for another
+            library; the file is broken, or holds pickled objects.
         TypeError: `source` or `names` is of another type.
         OSError: the file cannot be read.
     """
-    (found,) = _found(source, names, key, raw_key)
+    (found,) = _found(source, names, key, raw_key, sigma_rel)
     return found
 
 
@@ -67,9 +72,10 @@ def read_all(
     source: str | os.PathLike[str] | Mapping[str, Any],
     *,
     names: Iterable[str] | torch.nn.Module | None = None,
+    sigma_rel: Sequence[float] | None = None,
 ) -> list[Averaged]:
     """All averages in a checkpoint, such as those of several lengths; arguments as in `read`."""
-    return _found(source, names, None, None, several=True)
+    return _found(source, names, None, None, sigma_rel, several=True)
 
 
 class Candidate(NamedTuple):
@@ -101,6 +107,7 @@ def inspected(
     names: Iterable[str] | torch.nn.Module | None = None,
     key: str | None = None,
     raw_key: str | None = None,
+    sigma_rel: Sequence[float] | None = None,
 ) -> tuple[list[Candidate], Averaged | None]:
     """The `candidates` and the average that `read` finds, in one pass; None of several averages.
 
@@ -108,7 +115,7 @@ def inspected(
     """
     tree = _content(source)
     with told_of(source) as name:
-        searched = searched_in(tree, name)
+        searched = searched_in(tree, name, sigma_rel)
         several = key is None and len(search.main(searched.found)) > 1
         found = [] if several else _chosen(searched, names, key, raw_key, several=False)
         return _candidates(searched), found[0] if found else None
@@ -130,7 +137,10 @@ def _content(source: str | os.PathLike[str] | Mapping[str, Any]) -> Any:
     if not isinstance(source, str | os.PathLike):
         found = type(source).__qualname__
         raise TypeError(f"source: expected a path, or a mapping as a file holds one, found {found}")
-    return sources.content(Path(source))
+    content = sources.content(path := Path(source))
+    # The name of such a file tells which average it is, as the names in a folder do.
+    is_one = path.suffix == ".pt" and ema_pytorch.is_file(path.stem, content)
+    return {path.stem: content} if is_one else content
 
 
 @contextmanager
@@ -146,7 +156,7 @@ def told_of(source: str | os.PathLike[str] | Mapping[str, Any]) -> Iterator[str]
         raise kind(f"{path}: {error}") from None
 
 
-def searched_in(tree: Any, name: str = "") -> Searched:
+def searched_in(tree: Any, name: str = "", sigma_rel: Sequence[float] | None = None) -> Searched:
     if not isinstance(tree, Mapping):
         kind = type(tree).__qualname__
         raise ValueError(  # noqa: TRY004, it is a broken file, not a wrong argument
@@ -154,7 +164,32 @@ def searched_in(tree: Any, name: str = "") -> Searched:
         )
     walked = search.containers(tree)
     held = search.parts(walked)
-    return Searched(tree, name, walked, held, search.averages(walked, held))
+    found = search.averages(walked, held)
+    if sigma_rel is not None:
+        found = _with_lengths(found, sigma_rel)
+    return Searched(tree, name, walked, held, found)
+
+
+def _with_lengths(found: Sequence[Found], sigma_rel: Sequence[float]) -> list[Found]:
+    """The averages with their lengths, of which each has a place in `sigma_rel`."""
+    lengths = [float(length) for length in sigma_rel]
+    schedules.sigma_rel_to_gamma(lengths)  # raises ValueError for a length that none has
+    places = {i for each in found if (i := each.reading.number) is not None}
+    if not places:
+        layouts = _paths.some([each.reading.layout for each in found]) or "none"
+        raise ValueError(f"sigma_rel: expected averages of PostHocEMA, found {layouts}")
+    count = max(places) + 1
+    if len(lengths) < count or (len(places) > 1 and len(lengths) > count):
+        raise ValueError(f"sigma_rel: expected {count} lengths, found {len(lengths)}")
+    return [
+        each
+        if (i := each.reading.number) is None
+        else each._replace(
+            reading=each.reading._replace(sigma_rel=lengths[i]),
+            why=f"{each.why}, sigma_rel {lengths[i]:g}",
+        )
+        for each in found
+    ]
 
 
 def _found(
@@ -162,13 +197,14 @@ def _found(
     names: Iterable[str] | torch.nn.Module | None,
     key: str | None,
     raw_key: str | None,
+    sigma_rel: Sequence[float] | None,
     *,
     several: bool = False,
 ) -> list[Averaged]:
     """The averages in a checkpoint: one, or `several`."""
     tree = _content(source)
     with told_of(source) as name:
-        return _chosen(searched_in(tree, name), names, key, raw_key, several=several)
+        return _chosen(searched_in(tree, name, sigma_rel), names, key, raw_key, several=several)
 
 
 def _chosen(

@@ -27,6 +27,7 @@ def show_averages(
     key: str | None,
     raw_key: str | None,
     depth: int | None,
+    sigma_rel: str | None,
     *,
     as_json: bool,
     console: Console,
@@ -40,7 +41,8 @@ def show_averages(
         table = text if as_json else _merged(path, merged)
         console.print(table, highlight=False, soft_wrap=as_json)
         return
-    rows, found = inspected(path, names=names_in(names), key=key, raw_key=raw_key)
+    options: dict[str, Any] = {"names": names_in(names), "key": key, "raw_key": raw_key}
+    rows, found = inspected(path, **options, sigma_rel=_lengths(sigma_rel))
     modules = {} if found is None else _distances(found, depth)
     if as_json:
         told = {"candidates": [_as_dict(row) for row in rows], "average": _told(found, modules)}
@@ -86,6 +88,14 @@ def names_in(file: Path | None) -> list[str] | None:
             f"--names: expected a text file, one name a line, as {wanted} gives it, found {file}"
         ) from None
     return [name for line in text.splitlines() if (name := line.strip())]
+
+
+def _lengths(text: str | None) -> list[float] | None:
+    """The numbers in a text, joined by commas; ValueError for others."""
+    try:
+        return None if text is None else [float(each) for each in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--sigma-rel: expected numbers joined by commas, found {text}") from None
 
 
 def nbytes(tensor: Tensor) -> int:

@@ -33,6 +33,7 @@ try:
         Of,
         Out,
         RawKey,
+        SigmaRel,
         Step,
         examples,
     )
@@ -164,11 +165,13 @@ def inspect(
             show_default="the blocks",
         ),
     ] = None,
+    sigma_rel: SigmaRel = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
 ) -> None:
     """Show the averages in a checkpoint: layout, step, decay, distance to the trained weights."""
     with _errors_in_one_line():
-        show_averages(file, names, key, raw_key, depth, as_json=as_json, console=Console())
+        options = names, key, raw_key, depth, sigma_rel
+        show_averages(file, *options, as_json=as_json, console=Console())
 
 
 @app.command(
@@ -197,6 +200,7 @@ def extract(
     epilog=examples(
         "emajit convert model.ckpt -o swa.pt --layout averaged-model",
         "emajit convert timm.pth -o ldm.ckpt --layout litema --decay 0.9999",
+        "emajit convert model.pt -o next.ckpt --layout lightning --like last.ckpt",
     )
 )
 def convert(
