@@ -435,6 +435,29 @@ class TestCheckpoints:
         assert emajit(monkeypatch, "extract", *arguments) == 0
         assert load_file(tmp_path / "out")["w"].tolist() == [2.0, 2.0]
 
+    def test_inspect_with_the_lengths_of_post_hoc_ema(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        controls = {"initted": torch.tensor(True), "step": torch.tensor(3)}
+        held = {**controls, "ema_model.w": torch.ones(2)}
+        state = {f"ema_models.{i}.{name}": value for i in range(2) for name, value in held.items()}
+        torch.save(state, tmp_path / "file")
+        torch.save(held, tmp_path / "1.40.pt")
+        given = ["--json", "--sigma-rel", "0.05,0.28"]
+        assert emajit(monkeypatch, "inspect", str(tmp_path / "file"), *given) == 0
+        rows = json.loads(capsys.readouterr().out)["candidates"]
+        assert [row["why"].rpartition(" ")[2] for row in rows] == ["0.05", "0.28"]
+        assert emajit(monkeypatch, "inspect", str(tmp_path / "1.40.pt"), *given) == 0
+        told = json.loads(capsys.readouterr().out)["average"]
+        assert (told["sigma_rel"], told["step"]) == (0.28, 40)
+        for wrong, line in (
+            ("0.05", "expected 2 lengths, found 1"),
+            ("0.05,x", "expected numbers joined by commas, found 0.05,x"),
+        ):
+            arguments = ["inspect", str(tmp_path / "file"), "--sigma-rel", wrong]
+            assert emajit(monkeypatch, *arguments) == 2
+            assert line in capsys.readouterr().err
+
     def test_inspect_looks_at_a_sample_of_large_tensors(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -278,6 +278,36 @@ class TestRefused:
         none = found._replace(weights={}, raw_only=())
         self.refuse(none, tmp_path, make(), layout, ".*found none")
 
+    def test_two_averages_of_one_weight(self, found: Any, tmp_path: Path) -> None:
+        tree = of_lightning(None)
+        tree["state_dict"]["net.tied"] = tree["state_dict"]["net.0.weight"]
+        weights = {**found.weights, "tied": torch.zeros(4, 3)}
+        match = r"expected one average of net\.tied, found another under a second name"
+        self.refuse(found._replace(weights=weights), tmp_path, tree, "lightning", match)
+        weights["tied"] = weights["0.weight"].clone()
+        like, out = tmp_path / "last.ckpt", tmp_path / "out.ckpt"
+        checkpoint.write(out, found._replace(weights=weights), layout="lightning", like=like)
+        out.unlink()
+        weights = {**found.weights, "module.0.weight": torch.zeros(4, 3)}
+        match = r"expected one average of net\.0\.weight, found another"
+        self.refuse(
+            found._replace(weights=weights), tmp_path, of_lightning(None), "lightning", match
+        )
+
+    def test_places_without_tensors(self, found: Any, tmp_path: Path) -> None:
+        lightning, mmengine = of_lightning(names_of(net())), of_mmengine(names_of(net()))
+        lightning["averaging_state"]["n_averaged"] = 3
+        match = "expected a tensor where the average goes, found int"
+        self.refuse(found, tmp_path, lightning, "lightning", match)
+        del lightning["averaging_state"], mmengine["ema_state_dict"]["steps"]
+        match = "expected its averages, found KeyError"
+        self.refuse(found, tmp_path, lightning, "lightning", match)
+        self.refuse(found, tmp_path, mmengine, "mmengine", match)
+        callback = of_callback(of_params())
+        callback["emajit"]["shadow"]["net.0.bias"] = Path("a")
+        match = r".*found net\.0\.bias beside"
+        self.refuse(found, tmp_path, callback, "emajit-lightning", match)
+
     def test_a_step_that_is_not_known_stays(self, found: Any, tmp_path: Path) -> None:
         for layout, make in CASES.values():
             torch.save(tree := make(), tmp_path / "last.ckpt")
@@ -299,7 +329,7 @@ class TestRefused:
             (callback, "lightning", ".* which have the layout emajit-lightning"),
             (lightning, "emajit-lightning", ".* write the layout lightning, with which EMACallb"),
             (several, "emajit-lightning", "expected one average, found 2, which share"),
-            ({**LIGHTNING, "state_dict": 3}, "lightning", "expected its averages, found Attrib"),
+            ({**LIGHTNING, "state_dict": 3}, "lightning", "expected a state_dict, found int"),
         ):
             self.refuse(found, tmp_path, tree, layout, match)
         state = {**names_of(net()), "net._extra_state": Path("a")}

@@ -27,7 +27,6 @@ from emajit.checkpoint.patching import Archive, Changes, Held
 # Stems of weight files, and the suffixes of files to copy: no weights, no training state.
 _STEMS = "diffusion_pytorch_model", "adapter_model"  # of diffusers, and PEFT
 _TOLD = ".json", ".txt", ".model", ".md", ".jinja", ".py"
-
 _DEEPEST = 100  # attributes before a name
 
 
@@ -82,16 +81,18 @@ def write_copy(
         )
     archive = Archive(Path(like))
     try:
-        archive.write(path, _changes(averaged, writer.place(archive.tree)), tell)
+        try:
+            place = writer.place(archive.tree)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"expected its averages, found {error!r}") from None
+        archive.write(path, _changes(averaged, place), tell)
     except ValueError as error:
         raise ValueError(f"{writer.name}: {like}: {error}") from None
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{writer.name}: {like}: expected its averages, found {error!r}") from None
 
 
 def _changes(averaged: Averaged, place: Place) -> Changes:
-    trained = {name: v for name, v in place.trained.items() if isinstance(v, Held)}
-    averages = _placed(averaged, trained, place.averages)
+    there = None if place.averages is None else _held(place.averages)
+    averages = _placed(averaged, _held(place.trained), there)
     if place.averages is None and averaged.step is None:
         raise ValueError(
             "expected a checkpoint that tells its step, or a step to write, found none; pass "
@@ -100,8 +101,15 @@ def _changes(averaged: Averaged, place: Place) -> Changes:
     return place.put(averages, averaged.step)
 
 
+def _held(state: Any) -> dict[str, Held]:
+    if not isinstance(state, Mapping):
+        kind = type(state).__name__
+        raise ValueError(f"expected a state_dict, found {kind}")  # noqa: TRY004, it is a broken file
+    return {name: value for name, value in state.items() if isinstance(value, Held)}
+
+
 def _placed(
-    averaged: Averaged, trained: Mapping[str, Held], there: Mapping[str, Any] | None
+    averaged: Averaged, trained: Mapping[str, Held], there: Mapping[str, Held] | None
 ) -> dict[str, Tensor]:
     """The averages under the names of a trainer's weights, for each average that is `there`.
 
@@ -110,14 +118,17 @@ def _placed(
     """
     own = averages_of(averaged)
     name_of = _around([n for n, v in own.items() if not is_copied(n, v.dtype)], trained)
-    named = {name_of(name): value for name, value in own.items()}
-    first = {trained[name]: value for name, value in named.items() if name in trained}
+    named: dict[str, Tensor] = {}
+    first: dict[Held | str, Tensor] = {}  # of a weight, which may have several names
+    for name, value in ((name_of(each), value) for each, value in own.items()):
+        same = named.setdefault(name, value)
+        if not torch.equal(first.setdefault(trained.get(name, name), same), value):
+            raise ValueError(f"expected one average of {name}, found another under a second name")
     full = {name: first[held] for name, held in trained.items() if held in first}
     wanted = trained if there is None else there
     known = {*full, *map(name_of, averaged.weights)}
-    missing = [
-        name for name, held in (there or {}).items() if name not in known and _is_needed(name, held)
-    ]
+    needed = [name for name, held in (there or {}).items() if not is_copied(name, held.dtype)]
+    missing = [name for name in needed if name not in known]
     unknown = [n for n, v in named.items() if n not in wanted and not is_copied(n, v.dtype)]
     shapes = [
         f"{name} of shape {tuple(value.shape)} for {trained[name].shape}"
@@ -129,10 +140,6 @@ def _placed(
     if told or not kept:
         raise ValueError(f"expected averages of its weights, found {_paths.some(told) or 'none'}")
     return kept
-
-
-def _is_needed(name: str, held: Any) -> bool:
-    return isinstance(held, Held) and not is_copied(name, held.dtype)
 
 
 def _around(averages: Iterable[str], names: Collection[str]) -> Callable[[str], str]:

@@ -172,7 +172,11 @@ def _add(
             tell(memoryview(piece).nbytes)
 
 
-def _check_fits(held: Held, tensor: Tensor) -> None:
+def _check_fits(held: Any, tensor: Tensor) -> None:
+    if not isinstance(held, Held):
+        raise ValueError(  # noqa: TRY004, it is a broken file, not a wrong argument
+            f"expected a tensor where the average goes, found {type(held).__name__}"
+        )
     if held.shape != tuple(tensor.shape):
         raise ValueError(f"expected an average of shape {held.shape}, found {tuple(tensor.shape)}")
     files.cast("an average", tensor, held.dtype)

@@ -48,9 +48,10 @@ def _place(tree: Mapping[str, Any]) -> Place:
         raise ValueError(f"expected a checkpoint of mmengine, found {[*tree][:5]}")
     state, ema = tree["state_dict"], tree.get("ema_state_dict")
     if ema:
+        count = ema["steps"]
 
         def put(averages: dict[str, Tensor], step: int | None) -> Changes:
-            steps = [] if step is None else [(ema["steps"], torch.tensor(step))]
+            steps = [] if step is None else [(count, torch.tensor(step))]
             return Changes({}, [(state[name], v) for name, v in averages.items()] + steps)
 
         return Place(_names.below("module.", ema), state, put)

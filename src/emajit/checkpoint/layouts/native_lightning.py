@@ -47,11 +47,11 @@ def _place(tree: Mapping[str, Any]) -> Place:
         )
     state = tree["state_dict"]
     if "emajit" not in tree:
+        at = tree["global_step"]
 
         def add(averages: dict[str, Tensor], step: int | None) -> Changes:
             bare = _names.canonical_of(averages)
             shadow = {bare[name]: value for name, value in averages.items()}
-            at = tree["global_step"]
             return Changes({"emajit": {"shadow": shadow, "step": step, "averaged_at": at}})
 
         return Place(state, None, add)
