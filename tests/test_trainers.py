@@ -294,6 +294,13 @@ class TestRefused:
             found._replace(weights=weights), tmp_path, of_lightning(None), "lightning", match
         )
 
+    def test_averages_that_are_the_trained_weights(self, found: Any, tmp_path: Path) -> None:
+        """New averages would change the trained weights too."""
+        tree = of_lightning(names_of(net()))
+        tree["current_model_state"] = dict(tree["state_dict"])
+        match = "expected trained weights apart from the averages, found both in one"
+        self.refuse(found, tmp_path, tree, "lightning", match)
+
     def test_places_without_tensors(self, found: Any, tmp_path: Path) -> None:
         lightning, mmengine = of_lightning(names_of(net())), of_mmengine(names_of(net()))
         lightning["averaging_state"]["n_averaged"] = 3

@@ -92,13 +92,17 @@ def write_copy(
 
 def _changes(averaged: Averaged, place: Place) -> Changes:
     there = None if place.averages is None else _held(place.averages)
-    averages = _placed(averaged, _held(place.trained), there)
+    trained = _held(place.trained)
+    averages = _placed(averaged, trained, there)
     if place.averages is None and averaged.step is None:
         raise ValueError(
             "expected a checkpoint that tells its step, or a step to write, found none; pass "
             "step=, on the command line --step"
         )
-    return place.put(averages, averaged.step)
+    changes = place.put(averages, averaged.step)
+    if not {*trained.values()}.isdisjoint(held for held, _ in changes.numbers):
+        raise ValueError("expected trained weights apart from the averages, found both in one")
+    return changes
 
 
 def _held(state: Any) -> dict[str, Held]:
