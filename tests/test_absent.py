@@ -1,4 +1,4 @@
-"""Parameters that are not there: placeholders of ZeRO 3, and weights that accelerate offloads."""
+"""Parameters that are not there: placeholders of ZeRO 3, offloaded weights, lazy modules."""
 
 from __future__ import annotations
 
@@ -53,6 +53,17 @@ class TestZero3:
         ema = LitEma(model)
         ema(model)
         assert ema.named_averages()["weight"].shape == (2, 2)
+
+
+class TestLazy:
+    def test_no_averages_before_the_first_call(self) -> None:
+        model = nn.Sequential(nn.LazyLinear(3))
+        with pytest.raises(ValueError, match=r"^0.weight: .* lazy module; call the model once"):
+            LitEma(model)
+        with pytest.raises(ValueError, match=r"^params\['0.weight'\]: .* lazy module; call the"):
+            emajit.init(dict(model.named_parameters()))
+        model(torch.ones(1, 2))
+        assert LitEma(model).named_averages()["0.weight"].shape == (3, 2)
 
 
 class TestOffloaded:

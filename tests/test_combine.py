@@ -209,9 +209,12 @@ class TestPull:
             emajit.pull_(named, emajit.LitEma(model))
         with pytest.raises(TypeError, match=r"^params: expected a tensor or None, found Linear"):
             emajit.pull_(model, named)
-        for c in (-0.1, 1.5, math.nan, "1"):
+        for c in (-0.1, 1.5, math.nan):
             with pytest.raises(ValueError, match=r"c: expected a number in \[0, 1\]"):
-                emajit.pull_(named, named, c)  # type: ignore[arg-type]
+                emajit.pull_(named, named, c)
+        for no_number in ("1", True):
+            with pytest.raises(TypeError, match=r"c: expected a number in \[0, 1\]"):
+                emajit.pull_(named, named, no_number)  # type: ignore[arg-type]
 
     @pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 breaks the graph at autocast")
     def test_in_a_compiled_step(self) -> None:

@@ -1133,7 +1133,10 @@ class TestWritten:
         cases: list[tuple[dict[str, Any], str]] = [
             ({"layout": "litema"}, "litema: expected the trained weights beside the av"),
             ({"layout": "onnx"}, "layout: expected state_dict or litema or"),
-            ({"dtype": torch.int8}, "dtype: expected a floating-point dtype, found torch.int8"),
+            (
+                {"dtype": torch.int8},
+                "dtype: expected a floating-point dtype such as torch.float32, found torch.int8",
+            ),
         ]
         if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
             cases.append(({"dtype": torch.float8_e8m0fnu}, "dtype: expected a floating-point dt"))

@@ -1049,7 +1049,10 @@ def test_wrong_options() -> None:
         ({"every": 1.5}, "every: expected a number of steps, >= 1, found 1.5"),
         ({"decay": 1.5}, r"decay: expected a number in \[0, 1\], found 1.5"),
         ({"decay": float("nan")}, r"decay: expected a number in \[0, 1\], found nan"),
-        ({"dtype": "float32"}, "dtype: expected a floating-point dtype, found float32"),
+        (
+            {"dtype": "float32"},
+            "dtype: expected a floating-point dtype such as torch.float32, found 'float32'",
+        ),
         ({"buffers": "nope"}, "buffers: expected ignore or copy or average, found 'nope'"),
     ]
     for option, message in options:

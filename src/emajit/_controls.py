@@ -31,14 +31,14 @@ def float32(number: float) -> float:
 
 def check_first(updates: Any) -> None:
     """Raise ValueError unless `updates` is a number of updates."""
-    if not isinstance(updates, int) or not 0 <= updates < 2**31:
+    if not isinstance(updates, int) or isinstance(updates, bool) or not 0 <= updates < 2**31:
         raise ValueError(f"init_num_updates: expected a number of updates, found {updates!r}")
 
 
-def check_every(every: Any) -> None:
-    """Raise ValueError unless `every` is a number of steps."""
-    if not isinstance(every, int) or every < 1:
-        raise ValueError(f"every: expected a number of steps, >= 1, found {every!r}")
+def check_steps(name: str, steps: Any) -> None:
+    """Raise ValueError unless `steps` is a number of steps."""
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ValueError(f"{name}: expected a number of steps, >= 1, found {steps!r}")
 
 
 class HostNumber:

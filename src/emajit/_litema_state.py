@@ -40,7 +40,7 @@ class LitEmaState(Tracking):
         dtypes = sorted({str(average.dtype).removeprefix("torch.") for average in averages})
         warm_up = " after a warm-up" if count >= 0 and self.schedule is None else ""
         updates = f"updates={count}, " if count >= 0 else ""
-        held = f"averages={len(averages)} in {', '.join(dtypes)}"
+        held = f"averages={len(averages)}" + f" in {', '.join(dtypes)}" * bool(dtypes)
         return f"decay={self.schedule or decay}{warm_up}, {updates}{held}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LitEmaState:

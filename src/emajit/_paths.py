@@ -62,7 +62,7 @@ def check_leaves(which: str, tree: PyTree) -> None:
     for i, leaf in enumerate(pytree.tree_leaves(tree)):
         if not (leaf is None or isinstance(leaf, Tensor)):
             raise TypeError(_not_a_leaf(which, tree, i, leaf))
-        if hasattr(leaf, "ds_id"):
+        if _shards.is_absent(leaf):
             _shards.check_present(path(which, tree, i), leaf)
 
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from emajit import _torch
 
+_LAZY = nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer
+
 
 class Region(NamedTuple):
     """The indices of a shard in the row-major order of the whole: `first + sum(i * strides)`."""
@@ -107,9 +109,19 @@ def has_fsdp(model: nn.Module) -> bool:
     return module is not None and any(isinstance(m, module.FSDPModule) for m in model.modules())
 
 
+def is_absent(leaf: Any) -> bool:
+    """Whether a leaf has no values: of a lazy module, or a placeholder of DeepSpeed's ZeRO 3."""
+    return isinstance(leaf, _LAZY) or (hasattr(leaf, "ds_id") and leaf.numel() == 0)
+
+
 def check_present(name: str, leaf: Any) -> None:
-    """Raise ValueError for a placeholder of DeepSpeed's ZeRO 3, whose parameter lies elsewhere."""
-    if hasattr(leaf, "ds_id") and leaf.numel() == 0:
+    """Raise ValueError where `is_absent`."""
+    if isinstance(leaf, _LAZY):
+        raise ValueError(  # noqa: TRY004, a parameter all the same
+            f"{name}: expected a parameter with values, found one of a lazy module; call the "
+            "model once before"
+        )
+    if is_absent(leaf):
         raise ValueError(
             f"{name}: expected a parameter, found a placeholder of DeepSpeed ZeRO 3; call within "
             "deepspeed.zero.GatheredParameters(model.parameters()), or use ZeRO 2 or fully_shard"

@@ -251,7 +251,8 @@ def check_dtype(dtype: Any) -> None:
     """Raise ValueError unless `dtype` is None or a real floating-point dtype."""
     is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
     if not (dtype is None or is_float) or dtype in _torch.FLOATS_WITHOUT_ARITHMETIC:
-        raise ValueError(f"dtype: expected a floating-point dtype, found {dtype}")
+        expected = "a floating-point dtype such as torch.float32"
+        raise ValueError(f"dtype: expected {expected}, found {dtype!r}")
 
 
 def copy(params: PyTree, dtype: torch.dtype | None) -> PyTree:

@@ -40,7 +40,7 @@ def pull_(params: Tree, shadow: Any, c: float = 1.0) -> Tree:
     Raises, before anything is written:
         ValueError: `c` is not in [0, 1]; structure, shape or device differ; a parameter overlaps
             the memory of another leaf; a floating-point parameter has an integer for its average.
-        TypeError: a leaf is neither a tensor nor None.
+        TypeError: a leaf is neither a tensor nor None, or `c` is no number.
         RuntimeError: a parameter is inside an `ema_scope`, where it holds an average.
 
     >>> params = {"w": torch.tensor([1.0], requires_grad=True)}
@@ -49,7 +49,9 @@ def pull_(params: Tree, shadow: Any, c: float = 1.0) -> Tree:
     >>> params
     {'w': tensor([0.7500], requires_grad=True)}
     """
-    if not isinstance(c, (int, float)) or not 0 <= c <= 1:
+    if not isinstance(c, (int, float)) or isinstance(c, bool):
+        raise TypeError(f"c: expected a number in [0, 1], found {c!r}")
+    if not 0 <= c <= 1:
         raise ValueError(f"c: expected a number in [0, 1], found {c!r}")
     leaves, spec = pytree.tree_flatten(params)
     scope.check_outside(leaf for leaf in leaves if isinstance(leaf, Tensor))

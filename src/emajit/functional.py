@@ -269,7 +269,7 @@ def _alpha(decay: Decay | Schedule, step: Step) -> float | Tensor:
         if beta.device.type != "cpu" or torch.compiler.is_compiling() or _torch.in_transform():
             return 1.0 - beta.detach().to(_devices.widest(beta.device))
         beta = float(beta.detach())  # in host memory, so nothing waits for it
-    if not isinstance(beta, _NUMBERS):
+    if not isinstance(beta, _NUMBERS) or isinstance(beta, bool):
         found = getattr(beta, "__qualname__", type(beta).__qualname__)
         raise TypeError(f"decay: expected a number, a 0-d tensor or a schedule, found {found}")
     if not 0.0 <= beta <= 1.0:
@@ -285,8 +285,8 @@ def checked_step(step: Step) -> Step:
             found = f"shape {tuple(step.shape)} and {step.dtype}"
             raise ValueError(f"step: expected an int or a 0-d integer tensor, found {found}")
         return step
-    if not isinstance(step, (int, torch.SymInt)):
-        if not hasattr(step, "__index__"):
+    if not isinstance(step, (int, torch.SymInt)) or isinstance(step, bool):
+        if not hasattr(step, "__index__") or isinstance(step, bool):
             raise TypeError(f"step: expected an int or a 0-d integer tensor, found {step!r}")
         step = operator.index(step)
     if step < 0:

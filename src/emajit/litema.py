@@ -92,7 +92,7 @@ class LitEma(LitEmaState):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a module, found {type(model).__qualname__}")
         _choose.check_options(rounding=rounding, nonfinite=nonfinite, backend=backend)
-        _controls.check_every(every)
+        _controls.check_steps("every", every)
         _controls.check_first(init_num_updates)
         warms_up = use_num_upates if use_num_updates is None else use_num_updates
         counts = warms_up or callable(decay)

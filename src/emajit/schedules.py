@@ -138,6 +138,8 @@ def _factory(function: Callable[P, Schedule]) -> Callable[P, Schedule]:
     @functools.wraps(function)
     def made(*args: P.args, **kwargs: P.kwargs) -> Schedule:
         try:
+            if any(isinstance(value, bool) for value in (*args, *kwargs.values())):
+                raise TypeError  # noqa: TRY301, a bool is no number here
             schedule: Any = function(*args, **kwargs)
         except TypeError:
             given = inspect.signature(function).bind(*args, **kwargs)  # raises for missing ones

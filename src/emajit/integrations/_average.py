@@ -60,7 +60,7 @@ def checked(
         _check_pull(pull)
     _tree.check_dtype(dtype)
     _module.check_policy(buffers)
-    _controls.check_every(every)
+    _controls.check_steps("every", every)
     _choose.check_options(rounding=rounding, nonfinite=nonfinite, backend=backend)
     return {
         "decay": _schedules(decay),
@@ -79,10 +79,9 @@ def _check_pull(pull: Any) -> None:
     if not (isinstance(pull, tuple) and len(pull) == 2):
         raise TypeError(f"pull: expected (share, steps), found {pull!r}")
     share, steps = pull
-    if not (isinstance(share, float | int) and 0.0 < share <= 1.0):
+    if not isinstance(share, float | int) or isinstance(share, bool) or not 0.0 < share <= 1.0:
         raise ValueError(f"pull: expected a share in (0, 1], found {share!r}")
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"pull: expected a number of steps, >= 1, found {steps!r}")
+    _controls.check_steps("pull", steps)
 
 
 def _schedules(decay: Any) -> Any:
