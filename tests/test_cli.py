@@ -221,6 +221,16 @@ class TestReconstruct:
             "\n", " "
         )
 
+    @pytest.mark.parametrize("words", ["--sigma-rel 0.08 0.09 {}", "--sigma-rel 0.08,0.09 {}"])
+    def test_the_folder_may_come_last(
+        self, run: Path, words: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out = run.parent / "new"
+        arguments = words.format(run).split()
+        assert emajit(monkeypatch, "reconstruct", *arguments, "-o", str(out)) == 0
+        files_there = {path.name for path in out.iterdir()}
+        assert files_there == {"sigma-0.08.safetensors", "sigma-0.09.safetensors"}
+
     @pytest.mark.parametrize(
         ("arguments", "line"),
         [
@@ -231,7 +241,9 @@ class TestReconstruct:
             ),
             (["broken", "--sigma-rel", "0.1", "-o", "x"], "expected a whole safetensors file"),
             (["run", "--sigma-rel", "0.5", "-o", "x"], "sigma_rel: expected 0 < sigma_rel"),
-            (["run", "--sigma-rel", "much", "-o", "x"], "'--sigma-rel'"),
+            (["run", "--sigma-rel", "much", "-o", "x"], "expected one folder of snapshots beside"),
+            (["--sigma-rel", "0.1", "-o", "x"], "SNAPSHOT_DIR"),
+            (["run", "--sigma-rel", "0.1", "-o", "x.pt"], "x.pt: expected a name for safetensors"),
             (["run", "--sigma-rel", "0.1", "0.1", "-o", "x"], "expected different lengths"),
             (
                 ["run", "--sigma-rel", "0.1", "-o", "run/0000000005-0.1.safetensors"],

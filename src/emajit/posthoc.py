@@ -92,7 +92,7 @@ from typing import Any, NamedTuple, TypeGuard, overload
 import torch
 from torch import Tensor, nn
 
-from emajit import _devices, _paths, _tree, _warn, checkpoint
+from emajit import _controls, _devices, _paths, _tree, _warn, checkpoint
 from emajit.checkpoint import files
 from emajit.checkpoint.averaged import Averaged, not_means
 from emajit.checkpoint.saved import Saved, count, opened
@@ -152,9 +152,8 @@ class PostHoc:
         if not isinstance(self.folder, str | os.PathLike):
             raise TypeError(f"folder: expected a path, found {type(self.folder).__qualname__}")
         keep = 1 if self.keep is None else self.keep
-        for name, number in (("every", self.every), ("keep", keep)):
-            if not isinstance(number, int) or number < 1:
-                raise ValueError(f"{name}: expected a number of steps, >= 1, found {number!r}")
+        _controls.check_steps("every", self.every)
+        _controls.check_steps("keep", keep)
         lengths, several = _listed(self.sigma_rel)
         if not several or len({f"{length:.6g}" for length in lengths}) < max(len(lengths), 1):
             raise ValueError(f"sigma_rel: expected different lengths, found {self.sigma_rel!r}")
@@ -526,19 +525,22 @@ def plan(
     first, last = min(snapshots).step, max(snapshots).step
     end = last if step is None else count(step)
     if not first <= end <= last:
-        raise ValueError(f"step: expected one from {first} to {last}, as snapshots, found {end}")
+        expected = f"one from {first} to {last}, the first and the last step of the snapshots"
+        raise ValueError(f"step: expected {expected}, found {end}")
     chosen = sorted(snapshot for snapshot in snapshots if snapshot.step <= end)
     for one, other in pairwise(chosen):
         if one[:2] == other[:2]:
             raise ValueError(f"{other.path}: expected one snapshot of each, found {one.path} too")
     _warn_of_gaps(chosen)
     _warn_of_two_runs(chosen)
+    before, after = chosen[-1].step, min(s.step for s in snapshots if s.step >= end)
+    gap = "" if before == end else f"; step {end} was not saved, but {before} and {after} were"
     unit = _unit(chosen[-1])
     steps, gammas, _ = zip(*chosen, strict=True)
     solutions = []
     for sigma_rel in sigma_rels:
         solution = solve_coefficients(steps, gammas, end, sigma_rel_to_gamma(sigma_rel))
-        _warn_of_errors(sigma_rel, chosen, solution, unit)
+        _warn_of_errors(sigma_rel, chosen, solution, unit, gap)
         solutions.append(solution)
     return chosen, solutions
 
@@ -567,7 +569,7 @@ def _warn_of_two_runs(chosen: Sequence[Snapshot]) -> None:
 
 
 def _warn_of_errors(
-    sigma_rel: float, chosen: Sequence[Snapshot], solution: Solution, unit: float
+    sigma_rel: float, chosen: Sequence[Snapshot], solution: Solution, unit: float, gap: str
 ) -> None:
     gammas = [snapshot.gamma for snapshot in chosen]
     outside = not min(gammas) * 0.9999 <= sigma_rel_to_gamma(sigma_rel) <= max(gammas) * 1.0001
@@ -577,7 +579,7 @@ def _warn_of_errors(
         where = f"outside of {span}, the saved lengths" if outside else f"within {span}"
         message = (
             f"sigma_rel {sigma_rel:g} is {where}: the expected error is {solution.error:.2g} of "
-            f"the profile, and {rounding:.2g} of each weight from the rounding of the files"
+            f"the profile, and {rounding:.2g} of each weight from the rounding of the files{gap}"
         )
         _warn.warn(message)
 

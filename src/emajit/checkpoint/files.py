@@ -269,7 +269,10 @@ def opened(path: Path) -> Iterator[Any]:
     except (SafetensorError, OSError) as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise
-        raise ValueError(f"{path}: expected a whole safetensors file, found {error}") from None
+        found = f"{error}"
+        if not is_safetensors(path) and start_of_torch(path):
+            found = "a file of torch.save, which emajit.checkpoint.read reads"
+        raise ValueError(f"{path}: expected a whole safetensors file, found {found}") from None
     with file:
         yield file
 
@@ -305,6 +308,13 @@ def opened_to_read(path: Path) -> BinaryIO:
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise OSError(errno.EINVAL, "expected a regular file to read", str(path))
     return path.open("rb")
+
+
+def start_of_torch(path: Path) -> bytes:
+    """The first bytes of a file of `torch.save`, a zip or (before 1.6) a pickle; else none."""
+    with opened_to_read(path) as file:
+        start = file.read(2)
+    return start if start == b"PK" or start[:1] == b"\x80" else b""
 
 
 def is_safetensors(path: Path) -> bool:

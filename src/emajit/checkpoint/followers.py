@@ -41,7 +41,8 @@ def followers(state: Mapping[str, Tensor]) -> list[Follower]:
             if marks.trained_names(key) or "ema" in marks.words(key):
                 module = ".".join(keys[: i + 1])
                 rest = short.removeprefix(_names.canonical(f"{module}."))
-                marked.setdefault(module, {})[rest] = state[name]
+                if rest not in marks.CONTROLS or state[name].ndim:
+                    marked.setdefault(module, {})[rest] = state[name]
     found: list[Follower] = []
     for module, averages in marked.items():
         if any(module.startswith(f"{each.module}.") for each in found):

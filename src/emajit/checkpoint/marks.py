@@ -13,6 +13,8 @@ _ROLES = {
     **dict.fromkeys(["online", "student"], "trained"),
     **dict.fromkeys(["backup", "collected"], "aside"),  # trained weights in a state of averages
 }
+# Scalars of a module that keeps an average.
+CONTROLS = {"decay", "initted", "n_averaged", "num_updates", "step", "steps", "updates"}
 _NEITHER = {"opt", "optim", "optimizer", "optimizers", "optims", "scaler", "sched", "scheduler"}
 _NEITHER |= {"exp", "grad", "gradient", "gradients", "grads", "sq"}  # as in Adam's `exp_avg`
 # Before a word for an average: "model_non_ema" holds the trained weights.

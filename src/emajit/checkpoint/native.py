@@ -6,6 +6,7 @@ The file is in safetensors; a shadow of DTensors goes into a folder of
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from emajit import _alias, _names, _paths, _shards, _tree, offload
 from emajit._torch import pytree
 from emajit.checkpoint import files
 from emajit.checkpoint.saved import KEY, SHADOW, Record, count, opened
+from emajit.checkpoint.sources import OF_TORCH
 
 Tree = TypeVar("Tree")
 
@@ -36,7 +38,8 @@ def save(
     process may leave a `.part` file beside it.
 
     Args:
-        path: the file, usually `.safetensors`, in a folder that exists.
+        path: the file, usually `.safetensors`, in a folder that exists; its name must not end as
+            those of `torch.save`: `.pt`, `.pth`, `.ckpt`, `.bin`.
         shadow: a pytree of tensors or None, as in `emajit.update`, or a list of several. The name
             of a leaf in the file is its path in the tree, joined by dots: `{"encoder": [w]}` gives
             `encoder.0`. Tied leaves are written once.
@@ -48,12 +51,13 @@ def save(
         ValueError: two leaves have the same name; a node of the tree has no names for its children;
             a tensor is not dense (sparse, on meta) or is a DTensor (see `save_sharded`);
             safetensors lacks a dtype (complex32, complex128); `dtype` is not floating-point; the
-            step is negative; a key of `metadata` is taken.
+            step is negative; a key of `metadata` is taken; `path` has a name for `torch.save`.
         TypeError: a leaf is neither a tensor nor None, the step is no integer, or `metadata` is no
             dict of strings.
         OSError: the file cannot be written.
     """
     taken = count(step)
+    check_name(Path(path))
     _tree.check_dtype(dtype)
     if not isinstance(metadata, Mapping | None):
         raise TypeError(f"metadata: expected a dict, found {type(metadata).__qualname__}")
@@ -103,6 +107,9 @@ def load(path: str | os.PathLike[str], like: Tree) -> tuple[Tree, int]:
     ({'w': tensor([1., 2.])}, 3)
     """
     path = Path(path)
+    if path.is_dir():
+        told = "expected a file, found a folder, which load_sharded or emajit.checkpoint.read reads"
+        raise IsADirectoryError(errno.EISDIR, told, str(path))
     wanted = _named("like", like)
     with opened(path) as saved:
         _check_names(path, {*saved.names()}, wanted)
@@ -124,6 +131,16 @@ def load(path: str | os.PathLike[str], like: Tree) -> tuple[Tree, int]:
             else:
                 raise ValueError(f"{path}: expected {name!r} tied to {same!r} as in like")
     return _rebuilt(like, loaded.values()), saved.record.step
+
+
+def check_name(path: Path) -> None:
+    """Raise ValueError where the name of a file in safetensors says that `torch.save` wrote it."""
+    if path.suffix in OF_TORCH:
+        proper = path.with_suffix(".safetensors").name
+        raise ValueError(
+            f"{path}: expected a name for safetensors, such as {proper}, found {path.suffix}, a "
+            "name for torch.save"
+        )
 
 
 def save_sharded(path: str | os.PathLike[str], shadow: Any, step: int | Tensor) -> None:

@@ -58,10 +58,9 @@ def load_torch(path: Path) -> Any:
     the hyperparameters of a training script, or a whole module. The format of torch before 1.6
     allows no other objects. Raises ValueError, with the path, for a broken file.
     """
-    with files.opened_to_read(path) as file:
-        start = file.read(2)
+    start = files.start_of_torch(path)
     zipped = start == b"PK"
-    if not (zipped or start[:1] == b"\x80"):
+    if not start:
         raise ValueError(f"{path}: expected a file of safetensors or torch.save, found another")
     try:
         scan = archives.scan(path) if zipped else archives.Scan(is_stored=False, names=set())

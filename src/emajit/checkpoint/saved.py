@@ -51,6 +51,8 @@ def _checksum_of(forms: Mapping[str, files.Form]) -> int:
 def count(step: Any) -> int:
     """The number of updates as an int; TypeError and ValueError name the step."""
     try:
+        if isinstance(step, bool) or getattr(step, "dtype", None) is torch.bool:
+            raise TypeError  # noqa: TRY301, as for any other type
         number = operator.index(step)
     except (TypeError, RuntimeError):
         raise TypeError(f"step: expected an int or a 0-d integer tensor, found {step!r}") from None
@@ -69,8 +71,8 @@ class Saved:
         header = file.metadata() or {}
         if KEY not in header:
             raise ValueError(
-                f"{path}: expected a file of emajit.checkpoint.save, found one of another program, "
-                "which emajit.checkpoint.read may know"
+                f"{path}: expected a file of emajit.checkpoint.save, found one of another program; "
+                "try emajit.checkpoint.read"
             )
         ours = header[KEY]
         own = {key: v for key, v in header.items() if key not in ("format", KEY)}

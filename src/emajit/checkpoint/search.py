@@ -20,9 +20,9 @@ from emajit.checkpoint.averaged import Reading, step_of
 from emajit.checkpoint.layouts import LAYOUTS
 from emajit.checkpoint.layouts.diffusers import options_in
 
-_CONTROLS = {"decay", "initted", "n_averaged", "num_updates", "step", "steps", "updates"}
 _STEPS = "num_updates", "updates", "optimization_step", "steps", "step"
 _STEPS_OF_RUN = "global_step", "global_steps", "batch_idx_train", "step", "iteration"
+_DECAYS = "ema_decay", "ema.decay", "decay"
 _DEEPEST = 100
 _MAPPINGS = dict, Mapping  # most are dicts, which is quicker to tell
 _CONTAINERS = dict, list, tuple, Mapping
@@ -189,7 +189,33 @@ def averages(walked: Sequence[Container], held: Sequence[Part]) -> list[Found]:
         if 2 * sum(id(value) in used for value in weights) <= len(weights):
             known = places.values()
             found += [each for each in _marked(part) if not any(map(each.is_copy_of, known))]
-    return _widest(found)
+    found = _widest(found)
+    # With several averages, the number may be of any of them.
+    return [_with_decay(each, walked) for each in found] if len(main(found)) == 1 else found
+
+
+def _with_decay(found: Found, walked: Sequence[Container]) -> Found:
+    """The average with the decay that a mapping above it has, if there is one value only."""
+    reading = found.reading
+    if reading.decay is not None or reading.sigma_rel is not None:
+        return found
+    held: set[float | None] = set()
+    for each in walked:
+        place = ".".join([*each.path, ""])
+        if isinstance(each.value, Mapping) and f"{found.path}.".startswith(place):
+            own = f"{found.path.removeprefix(place)}.decay"  # of a module in a state
+            held |= {_decay_in(each.value.get(key)) for key in (*_DECAYS, own)}
+    held -= {None}
+    return found._replace(reading=reading._replace(decay=held.pop())) if len(held) == 1 else found
+
+
+def _decay_in(value: Any) -> float | None:
+    """A decay between 0 and 1, or None; in 16 bits 0.9999 would be 1."""
+    if not _is_number(value, float) or not 0 <= value <= 1:
+        return None
+    if isinstance(value, Tensor) and value.dtype.itemsize < 4:
+        return None
+    return _controls.decimal(float(value)) if isinstance(value, Tensor) else float(value)
 
 
 def main(found: Sequence[Found]) -> list[Found]:
@@ -243,7 +269,9 @@ def _marked(part: Part) -> list[Found]:
         step, decay = told(part)
         tensors = part.tensors
         if isinstance(tensors, dict):
-            tensors = {name: v for name, v in tensors.items() if name not in _CONTROLS or v.ndim}
+            tensors = {
+                name: v for name, v in tensors.items() if name not in marks.CONTROLS or v.ndim
+            }
         reading = Reading(f"state at {part.name}", tensors, step, decay, options=options(part))
         return [Found(reading, part.name, f"its path says {word!r}")]
     found = []
@@ -269,10 +297,8 @@ def told(part: Part) -> tuple[int | None, float | None]:
     steps = [each.get(key) for each in own for key in _STEPS]
     steps += [each.get(key) for each in mappings for key in _STEPS_OF_RUN]
     step = next((step for step in steps if _is_number(step, int)), None)
-    decay = next((d for each in own if _is_number(d := each.get("decay"), float)), None)
-    if isinstance(decay, Tensor):
-        decay = _controls.decimal(float(decay))
-    return step_of(step), None if decay is None else float(decay)
+    decays = [_decay_in(each.get("decay")) for each in own]
+    return step_of(step), next((decay for decay in decays if decay is not None), None)
 
 
 def options(part: Part) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def _checked(
         )
     _tree.check_dtype(dtype)
     if decay is not None:
-        if not 0 <= decay <= 1:
+        if isinstance(decay, bool) or not 0 <= decay <= 1:
             raise ValueError(f"decay: expected a number in [0, 1], found {decay}")
         averaged = averaged._replace(decay=float(decay))
     if step is not None:

@@ -240,7 +240,7 @@ def _sample(tensor: Tensor) -> Tensor:
 
 def _shown(modules: Mapping[str, float | None]) -> Table:
     table = Table(title="Distance of the averages from the trained weights", min_width=56)
-    table.caption = f"relative to their norm; of a larger tensor, the first {_SAMPLED:,} numbers"
+    table.caption = "relative to the norm of the trained weights; an estimate for large tensors"
     table.add_column("module")
     table.add_column("distance", justify="right")
     for name, distance in modules.items():

@@ -37,7 +37,7 @@ try:
         Step,
         examples,
     )
-    from emajit.cli.reconstruct import reconstruct_averages
+    from emajit.cli.reconstruct import reconstruct_averages, split
 except ModuleNotFoundError as error:
     message = f"emajit: the command needs {error.name}; pip install rich safetensors typer"
     raise SystemExit(message) from None
@@ -108,23 +108,23 @@ def demo(
 )
 def reconstruct(
     folder: Annotated[
-        Path,
+        str,
         typer.Argument(
             metavar="SNAPSHOT_DIR", help="Folder of snapshots, written by posthoc.save."
         ),
     ],
     sigma_rel: Annotated[
-        list[float],
+        list[str],
         typer.Option(
-            metavar="LENGTH",
-            help="The wanted length, relative to the run. Before several, give SNAPSHOT_DIR.",
+            metavar="LENGTH...",
+            help="The wanted length, relative to the run; or several, each to a file of its own.",
         ),
     ],
     out: Annotated[
         Path,
         typer.Option("--out", "-o", help="The file to write, or for several lengths the folder."),
     ],
-    more: Annotated[list[float] | None, typer.Argument(metavar="SIGMA_REL", hidden=True)] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="LENGTH", hidden=True)] = None,
     step: Annotated[
         int | None,
         typer.Option(help="End the average at this step.", show_default="the last snapshot's"),
@@ -144,8 +144,8 @@ def reconstruct(
     The length is the standard deviation of the average's profile over time, divided by the run.
     """
     with _errors_in_one_line():
-        lengths = [*sigma_rel, *(more or [])]
-        reconstruct_averages(folder, lengths, out, step, dtype, plot, Console())
+        source, lengths = split([*sigma_rel, folder, *(more or [])])
+        reconstruct_averages(source, lengths, out, step, dtype, plot, Console())
 
 
 @app.command(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -13,8 +14,29 @@ from rich.progress import Progress
 from rich.table import Table
 
 from emajit import checkpoint, posthoc
-from emajit.checkpoint import files
+from emajit.checkpoint import files, native
 from emajit.checkpoint.saved import opened
+
+
+def split(words: Iterable[str]) -> tuple[Path, list[float]]:
+    """The folder and the lengths among the words of a command, in any order.
+
+    Lengths may also be joined by commas. Raises ValueError where there is not one folder.
+
+    >>> split(["0.06,0.07", "snapshots", "0.08"])[1]
+    [0.06, 0.07, 0.08]
+    """
+    lengths: list[float] = []
+    others: list[str] = []
+    for word in words:
+        try:
+            lengths += map(float, word.split(","))
+        except ValueError:
+            others.append(word)
+    if len(others) != 1:
+        found = ", ".join(map(repr, others)) or "none"
+        raise ValueError(f"expected one folder of snapshots beside the lengths, found {found}")
+    return Path(others[0]), lengths
 
 
 def reconstruct_averages(
@@ -91,6 +113,7 @@ def _paths(out: Path, sigma_rels: list[float]) -> list[Path]:
         found = f"{folder}: {error.strerror}"
         raise ValueError(f"--out: expected a folder to write into, found {found}") from None
     if one:
+        native.check_name(out)
         return [out]
     return [out / _name(sigma_rel) for sigma_rel in sigma_rels]
 
