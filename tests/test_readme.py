@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -59,3 +60,15 @@ def test_promises_are_held_by_tests_that_exist() -> None:
             else:
                 test = file
             assert not test or f"def {test}(" in source, name
+
+
+def test_the_package_page_has_no_dead_link() -> None:
+    hook = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["metadata"]
+    page = README
+    for each in hook["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        page = re.sub(each["pattern"], each["replacement"], page)
+    assert "](" not in page
+    assert "| `averaged_module` |" in page
+    assert blocks("python") == re.findall(
+        r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL
+    )
