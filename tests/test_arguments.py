@@ -129,6 +129,14 @@ class TestFiles:
         with pytest.raises(IsADirectoryError, match="found a folder, which load_sharded or"):
             checkpoint.load(tmp_path, like=tree())
 
+    def test_no_weights_at_a_key(self, tmp_path: Path) -> None:
+        path = tmp_path / "run.pt"
+        torch.save({"model": {"w": torch.ones(2)}, "ema": {"w": torch.zeros(2)}}, path)
+        with pytest.raises(ValueError, match=r"key=PATH, on the command line --key PATH"):
+            checkpoint.read(path, key="nowhere")
+        with pytest.raises(ValueError, match=r"raw_key=PATH, on the command line --raw-key PATH"):
+            checkpoint.read(path, raw_key="nowhere")
+
 
 class TestDecay:
     """`read` takes the decay of the one average from wherever a script writes it."""

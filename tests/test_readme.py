@@ -69,6 +69,4 @@ def test_the_package_page_has_no_dead_link() -> None:
         page = re.sub(each["pattern"], each["replacement"], page)
     assert "](" not in page
     assert "| `averaged_module` |" in page
-    assert blocks("python") == re.findall(
-        r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL
-    )
+    assert all(block in page for block in blocks("python"))

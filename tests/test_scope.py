@@ -212,6 +212,11 @@ def test_model_made_in_inference_mode() -> None:
         (small(), [torch.ones(1)], "shadow: expected a mapping of names to averages, found list"),
         (
             small(),
+            emajit.LitEma(small()),
+            r"found LitEma; pass a dict .* as its named_averages\(\)",
+        ),
+        (
+            small(),
             {"0.weight": 1.0},
             "expected names and averages or None, found '0.weight': float",
         ),

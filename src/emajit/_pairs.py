@@ -70,7 +70,7 @@ def _flat(shadow: object) -> dict[str, Tensor | None]:
     """The averages by full names: the keys of nested mappings joined with dots."""
     if not isinstance(shadow, Mapping):
         found = type(shadow).__qualname__
-        hint = "; a LitEma has a scope of its own" if isinstance(shadow, nn.Module) else ""
+        hint = f"; {_paths.of_averages(shadow)}" if isinstance(shadow, nn.Module) else ""
         raise TypeError(f"shadow: expected a mapping of names to averages, found {found}{hint}")
     flat: dict[str, Tensor | None] = {}
     nested: dict[str, Tensor | None] = {}

@@ -71,12 +71,14 @@ def _not_a_leaf(which: str, tree: PyTree, index: int, leaf: object) -> str:
         f"{path(which, tree, index)}: expected a tensor or None, found {type(leaf).__qualname__}"
     )
     if isinstance(leaf, torch.nn.Module | Iterator):
-        tensors = "named_averages" if hasattr(leaf, "named_averages") else "state_dict"
-        hint = (
-            _hint(leaf) if which == "params" else f"pass a dict of tensors, such as its {tensors}()"
-        )
-        return f"{found}; {hint}"
+        return f"{found}; {_hint(leaf) if which == 'params' else of_averages(leaf)}"
     return found
+
+
+def of_averages(module: object) -> str:
+    """What to pass in place of a module that has averages."""
+    tensors = "named_averages" if hasattr(module, "named_averages") else "state_dict"
+    return f"pass a dict of tensors, such as its {tensors}()"
 
 
 def _hint(params: object) -> str:

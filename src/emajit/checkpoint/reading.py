@@ -232,7 +232,7 @@ def _chosen(
         raise NotOneError(not_one(searched))
     beside = others(held, [*found, *chosen])
     if raw_key is not None:
-        raw = tensors_at(searched, raw_key)
+        raw = tensors_at(searched, raw_key, option="raw_key")
         beside = [Part((raw_key,), raw, (tree, search.at(tree, raw_key)))]
     averaged = [partners.named(each, beside, given, alone=key is not None) for each in chosen]
     used: set[int] = set()
@@ -255,17 +255,17 @@ def average_at(searched: Searched, key: str) -> Found:
 
 
 def tensors_at(
-    searched: Searched, key: str, others: str = "none"
+    searched: Searched, key: str, others: str = "none", option: str = "key"
 ) -> dict[str, Tensor] | list[Tensor]:
     """The tensors at a key; NotOneError where there are none."""
     try:
         value = search.at(searched.tree, key)
     except ValueError as error:
-        raise NotOneError("\n".join([str(error), *_table(searched)])) from None
+        raise NotOneError("\n".join([str(error), *_table(searched, option)])) from None
     tensors: Any = tensors_of(value) if isinstance(value, Mapping) else list(value)
     if not tensors or not all(isinstance(each, Tensor) for each in search.listed(tensors)):
         line = f"{key!r}: expected tensors there, found {others}"
-        raise NotOneError("\n".join([line, *_table(searched)]))
+        raise NotOneError("\n".join([line, *_table(searched, option)]))
     return tensors  # type: ignore[no-any-return]
 
 
@@ -303,8 +303,8 @@ def not_one(searched: Searched) -> str:
     return "\n".join(lines + _table(searched))
 
 
-def _table(searched: Searched) -> list[str]:
-    """The lines of a table of the candidates."""
+def _table(searched: Searched, option: str = "key") -> list[str]:
+    """The lines of a table of the candidates, among which an option chooses."""
     rows, lines = _candidates(searched), []
     for path, tensors, why in rows[:_SHOWN]:
         sizes = f"{len(tensors):,} tensors, {sum(v.numel() for v in tensors):,} numbers"
@@ -313,7 +313,8 @@ def _table(searched: Searched) -> list[str]:
     if len(rows) > _SHOWN:
         lines.append(f"  and {len(rows) - _SHOWN:,} more")
     if rows:
-        lines.append("choose one with key=PATH, on the command line --key PATH")
+        in_command = option.replace("_", "-")
+        lines.append(f"choose one with {option}=PATH, on the command line --{in_command} PATH")
     return lines
 
 

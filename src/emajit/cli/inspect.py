@@ -105,7 +105,7 @@ def nbytes(tensor: Tensor) -> int:
 
 def _table(path: Path, rows: list[Candidate]) -> Table:
     table = Table(title=f"Weights in {escape(str(path))}")
-    for column in ("key", "tensors", "numbers", "MiB", "dtype", "read as an average, since"):
+    for column in ("key", "tensors", "numbers", "MiB", "dtype", "read as an average because"):
         is_number = column in ("tensors", "numbers", "MiB")
         table.add_column(column, justify="right" if is_number else "left", overflow="fold")
     for key, tensors, why in rows:
@@ -121,7 +121,7 @@ def _summary(path: Path, found: Averaged) -> Table:
     summary = Table(title=f"The average in {escape(str(path))}", show_header=False)
     summary.add_row("layout", escape(found.layout))
     summary.add_row("read from", escape(found.path) or "(the file)")
-    summary.add_row("since", escape(found.why))
+    summary.add_row("because", escape(found.why))
     if found.raw_path:
         summary.add_row("trained weights at", escape(found.raw_path))
     summary.add_row("step", "unknown" if found.step is None else f"{found.step:,}")

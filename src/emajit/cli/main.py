@@ -108,7 +108,7 @@ def demo(
 )
 def reconstruct(
     folder: Annotated[
-        str,
+        Path,
         typer.Argument(
             metavar="SNAPSHOT_DIR", help="Folder of snapshots, written by posthoc.save."
         ),
@@ -144,7 +144,7 @@ def reconstruct(
     The length is the standard deviation of the average's profile over time, divided by the run.
     """
     with _errors_in_one_line():
-        source, lengths = split([*sigma_rel, folder, *(more or [])])
+        source, lengths = split([*sigma_rel, str(folder), *(more or [])])
         reconstruct_averages(source, lengths, out, step, dtype, plot, Console())
 
 
@@ -201,6 +201,7 @@ def extract(
         "emajit convert model.ckpt -o swa.pt --layout averaged-model",
         "emajit convert timm.pth -o ldm.ckpt --layout litema --decay 0.9999",
         "emajit convert model.pt -o next.ckpt --layout lightning --like last.ckpt",
+        "emajit convert run-20 -o back --layout diffusers-ema --like run-20/unet",
     )
 )
 def convert(
@@ -359,7 +360,8 @@ def main() -> int:
         if not hasattr(error, "format_message"):
             raise
         line = error.format_message()
-        line = line if isinstance(error, _Failure) else " ".join(line.split())
+        if not isinstance(error, _Failure):  # of typer
+            line = " ".join(line.replace("Value error, ", "").split())
         if line:  # empty after a call without a command, which shows the help
             console = Console(stderr=True)
             console.print(f"emajit: {line}", markup=False, highlight=False, soft_wrap=True)
