@@ -35,7 +35,7 @@ on 2 cores of a CPU).
   two separate steps; `FusedOptimizer` lists them.
 - A change of any option but the learning rate compiles again. `OneCycleLR` changes the momentum at
   each step: pass `cycle_momentum=False`.
-- A `emajit.LitEma` with `every` above 1 is refused.
+- An `emajit.LitEma` with `every` above 1 is refused.
 - A compiled Adam rounds its bias corrections otherwise: a relative error of up to 6e-5.
 """
 

@@ -470,6 +470,6 @@ Most of it silently.
 | the stored copy stays in memory, and its autograd history with it | released, detached; `ema_scope` needs no copy |
 | freezing or unfreezing a parameter later crashes without its name | still averages a frozen one; `track(model)` adds new ones, also of added adapters, layers and rows |
 | `reset_num_updates` turns on a warm-up that was off | leaves it off |
-| a model without parameters yet is accepted, and fails at the first step | an error at once |
+| a lazy module, which has no parameters before its first call, is accepted, and fails at the first step | an error at once |
 | a checkpoint without averages leaves random ones | a warning, and at the next use they start from the loaded weights |
 """

@@ -23,7 +23,7 @@ that reads safetensors. `save_sharded` and `load_sharded` do it for a shadow of 
 `emajit.guides.sharding`.
 
 Without this module: `torch.save({"shadow": shadow, "step": step}, path)`, loaded with
-`weights_only=True`, also resumes exactly, but unchecked. So does the `state_dict` of a
+`weights_only=True`, also resumes exactly, but unchecked. So does the `state_dict` of an
 `emajit.LitEma`.
 
 ## Read any checkpoint

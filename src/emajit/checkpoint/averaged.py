@@ -30,7 +30,8 @@ class Averaged(NamedTuple):
     layout: the layout of the checkpoint.
     step: how many updates the averages have taken, if known; for ema-pytorch the number of
         calls, of which by default one in ten is an update.
-    decay: the decay of an update, if known.
+    decay: the decay of an update, if known: from the layout, else from the one `ema_decay`,
+        `ema.decay` or `decay` in a mapping that the average is in.
     raw_only: the names in `weights` that are not averages.
     raw: the trained weights under the same names, if the checkpoint holds them too.
     others: how many tensors of the checkpoint are neither averages nor trained weights.

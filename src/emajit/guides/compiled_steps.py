@@ -28,7 +28,7 @@ for step in range(10):
 ```
 
 On a GPU the multi-tensor operators of the update become one kernel for all leaves of a precision
-(as counted in Inductor's schedule). `emajit.update_`, `emajit.update_many` and the call of a
+(as counted in Inductor's schedule). `emajit.update_`, `emajit.update_many` and the call of an
 `emajit.LitEma` are traced in the same way. `emajit.fused` compiles an optimizer of `torch.optim`
 together with the average.
 
@@ -41,7 +41,7 @@ together with the average.
 - `backend` has no effect, and the values of a step or decay in a tensor are not checked.
 - A trace does not see memory: overlap is not checked, and leaves are tied only if they are one
   object.
-- An update reads nothing back from the device, so that a CUDA graph can capture it. A
+- An update reads nothing back from the device, so that a CUDA graph can capture it. An
   `emajit.LitEma` with `every` above 1 raises RuntimeError in a compiled or captured step, where
   calls cannot be counted.
 - A captured graph of an evaluation reads the addresses of the parameters: capture it for an

@@ -56,7 +56,7 @@ and after a resume.
 ## Limits
 
 - Use each step once: two updates with one step have the same noise.
-- A `emajit.LitEma` with `rounding="stochastic"` has to count its updates. For a constant decay
+- An `emajit.LitEma` with `rounding="stochastic"` has to count its updates. For a constant decay
   without a warm-up pass `decay=schedules.constant(0.999)`.
 - The warning of a stall comes once for each dtype, and only where the host knows the decay: not in
   a trace, and not if the step is a tensor on a GPU.

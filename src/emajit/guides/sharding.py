@@ -26,7 +26,7 @@ All processes call both functions. Each writes and reads its own shards:
 >>> shadow, step = checkpoint.load_sharded(folder, like=shadow)
 
 The folder has the format of `torch.distributed.checkpoint` and appears when it is complete. Any
-number of processes, with any placement, may load it. It has no checksums. For a `emajit.LitEma`
+number of processes, with any placement, may load it. It has no checksums. For an `emajit.LitEma`
 save `ema.named_averages()`. `emajit.checkpoint.read` and the command read the folder as well.
 
 ## Data parallel

@@ -74,7 +74,7 @@ torch.Size([3, 64, 1])
 | the training weights meanwhile | return at the end | stay in the model |
 | a model of `fully_shard` | yes | no |
 
-For a `emajit.LitEma`: `averaged_module(model, ema.named_averages())`.
+For an `emajit.LitEma`: `averaged_module(model, ema.named_averages())`.
 
 ## BatchNorm statistics
 
