@@ -578,8 +578,9 @@ def _warn_of_errors(
         span = " to ".join([f"{gamma_to_sigma_rel(g):.3f}" for g in (max(gammas), min(gammas))])
         where = f"outside of {span}, the saved lengths" if outside else f"within {span}"
         message = (
-            f"sigma_rel {sigma_rel:g} is {where}: the expected error is {solution.error:.2g} of "
-            f"the profile, and {rounding:.2g} of each weight from the rounding of the files{gap}"
+            f"sigma_rel {sigma_rel:g} is {where}: the expected error is {solution.error:.2g} times "
+            f"the norm of the profile, and {rounding:.2g} of each weight from the rounding of the "
+            f"files{gap}"
         )
         _warn.warn(message)
 

@@ -94,7 +94,8 @@ def _table(
     paths: list[Path], solutions: dict[float, posthoc.Solution], step: int, count: int
 ) -> Table:
     shown = Table(title=f"After {step} steps, from {count} files")
-    for column in ("sigma_rel", "expected error", "file"):
+    shown.caption = "error of the profile, relative to its norm"
+    for column in ("sigma_rel", "relative error", "file"):
         shown.add_column(column)
     for path, (sigma_rel, solution) in zip(paths, solutions.items(), strict=True):
         shown.add_row(f"{sigma_rel:g}", f"{solution.error:.1e}", escape(str(path)))
