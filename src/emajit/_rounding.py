@@ -44,9 +44,9 @@ def stochastic(
     # the drawn side is taken with probability 2 |rest| / ulp if the rest points there, else never.
     rest = (base - nearest).add_(step).to(torch.float32).mul_(side)
     is_taken = drawn * ulp < rest
+    del drawn, rest  # keeps the peak at 80 bytes an element
     if dtype == torch.float16:
         is_taken.logical_and_(x.abs() <= torch.finfo(dtype).max)
-    del drawn, rest  # keeps the peak at 80 bytes an element
     neighbour = torch.add(nearest, ulp.mul_(side), alpha=2.0 ** _DROPPED[dtype])
     return torch.where(is_taken, neighbour, x).to(dtype)
 
