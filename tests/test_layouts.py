@@ -546,10 +546,13 @@ class TestFolders:
     @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
     def test_of_torch_distributed_checkpoint(self, tmp_path: Path) -> None:
         tree = {"model": RAW, "optim": {"step": NUMBER}, "ema": AVERAGE}
-        state_dict_saver.save(tree, storage_writer=FileSystemWriter(tmp_path / "dcp"))
+        numbers = {"step": 12, "decay": 0.9, "run": Loss(), "log": [0.5] * 10_000}
+        writer = FileSystemWriter(tmp_path / "dcp")
+        state_dict_saver.save({**tree, **numbers}, storage_writer=writer)
         found = checkpoint.read(tmp_path / "dcp")
         assert torch.equal(found.weights["a.weight"], AVERAGE["a.weight"])
         assert torch.equal(found.raw["a.weight"], RAW["a.weight"])
+        assert (found.step, found.decay) == (12, 0.9)
 
 
 class Loss:

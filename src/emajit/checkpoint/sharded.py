@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import inspect
+import io
 import math
 import operator
 import os
@@ -21,7 +22,11 @@ from torch import distributed as dist
 from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.state_dict_saver import save
 
 _KNOWN = {
@@ -40,6 +45,9 @@ _KNOWN = {
     "torch": {"Size", *(n for n, v in vars(torch).items() if isinstance(v, torch.dtype))},
     "pathlib": {"Path", "PosixPath", "PurePath", "PurePosixPath", "PureWindowsPath", "WindowsPath"},
 }
+
+
+_LONGEST_NUMBER = 2**14  # bytes; `torch.save` writes 1.3 KiB for an int
 
 
 class _Unpickler(pickle.Unpickler):
@@ -116,6 +124,33 @@ class Folder:
         }
         # For each tensor the keys that led to it when it was saved.
         self.places: dict[str, tuple[Any, ...]] = self._reader.index.planner_data or {}
+
+    def numbers(self) -> dict[str, Any]:
+        """The single numbers and strings among the pickled objects, such as the step.
+
+        What is large, broken or of a class is left out.
+        """
+        kinds, found = self._reader.index.state_dict_metadata, {}
+        for place, stored in (self._reader.index.storage_data or {}).items():
+            if isinstance(kinds.get(place.fqn), BytesStorageMetadata):
+                value = self._unpickled(stored)
+                if isinstance(value, int | float | str):
+                    found[place.fqn] = value
+        return found
+
+    def _unpickled(self, stored: Any) -> Any:
+        """A small object without classes of its own; else None."""
+        file = self.path / stored.relative_path
+        inside = file.resolve().is_relative_to(self.path.resolve())
+        if not inside or not file.is_file() or stored.length > _LONGEST_NUMBER:
+            return None
+        with file.open("rb") as opened:
+            opened.seek(stored.offset)
+            data = io.BytesIO(opened.read(stored.length))
+        try:
+            return torch.load(data, map_location="cpu", weights_only=True)
+        except Exception:  # noqa: BLE001, of a broken pickle it may be any
+            return None
 
     def read_into(self, tensors: dict[str, Any], *, alone: bool = False) -> None:
         """Fill the tensors with the data at their keys; each process fills its shards of DTensors.

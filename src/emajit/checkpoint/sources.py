@@ -169,7 +169,7 @@ def _with_lists(held: Any) -> Any:
 
 
 def _of_shards(path: Path, *, on_disk: bool = False) -> dict[str, Any]:
-    """The tensors in a folder of torch.distributed.checkpoint, in their original containers."""
+    """The tensors and numbers in a folder of torch.distributed.checkpoint, in its containers."""
     from emajit.checkpoint import sharded  # noqa: PLC0415, half a second for this alone
 
     folder = sharded.Folder(path)
@@ -184,7 +184,7 @@ def _of_shards(path: Path, *, on_disk: bool = False) -> dict[str, Any]:
     else:
         folder.read_into(flat, alone=True)
     held: Any = Unordered()
-    for key, value in flat.items():
+    for key, value in {**folder.numbers(), **flat}.items():
         *containers, name = folder.places.get(key, (key,))
         inner = held
         for container in containers:
