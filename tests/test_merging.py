@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -369,6 +370,19 @@ def test_the_header_tells_where_a_result_comes_from(sources: list[Path], tmp_pat
     assert (tmp_path / "out").read_bytes() == (tmp_path / "again").read_bytes()
 
 
+def test_a_checksum_is_the_crc_32_of_the_weights(tmp_path: Path) -> None:
+    """By either library, over many pieces, in the order of the result."""
+    held = {"b": torch.randn(3_000_000), "a": torch.randn(7), "n": torch.tensor(3)}
+    save_file(held, tmp_path / "a.safetensors")
+    merging.merge([tmp_path / "a.safetensors"], tmp_path / "out.safetensors")
+    told = merging.told(tmp_path / "out.safetensors")
+    assert told is not None
+    content = b"".join(held[name].numpy().tobytes() for name in ("n", "a", "b"))
+    assert told["sources"][0]["crc32"] == f"{zlib.crc32(content):08x}"
+    for data, seed in ((content, 0), (b"", 7), (content[:9], 2**32 - 1)):
+        assert files.crc32(data, seed) == zlib.crc32(data, seed)
+
+
 def test_results_are_merged_in_turn(sources: list[Path], tmp_path: Path) -> None:
     for name, pair in (("a.safetensors", sources[:2]), ("b.pt", sources[1:3])):
         merging.merge(pair, tmp_path / name)
@@ -459,6 +473,24 @@ class TestForms:
         for form in self.FORMS:
             with pytest.raises(OSError, match="No space left"):
                 merging.merge(paths, tmp_path / "out", to=form)  # type: ignore[arg-type]
+        assert {*tmp_path.iterdir()} == before
+
+    @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+    def test_a_disk_that_fails_while_the_rest_is_summed(
+        self, suffix: str, sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The system tells such an error once; a later sync may succeed."""
+        before, calls = {*tmp_path.iterdir()}, [0]
+
+        def fails_once(_: int) -> None:
+            calls[0] += 1
+            if calls[0] == 1:
+                raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(streaming, "_SYNCED", 1)
+        monkeypatch.setattr(os, "fsync", fails_once)
+        with pytest.raises(OSError, match="Input/output error"):
+            merging.merge(sources, tmp_path / f"out{suffix}")
         assert {*tmp_path.iterdir()} == before
 
     def test_a_folder_of_folders_stays_on_the_disk(

@@ -11,12 +11,13 @@ import pytest
 import torch
 import torch._dynamo.hooks
 import torch._inductor
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.testing import assert_close
 
 import emajit
-from emajit import LitEma, _compile, _plan, _torch, checkpoint, schedules
+from emajit import LitEma, _compile, _plan, _torch, checkpoint, merging, schedules
 from emajit.fused import FusedOptimizer
 from tests import reference
 
@@ -24,7 +25,7 @@ from tests import reference
 AT_IMPORT = [
     *(
         f"torch._foreach_{name}"
-        for name in ("sub", "mul", "add", "add_", "div_", "copy_", "lerp", "lerp_")
+        for name in ("sub", "mul", "mul_", "add", "add_", "div_", "copy_", "lerp", "lerp_")
     ),
     "torch._C._are_functorch_transforms_active",
     "torch._C._functorch.maybe_current_level",
@@ -148,6 +149,10 @@ def scopes_and_files(folder: Path) -> None:
     other.load_state_dict(torch.load(folder / "ema.pt", weights_only=True))
     assert_close(other.named_averages(), expected)
     checkpoint.save(folder / "shadow.safetensors", ema.named_averages(), 3)
+    save_file(start, folder / "0.safetensors")
+    save_file(raw, folder / "1.safetensors")
+    merging.merge([folder / f"{i}.safetensors" for i in range(2)], folder / "m.pt", [0.75, 0.25])
+    assert_close(torch.load(folder / "m.pt", weights_only=True), expected)
     loaded, step = checkpoint.load(folder / "shadow.safetensors", start)
     assert step == 3
     assert_close(loaded, expected)

@@ -41,9 +41,9 @@ def _find(path: str) -> Any:
 # The multi-tensor operators. Fallback: the single-tensor operator, tensor by tensor.
 
 
-def _each(operator: Callable[..., Any], tensors: Any, *others: Any) -> list[Tensor]:
+def _each(operator: Callable[..., Any], tensors: Any, *others: Any, **options: Any) -> list[Tensor]:
     lists = [o if isinstance(o, (list, tuple)) else [o] * len(tensors) for o in others]
-    return [operator(*row) for row in zip(tensors, *lists, strict=True)]
+    return [operator(*row, **options) for row in zip(tensors, *lists, strict=True)]
 
 
 def _foreach(name: str, operator: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,6 +52,7 @@ def _foreach(name: str, operator: Callable[..., Any]) -> Callable[..., Any]:
 
 foreach_sub = _foreach("sub", torch.sub)
 foreach_mul = _foreach("mul", torch.mul)
+foreach_mul_ = _foreach("mul_", Tensor.mul_)
 foreach_add = _foreach("add", torch.add)
 foreach_add_ = _foreach("add_", Tensor.add_)
 foreach_div_ = _foreach("div_", Tensor.div_)

@@ -69,7 +69,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from emajit import _tree
 from emajit.checkpoint import adapters, files, like, runs, sources, streaming, summing
@@ -315,7 +314,7 @@ class _Result:
         of, tied = self.sums.first.nested, self.sums.tied
         streaming.write_torch(path, self.forms, tied, of, self._pieces, self._provenance, tell)
 
-    def _pieces(self, name: str) -> Iterator[Tensor]:
+    def _pieces(self, name: str) -> Iterator[streaming.Piece]:
         return self.sums.pieces(name, self.forms[name].dtype)
 
     def _provenance(self) -> dict[str, str]:

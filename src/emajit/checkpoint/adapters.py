@@ -6,7 +6,6 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from emajit import _paths
+from emajit.checkpoint.streaming import Piece
 from emajit.checkpoint.summing import PIECE, Source, Sum, wide
 
 CONFIG = "adapter_config.json"
@@ -98,7 +98,7 @@ class Deltas(Sum):
         changed = {*self._replaced, *paired}
         self.tied = {a: b for a, b in self.tied.items() if not changed & {a, b}}
 
-    def pieces(self, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
+    def pieces(self, name: str, dtype: torch.dtype) -> Iterator[Piece]:
         """In float64, by rows of the weight."""
         each = zip(self._sources, self._adapters, self._shares, strict=True)
         found = [(source, held[name], x) for source, held, x in each if name in held]
@@ -122,8 +122,7 @@ class Deltas(Sum):
                     total.addmm_(left, right, alpha=x * pair.scale)
                     if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
                         raise ValueError(f"{source.path}: expected finite numbers for {name!r}")
-                flat = total.view(-1)
-                yield from self._rounded(name, dtype, len(flat), partial(flat.narrow, 0))
+                yield self._rounded(name, dtype, total.view(-1))
 
 
 def _pairs(source: Source, base: Source) -> dict[str, _Pair]:

@@ -9,7 +9,6 @@ import math
 import os
 import secrets
 import stat
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +24,11 @@ try:
 except ModuleNotFoundError as error:
     message = "emajit.checkpoint needs safetensors; pip install safetensors"
     raise ModuleNotFoundError(message, name=error.name) from None
+
+try:  # the same checksums in a fifth of the time (36 GB/s in place of 7)
+    from zlib_ng.zlib_ng import crc32 as crc32  # noqa: PLC0414, for streaming
+except ModuleNotFoundError:
+    from zlib import crc32 as crc32  # noqa: PLC0414
 
 _CODES = {
     torch.bool: "BOOL",
@@ -250,7 +254,7 @@ def header(forms: Mapping[str, Form], names: list[str], metadata: Mapping[str, s
 
 def checksum(host: Tensor, seed: int) -> str:
     """The CRC-32 of a contiguous tensor in host memory, in 8 hexadecimal digits."""
-    return f"{zlib.crc32(memory(host), seed):08x}"
+    return f"{crc32(memory(host), seed):08x}"
 
 
 def memory(host: Tensor) -> Any:

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import os
 import zipfile
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from emajit.checkpoint import archives, files
 
-Pieces = Callable[[str], Iterable[Tensor]]
-T = TypeVar("T")
+# A flat piece of a tensor, or the call that makes it in any thread.
+Piece = Tensor | Callable[[], Tensor]
+Pieces = Callable[[str], Iterable[Piece]]
 _CORES = 4  # the disk and the checksums are slower than the sums of more threads
-_WAITING = 2  # pieces that a thread may be behind: they are held in memory
+_WAITING = 2  # calls that a thread may be behind: their pieces are held in memory
+_SYNCED = 2**26  # bytes that are brought to the disk while the next are computed
 
 
 class Behind:
@@ -42,29 +44,63 @@ class Behind:
 
 
 @contextmanager
-def behind() -> Iterator[Behind]:
+def _behind() -> Iterator[Behind]:
     with ThreadPoolExecutor(1) as pool:  # not one for all: a fork would have it without a thread
         yield Behind(pool)
 
 
 @contextmanager
-def ahead(calls: Iterable[Callable[[], T]]) -> Iterator[Iterator[T]]:
-    """The results of calls, in order, which as many threads compute as there are cores."""
+def _ahead(names: Iterable[str], pieces: Pieces) -> Iterator[Iterator[tuple[str, Tensor]]]:
+    """The names with their pieces, in order, which as many threads make as there are cores.
+
+    The calls are asked for in the thread of the caller, in order, and few ahead.
+    """
     workers = min(_CORES, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
-        yield _in_order(pool, calls, workers)
+        asked = ((name, piece) for name in names for piece in pieces(name))
+        yield _in_order(pool, asked, workers)
 
 
 def _in_order(
-    pool: ThreadPoolExecutor, calls: Iterable[Callable[[], T]], workers: int
-) -> Iterator[T]:
-    waiting: deque[Future[T]] = deque()
-    for call in calls:
+    pool: ThreadPoolExecutor, asked: Iterable[tuple[str, Piece]], workers: int
+) -> Iterator[tuple[str, Tensor]]:
+    waiting: deque[tuple[str, Tensor | Future[Tensor]]] = deque()
+    for name, piece in asked:
         if len(waiting) > workers:
-            yield waiting.popleft().result()
-        waiting.append(pool.submit(call))
+            yield _first(waiting)
+        waiting.append((name, piece if isinstance(piece, Tensor) else pool.submit(piece)))
     while waiting:
-        yield waiting.popleft().result()
+        yield _first(waiting)
+
+
+def _first(waiting: deque[tuple[str, Tensor | Future[Tensor]]]) -> tuple[str, Tensor]:
+    name, piece = waiting.popleft()
+    return name, piece if isinstance(piece, Tensor) else piece.result()
+
+
+class _Writing:
+    """Writes to a file in another thread, and in a third what is written to the disk."""
+
+    def __init__(self, file: BinaryIO, tell: Callable[[int], object], *both: Behind) -> None:
+        self._file, self._tell, (self.write, self._sync) = file, tell, both
+        self._unsynced = 0
+
+    def __call__(self, call: Callable[..., object], piece: Tensor, *args: object) -> None:
+        """Let `call` write a piece."""
+        self.write(call, self._file, piece, *args)
+        self._tell(piece.nbytes)
+        self._unsynced += piece.nbytes
+        if self._unsynced >= _SYNCED:
+            self._sync(os.fsync, self._file.fileno())
+            self._unsynced = 0
+
+
+@contextmanager
+def _writing(file: BinaryIO, tell: Callable[[int], object]) -> Iterator[_Writing]:
+    with _behind() as write, _behind() as sync:
+        yield _Writing(file, tell, write, sync)
+        write.finish()
+        sync.finish()
 
 
 def write_safetensors(
@@ -83,12 +119,9 @@ def write_safetensors(
 
     def fill(file: BinaryIO) -> None:
         file.write(files.header(forms, names, metadata()))
-        with behind() as write:
-            for name in names:
-                for piece in pieces(name):
-                    write(_write, file, piece)
-                    tell(piece.nbytes)
-            write.finish()
+        with _writing(file, tell) as write, _ahead(names, pieces) as made:
+            for _, piece in made:
+                write(_write, piece)
         file.seek(0)
         file.write(files.header(forms, names, metadata()))
 
@@ -97,6 +130,17 @@ def write_safetensors(
 
 def _write(file: BinaryIO, piece: Tensor) -> None:
     file.write(files.memory(piece))
+
+
+def _write_checked(file: BinaryIO, piece: Tensor, record: zipfile.ZipInfo) -> None:
+    _write(file, piece)
+    record.CRC = files.crc32(files.memory(piece), record.CRC)
+
+
+def _end(file: BinaryIO, record: zipfile.ZipInfo) -> None:
+    """Write the checksum of a record into the descriptor behind it."""
+    file.seek(4, os.SEEK_CUR)  # behind the signature
+    file.write(record.CRC.to_bytes(4, "little"))
 
 
 def write_torch(
@@ -123,21 +167,19 @@ def write_torch(
         part = Path(file.name)
         with torch.serialization.skip_data():
             torch.save(nested({name: state[tied.get(name, name)] for name in forms}), part)
-        with behind() as write, zipfile.ZipFile(part, "a") as archive:
+        with zipfile.ZipFile(part, "a") as archive:
             root = archive.infolist()[0].filename.partition("/")[0]
-            for i, name in enumerate(kept):
-                record = archive.getinfo(f"{root}/data/{i}")
+            records = {name: archive.getinfo(f"{root}/data/{i}") for i, name in enumerate(kept)}
+            for name, record in records.items():
                 if record.file_size != state[name].nbytes:
                     raise RuntimeError(f"expected {name!r} in {record.filename}, found another")
-                file.seek(archives.begin(part, record))
-                record.CRC = 0
-                for piece in pieces(name):
-                    write(_write, file, piece)
-                    record.CRC = zlib.crc32(files.memory(piece), record.CRC)
-                    tell(piece.nbytes)
-                write.finish()
-                file.seek(4, os.SEEK_CUR)  # behind the signature of the record's descriptor
-                file.write(record.CRC.to_bytes(4, "little"))
+            with _writing(file, tell) as write, _ahead(kept, pieces) as made:
+                for name, held in groupby(made, lambda each: each[0]):
+                    records[name].CRC = 0
+                    write.write(file.seek, archives.begin(part, records[name]))
+                    for _, piece in held:
+                        write(_write_checked, piece, records[name])
+                    write.write(_end, file, records[name])
             file.flush()
             for key, text in metadata().items():  # this writes the directory with the checksums too
                 archive.writestr(f"{root}/{key}", text)
