@@ -698,6 +698,72 @@ class TestNewest:
         with pytest.raises(ValueError, match=message):
             merging.newest(tmp_path, 2)
 
+    @pytest.mark.parametrize("names", ["epoch={}-step={}.pt", "{1}-of-{0}.pt"])
+    @pytest.mark.parametrize("key", ["step", "steps"])
+    def test_a_step_that_restarts_with_each_epoch(
+        self, key: str, names: str, tmp_path: Path
+    ) -> None:
+        """Two files of one step tell that it restarts, whatever their names are."""
+        moments = [(0, 50), (0, 100), (1, 50), (1, 100), (10, 50)]
+        paths = [tmp_path / names.format(*moment) for moment in moments]
+        for i, (path, (epoch, step)) in enumerate(zip(paths, moments, strict=True)):
+            torch.save({"model": state(i), "epoch": epoch, key: step}, path)
+        torch.save(torch.load(paths[-1]), tmp_path / "last.pt")
+        assert merging.newest(tmp_path, 4) == paths[1:]
+        with pytest.raises(ValueError, match="expected 6 checkpoints, found 5"):
+            merging.newest(tmp_path, 6)
+
+    def test_a_step_that_may_restart(self, tmp_path: Path) -> None:
+        """Without two of one step the names decide, if they are those of one order."""
+        held = {"model": STATES[0], "epoch": 0, "step": 100}
+        later = {"model": STATES[1], "epoch": 1, "step": 70}
+        for folder, (first, second) in {
+            "by_epoch": ("epoch=0-step=100.pt", "epoch=1-step=70.pt"),
+            "by_step": ("300-100.pt", "200-70.pt"),
+            "by_none": ("a.pt", "best.pt"),
+        }.items():
+            (tmp_path / folder).mkdir()
+            torch.save(held, tmp_path / folder / first)
+            torch.save(later, tmp_path / folder / second)
+        found = [path.name for path in merging.newest(tmp_path / "by_epoch", 2)]
+        assert found == ["epoch=0-step=100.pt", "epoch=1-step=70.pt"]
+        assert [path.name for path in merging.newest(tmp_path / "by_step", 2)] == [
+            "200-70.pt",
+            "300-100.pt",
+        ]
+        with pytest.raises(
+            ValueError,
+            match=r"by_none: expected one order .*, found best\.pt, a\.pt by their steps and "
+            r"a\.pt, best\.pt by their epochs; give the checkpoints in their order",
+        ):
+            merging.newest(tmp_path / "by_none", 2)
+
+    def test_a_step_that_contradicts_the_names(self, tmp_path: Path) -> None:
+        for i, (name, step) in enumerate((("epoch=0-step=100", 100), ("epoch=1-step=70", 70))):
+            torch.save({"model": STATES[i], "step": step}, tmp_path / f"{name}.pt")
+        with pytest.raises(ValueError, match=r"epoch=0-step=100\.pt by their steps and epoch=0-.*"):
+            merging.newest(tmp_path, 2)
+
+    @pytest.mark.parametrize("key", ["global_step", "batch_idx_train", "iteration"])
+    def test_a_step_of_the_whole_run_needs_no_epoch(self, key: str, tmp_path: Path) -> None:
+        """As where a second stage counts its epochs anew; a step within the epoch is beside it."""
+        moments = [(0, 100, 9), (1, 200, 5), (0, 300, 7)]
+        for i, (epoch, step, inner) in enumerate(moments):
+            tree = {"model": STATES[i], "epoch": epoch, key: step, "step": inner}
+            torch.save(tree, tmp_path / f"loss-0.{9 - i}.pt")
+        found = [path.name for path in merging.newest(tmp_path, 3)]
+        assert found == ["loss-0.9.pt", "loss-0.8.pt", "loss-0.7.pt"]
+
+    def test_a_step_beside_another_part(self, tmp_path: Path) -> None:
+        """The first tensors of a file need not be those with a step above them."""
+        for i, (name, step) in enumerate((("b", 10), ("a", 20))):
+            tree = {
+                "args": {"mean": torch.ones(3)},
+                "run": {"model": STATES[i], "global_step": step},
+            }
+            torch.save(tree, tmp_path / f"{name}.pt")
+        assert [path.name for path in merging.newest(tmp_path, 2)] == ["b.pt", "a.pt"]
+
     def test_an_exported_model_is_none(self, tmp_path: Path) -> None:
         """As a script of diffusers leaves a pipeline beside its checkpoints."""
         for step in (9, 10):
@@ -962,7 +1028,7 @@ def test_memory_is_that_of_a_leaf_or_two(suffix: str, tmp_path: Path) -> None:
     out = tmp_path / f"out{suffix}"
     merging.merge(paths, out, tell=lambda _: peaks.append(own_memory() - before))
     assert len(peaks) > 8
-    assert max(peaks) < (2 * 32 if not suffix else 24) * 2**20
+    assert max(peaks) < (2 * 32 if not suffix else 32) * 2**20
 
 
 def test_killed_at_any_moment_the_result_is_old_or_new(sources: list[Path], tmp_path: Path) -> None:

@@ -14,35 +14,80 @@ from emajit import _paths
 from emajit.checkpoint import search, sources
 
 
-def steps(folder: str | os.PathLike[str]) -> dict[Path, int | None]:
-    """The checkpoints in a folder with their steps, in the order of the steps.
+def steps(folder: str | os.PathLike[str]) -> dict[Path, search.Moment | None]:
+    """The checkpoints in a folder with their steps, in the order of the run.
 
     In the natural order of names ("step-9" before "step-10") if one holds no step. A link to
     another checkpoint there, and a copy with the step and the weights of another, is left out. So
     are the components of a diffusers pipeline that is exported there.
 
-    Raises ValueError for two checkpoints of one step with other weights.
+    Raises ValueError for two checkpoints of one step with other weights, and where a step may be
+    one within its epoch and steps, epochs and names tell more than one order.
     """
     components = sources.told_in(Path(folder, "model_index.json"))
     here = (path for path in Path(folder).iterdir() if path.name not in components)
     paths = sorted(filter(_is_checkpoint, here), key=_natural)
     real = {path.resolve() for path in paths if not path.is_symlink()}
-    found: dict[Path, int | None] = {}
+    found: dict[Path, search.Moment | None] = {}
     for path in paths:
         if not (path.is_symlink() and path.resolve() in real):
             with suppress(IsADirectoryError):  # a folder of other things
-                found[path] = _step_of(path)
-    told = {path: step for path, step in found.items() if step is not None}
+                found[path] = search.moment(_parts(path))
+    told = {path: moment for path, moment in found.items() if moment is not None}
     if len(told) < len(found):
         return found
-    first: dict[int, Path] = {}
-    for path in sorted(told, key=told.__getitem__):
-        if first.setdefault(told[path], path) is not path:
-            _check_copies(first[told[path]], path)
-    return {path: step for step, path in first.items()}
+    if any(each.epoch is None for each in told.values()):
+        told = {path: each._replace(epoch=None) for path, each in told.items()}
+    told = _without_copies(told)
+    return {path: told[path] for path in _in_order(folder, told)}
 
 
-def check_order(folder: str | os.PathLike[str], found: Mapping[Path, int | None]) -> None:
+def _without_copies(told: Mapping[Path, search.Moment]) -> dict[Path, search.Moment]:
+    """The checkpoints without copies; ValueError for others of one step that is no other epoch's.
+
+    A copy is of the same step, and may be of a later epoch, which has begun meanwhile.
+    """
+    kept: dict[Path, search.Moment] = {}
+    last: dict[int, Path] = {}
+    for path, each in sorted(told.items(), key=lambda item: item[1].epoch or 0):
+        before = last.get(each.step)
+        if before is not None and _are_copies(before, path):
+            continue
+        if before is not None and kept[before].epoch == each.epoch:
+            raise ValueError(
+                f"{path}: expected one checkpoint of each step, found {before.name} of the same "
+                "step with other weights; give the files in their order"
+            )
+        kept[path], last[each.step] = each, path
+    return {path: kept[path] for path in told if path in kept}
+
+
+def _in_order(folder: str | os.PathLike[str], told: Mapping[Path, search.Moment]) -> list[Path]:
+    """Checkpoints in natural order, by their steps, or where these restart by epochs and steps."""
+    by_step = sorted(told, key=lambda path: told[path].step)
+    if all(each.is_global for each in told.values()):
+        return by_step
+    by_name = [*told]
+    are_alike = len({re.sub(r"\d+", "0", path.name) for path in told}) == 1
+    if all(each.epoch is None for each in told.values()):
+        if by_step == by_name or not are_alike:
+            return by_step
+        what, other = "names", by_name
+    else:
+        what, other = "epochs", sorted(told, key=lambda path: (told[path].epoch, told[path].step))
+        if other == by_step or len({each.step for each in told.values()}) < len(told):
+            return other
+        if are_alike and by_name in (other, by_step):
+            return by_name
+    steps, others = (_paths.some([path.name for path in each]) for each in (by_step, other))
+    raise ValueError(
+        f"{folder}: expected one order of the checkpoints, whose steps may restart with each "
+        f"epoch, found {steps} by their steps and {others} by their {what}; give the checkpoints "
+        "in their order"
+    )
+
+
+def check_order(folder: str | os.PathLike[str], found: Mapping[Path, search.Moment | None]) -> None:
     """Raise ValueError where only some of the `steps` hold a step, or a number in their names."""
     for what, holding in (
         ("step", [path for path, step in found.items() if step is not None]),
@@ -83,30 +128,20 @@ def _is_checkpoint(path: Path) -> bool:
     return path.is_dir() or (path.is_file() and path.suffix in sources.SUFFIXES)
 
 
-def _check_copies(one: Path, other: Path) -> None:
-    """Raise ValueError unless two checkpoints have the same weights."""
+def _are_copies(one: Path, other: Path) -> bool:
+    """Whether two checkpoints have the same weights."""
     a, b = (
         {(part.path, i): leaf for part in _parts(path) for i, leaf in enumerate(part.values())}
         for path in (one, other)
     )
-    if a.keys() != b.keys() or not all(
+    return a.keys() == b.keys() and all(
         leaf.dtype == b[key].dtype and torch.equal(sources.loaded(leaf), sources.loaded(b[key]))
         for key, leaf in a.items()
-    ):
-        raise ValueError(
-            f"{other}: expected one checkpoint of each step, found {one.name} of the same step "
-            "with other weights; give the files in their order"
-        )
+    )
 
 
 def _parts(path: Path) -> list[search.Part]:
     return search.parts(search.containers(sources.content(path, on_disk=True)))
-
-
-def _step_of(path: Path) -> int | None:
-    """The step that a checkpoint holds, or None."""
-    found = [search.told(part)[0] for part in _parts(path)] or [None]
-    return found[0]
 
 
 def _natural(path: Path) -> list[tuple[int, int | str]]:

@@ -23,6 +23,9 @@ from emajit.checkpoint.layouts.diffusers import options_in
 _STEPS = "num_updates", "updates", "optimization_step", "steps", "step"
 _STEPS_OF_RUN = "global_step", "global_steps", "batch_idx_train", "step", "iteration"
 _DECAYS = "ema_decay", "ema.decay", "decay"
+# Counts over the whole run; a "step" may be one within its epoch.
+_GLOBAL_STEPS = "global_step", "global_steps", "batch_idx_train", "iteration"
+_EPOCHS = "epoch", "current_epoch", "cur_epoch"
 _DEEPEST = 100
 _MAPPINGS = dict, Mapping  # most are dicts, which is quicker to tell
 _CONTAINERS = dict, list, tuple, Mapping
@@ -92,6 +95,17 @@ class Found(NamedTuple):
             and torch.equal(mine[name], theirs[name].to(mine[name].dtype))
             for name in same
         )
+
+
+class Moment(NamedTuple):
+    """When in its run a checkpoint was saved; `epoch` is None where its step may not restart."""
+
+    step: int
+    epoch: float | None
+    is_global: bool
+
+    def __str__(self) -> str:
+        return f"{self.step}" if self.epoch is None else f"{self.step} of epoch {self.epoch:g}"
 
 
 def listed(tensors: Mapping[str, Any] | Sequence[Any]) -> list[Any]:
@@ -299,6 +313,25 @@ def told(part: Part) -> tuple[int | None, float | None]:
     step = next((step for step in steps if _is_number(step, int)), None)
     decays = [_decay_in(each.get("decay")) for each in own]
     return step_of(step), next((decay for decay in decays if decay is not None), None)
+
+
+def moment(held: Sequence[Part]) -> Moment | None:
+    """When a file with these parts was saved; None where none of them has a step above it."""
+    above = [m for part in held for m in reversed(part.above) if isinstance(m, Mapping)]
+
+    def first(keys: Sequence[str], *kinds: type) -> Any:
+        found = (m.get(key) for m in above for key in keys)
+        return next((v for v in found if any(_is_number(v, kind) for kind in kinds)), None)
+
+    if (step := step_of(first(_GLOBAL_STEPS, int))) is not None:
+        return Moment(step, None, is_global=True)
+    step = next((step for part in held if (step := told(part)[0]) is not None), None)
+    epoch = first(_EPOCHS, int, float)
+    return (
+        None
+        if step is None
+        else Moment(step, None if epoch is None else float(epoch), is_global=False)
+    )
 
 
 def options(part: Part) -> dict[str, Any]:

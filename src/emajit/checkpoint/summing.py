@@ -24,8 +24,8 @@ _NO_NAMES = Names(None, [])
 # the checksums have a core (2 GB on 2 cores, torch 2.13: 62 s by pieces of 2^16, 2 s by these).
 _PART = 2**15 - 1024
 # Numbers of one call: operators take many parts at once, since Python runs one thread at a time
-# between them (two threads summed 5.4 GB/s of float32 part by part, 9.3 GB/s by these; one 5.6).
-PIECE = 16 * _PART
+# between them (float32, 2 cores: one thread 5.6 GB/s, two part by part 5.4, two by these 9.0).
+PIECE = 8 * _PART
 
 
 class Source:
