@@ -152,6 +152,16 @@ class TestSums:
         merging.merge([tmp_path / "0.pt", tmp_path / "1.pt"], tmp_path / "out.pt")
         assert_same(torch.load(tmp_path / "out.pt"), states[0])
 
+    def test_parameters(self, tmp_path: Path) -> None:
+        """A file may hold those of a model itself, which require grad."""
+        for i in range(2):
+            held = {n: nn.Parameter(v) for n, v in STATES[i].items() if v.is_floating_point()}
+            torch.save(held, tmp_path / f"{i}.pt")
+        merging.merge([tmp_path / "0.pt", tmp_path / "1.pt"], tmp_path / "out.safetensors")
+        expected = summed([0.5, 0.5], STATES[:2])
+        del expected["1.num_batches_tracked"]
+        assert_same(load_file(tmp_path / "out.safetensors"), expected)
+
     def test_containers_may_differ(self, sources: list[Path], tmp_path: Path) -> None:
         torch.save({"state_dict": STATES[1], "global_step": 9}, tmp_path / "1.ckpt")
         torch.save({"model": {f"module.{n}": v for n, v in STATES[2].items()}}, tmp_path / "2.pt")
@@ -353,6 +363,11 @@ class TestRefused:
             merging.merge([], tmp_path / "out")
         with pytest.raises(FileNotFoundError):
             merging.merge([tmp_path / "nowhere"], tmp_path / "out")
+        for one in (sources[0], str(sources[0])):
+            with pytest.raises(
+                TypeError, match=r"checkpoints: expected a list .*, found one: .*st"
+            ):
+                merging.merge(one, tmp_path / "out")  # type: ignore[arg-type]
         torch.save({"a": {"w": torch.ones(1)}, "b": {"w": torch.ones(1)}}, tmp_path / "two.pt")
         with pytest.raises(ValueError, match="the weights of one model, found a, b; choose with"):
             merging.merge([tmp_path / "two.pt"], tmp_path / "out")
@@ -1255,6 +1270,42 @@ class TestCommand:
         assert line in err
         assert err.count("\n") == 1
         assert not Path("out").exists()
+
+    @pytest.mark.parametrize("last", [["--last", "2"], []])
+    def test_nothing_is_shown_before_all_is_checked(
+        self,
+        last: list[str],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        paths = [tmp_path / "run" / f"{step}.pt" for step in (1, 2)]
+        paths[0].parent.mkdir()
+        for path, held in zip(paths, STATES, strict=False):
+            torch.save({"model": held, "ema": held, "step": int(path.stem)}, path)
+        given = [*last, str(paths[0].parent)] if last else [*map(str, paths)]
+        for out, options, line in (
+            ("out.pt", [], "--of"),
+            ("out", ["--of", "trained", "--to", "folder"], "expected a folder to write one like"),
+        ):
+            arguments = ["merge", *given, "-o", str(tmp_path / out), *options]
+            assert run(monkeypatch, *arguments) == 2
+            shown = capsys.readouterr()
+            assert line in shown.err
+            assert not shown.out
+
+    def test_the_order_by_epochs_is_shown(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "run").mkdir()
+        for i, (epoch, step) in enumerate([(1, 50), (0, 50), (1, 100)]):
+            held = {"model": STATES[i], "epoch": epoch, "step": step}
+            torch.save(held, tmp_path / f"run/{i}.pt")
+        arguments = ["merge", "--last", "3", str(tmp_path / "run"), "-o", str(tmp_path / "out.pt")]
+        assert run(monkeypatch, *arguments) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "by their steps: 50 of epoch 0, 50 of epoch 1, 100 of epoch 1" in shown
+        assert shown.index("1.pt") < shown.index("0.pt") < shown.index("2.pt")
 
     def test_sources_of_one_name_are_told_apart(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -232,7 +232,8 @@ def merge(
             source; "folder" for `from_pretrained`, with the config and the tokenizer beside the
             weights in the first source; "distributed" for a folder of torch.distributed.checkpoint.
         tell: called with the number of bytes of each written piece.
-        expect: called once, with the number of bytes of all of them.
+        expect: called once, after all checks of the sources' forms and before the first sum, with
+            the number of bytes of all of them.
 
     The header of a safetensors result, and a record in a file of `torch.save`, have the sources'
     names, sizes and checksums, the coefficients, the last step and emajit's version; `emajit
@@ -240,12 +241,15 @@ def merge(
     result.
 
     Raises:
+        TypeError: one path in place of a list.
         ValueError: names, shapes or kinds differ (the message has the first five); a number is not
             finite; the coefficients do not sum to 1; a source changes while it is read, or its
             weights are ambiguous.
         OSError: a file cannot be read or written; FileExistsError for a folder that exists.
     """
     _tree.check_dtype(dtype)
+    if isinstance(checkpoints, str | os.PathLike):
+        raise TypeError(f"checkpoints: expected a list of paths, found one: {str(checkpoints)!r}")
     paths = [Path(each) for each in checkpoints]
     c = coefficients(rule, len(paths))
     if not allow_any_sum and abs(math.fsum(c) - 1) > 1e-9:
@@ -267,11 +271,11 @@ def merge(
         summing.check_alike(held)
         sums = summing.Sum(held, c, integers)
     result = _Result(held, c, model, sums, dtype)
-    expect(sum(math.prod(form.shape) * form.dtype.itemsize for form in result.forms.values()))
     first = sums.first.path
     form = to or _form_of(out, first)
     if form == "folder" and not first.is_dir():
         raise ValueError(f"{first}: expected a folder to write one like it, found a file")
+    expect(sum(math.prod(form.shape) * form.dtype.itemsize for form in result.forms.values()))
     if form == "folder":
         like.write_folder_of(out, sums.first.folder, lambda path: result.write(path, tell))
     elif form == "torch":

@@ -46,12 +46,12 @@ class Source:
 
     def leaf(self, name: str) -> Tensor:
         """A leaf in host memory, or mapped from the disk."""
-        return sources.loaded(self.tensors[name])
+        return sources.loaded(self.tensors[name]).detach()
 
     def mapped(self, name: str) -> Tensor | None:
         """A leaf, flat and without a copy; None where it has to be loaded or copied."""
         value: Tensor = self.tensors[name]
-        return value.view(-1) if value.is_contiguous() and not value.is_meta else None
+        return value.detach().view(-1) if value.is_contiguous() and not value.is_meta else None
 
     def note(self, value: Tensor) -> None:
         """Add the bytes of a contiguous tensor to the checksum."""

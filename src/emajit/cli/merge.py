@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -32,33 +33,44 @@ def merge_checkpoints(
     sources, shares, told = _chosen(sources, rule, last, window)
     if window is not None:
         options |= {"of": options["of"] or "averages"}
-    if told:
-        console.print(told, highlight=False, markup=False)
-    table = Table("checkpoint", "coefficient")
-    for name, share in zip(runs.told_apart(sources), shares, strict=True):
-        table.add_row(escape(name), f"{share:.6g}")
-    console.print(table, highlight=False)
-    if options["base"] is None and any(
-        (source / "adapter_config.json").is_file() for source in sources
-    ):
-        told = (
-            "note: A and B of these adapters are averaged apart, and the product of means is not "
-            "the mean of products; --base MODEL merges the products"
-        )
-        console.print(told, style="yellow", highlight=False, markup=False)
     columns = TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=None)
+    progress = Progress(*columns, console=console, transient=True)
+    task = progress.add_task("", total=None)
+    with ExitStack() as bar:
+
+        def expect(size: int) -> None:
+            _show(sources, shares, told, console, is_whole=options["base"] is not None)
+            progress.update(task, total=size)
+            bar.enter_context(progress)
+
         merging.merge(
             sources,
             out,
             shares,
             dtype=None if dtype is None else getattr(torch, dtype),
             tell=lambda size: progress.advance(task, size),
-            expect=lambda size: progress.update(task, total=size),
+            expect=expect,
             **options,
         )
     console.print(f"written into {out}", highlight=False, markup=False)
+
+
+def _show(
+    sources: list[Path], shares: list[float], told: str, console: Console, *, is_whole: bool
+) -> None:
+    """Show what is merged."""
+    if told:
+        console.print(told, highlight=False, markup=False)
+    table = Table("checkpoint", "coefficient")
+    for name, share in zip(runs.told_apart(sources), shares, strict=True):
+        table.add_row(escape(name), f"{share:.6g}")
+    console.print(table, highlight=False)
+    if not is_whole and any((source / "adapter_config.json").is_file() for source in sources):
+        told = (
+            "note: A and B of these adapters are averaged apart, and the product of means is not "
+            "the mean of products; --base MODEL merges the products"
+        )
+        console.print(told, style="yellow", highlight=False, markup=False)
 
 
 def _chosen(
