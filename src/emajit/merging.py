@@ -176,11 +176,12 @@ def newest(folder: str | os.PathLike[str], count: int) -> list[Path]:
     """The last `count` checkpoints in a folder, from the oldest to the newest.
 
     Sorted by their steps if all hold one, else by their names, with numbers in numeric order. A
-    link to another of them, or a copy (`last.ckpt`) with the same step and weights, is left out.
+    step that restarts with each epoch comes after the epoch, if the files hold one. A link to
+    another of them, or a copy (`last.ckpt`) with the same step and weights, is left out.
 
     Raises ValueError where there are fewer, or two of one step with different weights, or where
-    only some hold a step or, if none does, a number in their names; and OSError where the folder
-    cannot be read.
+    only some hold a step or, if none does, a number in their names, or where steps that may
+    restart contradict epochs or names; and OSError where the folder cannot be read.
     """
     if count < 1:
         raise ValueError(f"last: expected a number of checkpoints, found {count}")
