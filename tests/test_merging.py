@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 import zlib
@@ -495,15 +496,15 @@ class TestForms:
         self, suffix: str, sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The system tells such an error once; a later sync may succeed."""
-        before, calls = {*tmp_path.iterdir()}, [0]
+        before = {*tmp_path.iterdir()}
 
-        def fails_once(_: int) -> None:
-            calls[0] += 1
-            if calls[0] == 1:
+        def fails_early(_: int) -> None:
+            if threading.current_thread() is not threading.main_thread():
                 raise OSError(5, "Input/output error")
 
-        monkeypatch.setattr(streaming, "_SYNCED", 1)
-        monkeypatch.setattr(os, "fsync", fails_once)
+        size = sum(value.nbytes for value in STATES[0].values())
+        monkeypatch.setattr(streaming, "_SYNCED", size)  # once, behind the last piece
+        monkeypatch.setattr(os, "fsync", fails_early)
         with pytest.raises(OSError, match="Input/output error"):
             merging.merge(sources, tmp_path / f"out{suffix}")
         assert {*tmp_path.iterdir()} == before
