@@ -8,6 +8,7 @@ the slow ones are run.
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import json
 import os
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,6 +45,8 @@ from torch.nn.parallel import DistributedDataParallel
 import emajit
 from emajit import _shards, _torch, checkpoint, schedules
 from emajit.fused import FusedOptimizer
+from emajit.integrations import _sharded
+from tests import zero
 
 Check = Callable[[Path], None]
 WORLDS = (2, 3, 4)
@@ -608,6 +612,40 @@ def two_dimensions_of_processes(_: Path) -> None:
             torch.testing.assert_close(model(x), functional_call(make(), whole, (x,)))
 
 
+@check(2, 3)
+def averages_of_zero_3_are_those_of_the_whole(shared: Path) -> None:
+    """Of fewer numbers than processes too; saved in whole tensors, and loaded."""
+    model, whole = zero.divided(model_of()), model_of()
+    choices: list[dict[str, Any]] = [{}, {"dtype": torch.bfloat16, "rounding": "stochastic"}]
+    for each in choices:
+        averages = zero.averages_of(model, 0.9, **each)
+        ema = emajit.LitEma(whole, schedules.constant(0.9), **each)
+        for step in range(3):
+            torch.manual_seed(step)
+            for p in whole.parameters():
+                p.data += 0.1 * torch.randn(p.shape)
+            zero.write(model, whole)
+            averages.follow(model)
+            averages.update(model)
+            ema(whole)
+        found = zero.whole_of(averages)
+        assert_same(found, ema.named_averages())
+        with averages.scope(model):
+            assert_same(
+                zero.gathered(model), {name: v.float() for name, v in ema.named_averages().items()}
+            )
+        assert_same(zero.gathered(model), dict(whole.named_parameters()))
+        path = shared / f"zero-{dist.get_world_size()}-{len(each)}.safetensors"
+        like = averages[None].named_averages()
+        forms: Any = {"is_whole": True, "writes": dist.get_rank() == 0}
+        _sharded.save(path, like, averages.shapes, 3, "0", **forms)
+        dist.barrier()
+        assert_same(checkpoint.read(path).weights, found)
+        loaded, step = _sharded.load(path, like, averages.shapes)
+        assert step == 3
+        assert_same(gathered(loaded), gathered(like))
+
+
 @check(2)
 def ddp_does_not_broadcast_the_averages(_: Path) -> None:
     class Host(nn.Module):
@@ -781,17 +819,44 @@ if find_spec("transformers"):
     @check(2)
     def what_transformers_callback_refuses(_: Path) -> None:
         """accelerate's plugin for FSDP 1 wants a GPU."""
-        from emajit.integrations import _sharded  # noqa: PLC0415
+
+        def refused(model: nn.Module) -> None:
+            _sharded.prepare(model, None, None)
 
         with pytest.raises(ValueError, match=r"found FSDP 1; set version=2 in fsdp_config"):
-            _sharded.check(FullyShardedDataParallel(model_of(), device_id=torch.device("cpu")))
+            refused(FullyShardedDataParallel(model_of(), device_id=torch.device("cpu")))
         tensor_parallel = nn.Linear(4, 4)
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         parallelize_module(tensor_parallel, mesh, ColwiseParallel())
         with pytest.raises(
             ValueError, match=r"weight: .* one of fully_shard, found shape \(4, 4\)"
         ):
-            _sharded.check(tensor_parallel)
+            refused(tensor_parallel)
+
+        def changed(**values: Any) -> nn.Module:
+            model: nn.Module = zero.divided(nn.Linear(4, 4))
+            for name, value in values.items():
+                setattr(model.weight, name, value)
+            return model
+
+        far, uneven = torch.empty(8, device="meta"), torch.empty(7)
+        on_disk: Any = torch.empty(8)
+        on_disk.final_location = "nvme"
+        without: list[tuple[dict[str, Any], str]] = [
+            ({"_z3_optimizer": None}, "without checkpoint_event_prologue, checkpoint_event_epil"),
+            ({"ds_tensor": uneven}, "without parts of one size; use ZeRO 2"),
+            ({"ds_tensor": far}, "on the device, found some elsewhere; leave out offload_param"),
+            ({"ds_tensor": on_disk}, "on the device, found some elsewhere"),
+        ]
+        for values, told in without:
+            with pytest.raises(ValueError, match=f"^weight: expected .*{told}"):
+                refused(changed(**values))
+        with_deepspeed = SimpleNamespace(accelerator_state=SimpleNamespace(deepspeed_plugin=1))
+        with pytest.raises(
+            ValueError, match=r"pull: expected None with DeepSpeed, found \(0.5, 1\)"
+        ):
+            _sharded.prepare(nn.Linear(1, 1), with_deepspeed, (0.5, 1))
+        assert not _sharded.prepare(nn.Linear(1, 1), with_deepspeed, None)
 
     @check(slow=(2,), fsdp=True)
     def the_best_averages_of_fsdp2_at_the_end(shared: Path) -> None:
@@ -966,6 +1031,7 @@ def run(world: int, names: list[str], shared: Path) -> dict[str, str]:
         dist.all_gather_object(everyones, mine)
         told[f"{name} {world}"] = "\n".join(filter(None, everyones))
     dist.barrier()
+    gc.collect()  # what still holds the group would end its threads as the interpreter ends
     dist.destroy_process_group()
     return told
 

@@ -44,13 +44,14 @@ trains the demo data-parallel, and ends with the losses of one process.
 ## Limits
 
 - FSDP is `fully_shard`: a scope refuses the older `FullyShardedDataParallel`. DeepSpeed's ZeRO 3
-  leaves empty placeholders in place of parameters, and an error says so.
+  leaves empty placeholders in place of parameters, and an error says so; the callback for
+  transformers averages the parts that the processes hold.
 - `emajit.averaged_module` refuses a model that `fully_shard` has wrapped, which cannot be copied.
   Build another model from the full averages, or use `emajit.ema_scope`.
 - `emajit.offload` refuses DTensors. `emajit.fused` takes two separate steps for them.
 - In Lightning use the strategy "model_parallel"; the callback refuses "fsdp". The callback for
-  transformers takes FSDP with `fsdp_config={"version": 2}`, and refuses FSDP 1, ZeRO 3 and tensor
-  parallel. With accelerate see `emajit.integrations`.
+  transformers takes FSDP with `fsdp_config={"version": 2}` and ZeRO 3, and refuses FSDP 1 and
+  tensor parallel. With accelerate see `emajit.integrations`.
 - torch 2.6 cannot run `fully_shard` on a CPU. With torch 2.8 on a mesh of two dimensions the noise
   of stochastic rounding is not that of the whole.
 - Tested with several processes on a CPU, not yet on GPUs.

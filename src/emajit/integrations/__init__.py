@@ -118,8 +118,11 @@ Switch EMA (arXiv 2402.09240).
   the others refuse to load. Save all with
   `emajit.checkpoint.save_sharded(folder, ema.named_averages(), step)`.
 - The callback for Lightning refuses the strategy "fsdp"; "model_parallel" works. The callback for
-  transformers takes FSDP with `fsdp_config={"version": 2}`, and refuses FSDP 1, DeepSpeed's ZeRO 3
-  and tensor parallel.
+  transformers takes FSDP with `fsdp_config={"version": 2}` and DeepSpeed's ZeRO 1, 2 and 3, and
+  refuses FSDP 1 and tensor parallel.
+- With DeepSpeed the callback refuses `pull`, and parameters that ZeRO 3 keeps on another device.
+  DeepSpeed resumes with the number of processes that saved. Tested with 0.19.8 on a CPU, in float32
+  and bfloat16.
 - A Trainer takes one `EMACallback`, which may have several averages.
 - `evaluate="all"` runs each evaluation once for each average; other callbacks see only one run.
 - With an optimizer of `fused=True` accelerate does not tell that a gradient scaler has skipped a

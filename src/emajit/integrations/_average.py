@@ -31,7 +31,7 @@ from emajit import (
 )
 from emajit.combine import pull_
 from emajit.functional import Nonfinite, Rounding
-from emajit.integrations import _snapshots
+from emajit.integrations import _snapshots, _zero
 from emajit.litema import LitEma, moved
 from emajit.posthoc import PostHoc
 
@@ -150,6 +150,9 @@ class Averages:
         others = {key: value for key, value in options.items() if key not in own}
         self._pull: tuple[float, int] | None = options["pull"]
         self._posthoc: PostHoc | None = options["posthoc"]
+        # The shapes of the averages that are flat: of parameters that ZeRO 3 has divided.
+        self.shapes = _zero.shapes(model)
+        model = _zero.mirror(model)
         params = _module.named_parameters(model)
         # The parameters that have required grad.
         self._known = {name for name, p in params.items() if p.requires_grad}
@@ -186,6 +189,7 @@ class Averages:
 
     def follow(self, model: nn.Module) -> None:
         """Track the parameters that require grad only now."""
+        model = _zero.mirror(model)
         trainable = {name for name, p in _module.named_parameters(model).items() if p.requires_grad}
         if not trainable <= self._known:
             for ema in self._of.values():
@@ -197,7 +201,7 @@ class Averages:
 
         An update that a signal interrupts is counted if the last average was written.
         """
-        emas = [*self._of.values()]
+        emas, model = [*self._of.values()], _zero.mirror(model)
         if len(emas) == 1:
             emas[0](model)
             return
@@ -223,7 +227,7 @@ class Averages:
         """Pull the trainable parameters towards an average, if that is due after an update."""
         share, steps = self._pull or (0.0, 0)
         if self._pull and self.updates % steps == 0:
-            averages, params = self[name]._pairs(model)
+            averages, params = self[name]._pairs(_zero.mirror(model))
             trainable = {n: p for n, p in params.items() if p.requires_grad}
             pull_(trainable, {n: averages[n] for n in trainable}, share)
 
@@ -244,14 +248,16 @@ class Averages:
         if not updates or bool(updates % options.every) != at_end:
             return
         shadows = [self[name].named_averages() for name in _snapshots.decays_of(options)]
-        whole = [{name: _shards.whole(s) for name, s in each.items()} for each in shadows]
+        whole = [{n: _zero.whole(n, s, self.shapes) for n, s in each.items()} for each in shadows]
         if is_writer:
             _snapshots.write(options, whole, updates)
 
     def scope(self, model: nn.Module, name: str | None = None) -> AbstractContextManager[object]:
         """A context in which the model has an average, if there was an update."""
         ema = self[name]
-        return ema.ema_scope(model) if self.updates else nullcontext()
+        if not self.updates:
+            return nullcontext()
+        return _zero.scope(model, ema.ema_scope(_zero.mirror(model)))
 
     def state(self, *, whole: bool = True) -> dict[str, dict[str, Tensor]]:
         """The averages by name, in whole tensors unless told; then all processes must call this.

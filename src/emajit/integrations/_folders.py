@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from emajit import _module, _names, _shards, _warn
-from emajit.integrations import _average, _exports, _sharded
+from emajit.integrations import _average, _exports, _sharded, _zero
 from emajit.integrations._average import ONLY, Averages
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ def save(
     for name, shadow in averages.state(whole=False).items():
         stem = folder / named("averages", name)
         path = stem.with_name(stem.name + _SUFFIX) if is_whole else stem
-        _sharded.save(path, shadow, averages.updates, of, is_whole=is_whole, writes=writes)
+        told = shadow, averages.shapes, averages.updates, of
+        _sharded.save(path, *told, is_whole=is_whole, writes=writes)
 
 
 def resumed(model: nn.Module, options: Mapping[str, Any], folders: Sequence[Path]) -> Averages:
@@ -98,7 +99,8 @@ def load(
         like = {name: every[name] for name in names if name in every}
         prints = {_sharded.told(found[which])[1] for which in wanted}
         if prints == {_fingerprint([*like], model)}:
-            loaded = {which: _sharded.load(found[which], like) for which in wanted}
+            shapes = averages.shapes
+            loaded = {which: _sharded.load(found[which], like, shapes) for which in wanted}
             others = {} if all_of_them else every  # without which `restore` names them
             shadows = {which: others | shadow for which, (shadow, _) in loaded.items()}
             averages.restore(shadows, loaded[wanted[0]][1])
@@ -113,8 +115,8 @@ def load(
 def _fingerprint(names: list[str], model: nn.Module) -> str:
     """The fingerprint of the averaged parameters' trained weights, to recognise a training."""
     _shards.reshard(model)
-    params = _module.named_parameters(model)
+    params, shapes = _module.named_parameters(_zero.mirror(model)), _zero.shapes(model)
     averaged = {*_names.match(params, names).values()}
     return _average.fingerprint(
-        _shards.whole(p.detach()) for name, p in params.items() if name in averaged
+        _zero.whole(name, p.detach(), shapes) for name, p in params.items() if name in averaged
     )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from emajit import _module, _names, _shards, _warn, schedules
+from emajit import _module, _names, _warn, schedules
 from emajit._context import contextmanager
 from emajit.functional import Decay, Nonfinite, Rounding, Schedule
 from emajit.integrations import _average, _folders, _sharded, _steps
@@ -61,6 +61,10 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     `state_dict_type`: as above for FULL_STATE_DICT; for SHARDED_STATE_DICT as the folder
     `averages/`, which `emajit.checkpoint.load_sharded` and `read` know, without `averaged/`.
 
+    With DeepSpeed the parameters of a bfloat16 model are averaged, in `dtype=torch.float32` if you
+    say so, not the optimizer's float32 weights. With ZeRO 3 each process averages its parts, and
+    saves as above.
+
     All are complete before the Trainer writes `trainer_state.json`, the last file of a
     checkpoint, and before it removes older ones: a job that is killed at any moment leaves averages
     beside the trained weights of the last complete checkpoint.
@@ -104,10 +108,10 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     When a checkpoint without averages is resumed, they start from its weights, with a warning.
 
     Raises ValueError and TypeError for an unusable option; and ValueError, at the start of
-    training, for parameters in other shards (FSDP 1, DeepSpeed ZeRO 3), for a resumed checkpoint
-    that is not found or whose averages do not fit, for a second `EMACallback`, and for
-    `enable_jit_checkpoint`, which saves without a call of callbacks; and as `LitEma` for the
-    model.
+    training, for parameters in other shards (FSDP 1, tensor parallel, `offload_param` of ZeRO 3),
+    for `pull` with DeepSpeed, whose optimizer would undo it, for a resumed checkpoint that is not
+    found or whose averages do not fit, for a second `EMACallback`, and for `enable_jit_checkpoint`,
+    which saves without a call of callbacks; and as `LitEma` for the model.
     """
 
     def __init__(
@@ -201,9 +205,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._entered = model
         # The Trainer calls no hook between an evaluation (the last of several, or one that raises)
         # and saving or loading.
-        bare = getattr(model, "_orig_mod", model)
-        for register in (bare.register_state_dict_pre_hook, bare.register_load_state_dict_pre_hook):
-            self._guards.callback(register(lambda *_: self._interrupt()).remove)
+        self._guards.enter_context(_sharded.guarded(model, self._interrupt))
 
     def _run_each(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run an evaluation with the other averages, then with the first; returns all metrics."""
@@ -245,7 +247,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 "without a call of callbacks"
             )
         model = kwargs["model"]
-        _sharded.check(model)
+        self._is_sharded = _sharded.prepare(model, kwargs["optimizer"], self._options["pull"])
         if state.global_step:
             told = args.resume_from_checkpoint
             folders = [*([Path(str(told))] if told else []), _folders.at(args, state)]
@@ -258,10 +260,9 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         vars(state)["save_to_json"] = partial(self._save_before, args, state, kwargs)
         self._saved = None
         self._on_state.close()
-        self._is_sharded = _shards.has_fsdp(model)
         if self._is_sharded:
             before = partial(self._save_by_all, args, state, control, kwargs)
-            self._on_state.callback(_sharded.before_state(model, before))
+            self._on_state.enter_context(_sharded.before_state(model, before))
         self._is_training = True
         if self._trainer is not None and len(self._evaluated) > 1:
             run = partial(self._run_each, self._trainer.evaluation_loop)
@@ -343,13 +344,11 @@ class EMACallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         control: TrainerControl,
         objects: dict[str, Any],
     ) -> None:
-        """Save the averages as the state of a model in shards is taken for a checkpoint.
-
-        All processes take it, while only the first one saves the state of the Trainer.
-        """
+        """Save the averages as all processes take the state of a model in shards."""
         folder = _folders.at(args, state)
-        if control.should_save and self._saved != folder:
+        if self._entered is not None:
             self._interrupt()
+        if control.should_save and self._saved != folder:
             self._save(args, folder, state, objects)
 
     def _save(
