@@ -23,6 +23,7 @@ from tests.test_transformers import (
     _quiet,
     assert_near,
     assert_same,
+    averages,
     differ,
     reference,
     settings,
@@ -151,6 +152,25 @@ def test_resumes_bit_for_bit_and_has_all(tmp_path: Path) -> None:
         trainer = trainer_of(tmp_path / "half", EMACallback(decay), **options)
         with pytest.raises(ValueError, match="as the options say, found long, short"):
             trainer.train(resume_from_checkpoint=True)
+
+
+def test_resumes_bit_for_bit_what_a_filter_leaves(tmp_path: Path) -> None:
+    """What is left out is saved as it is trained, and loaded with the averages."""
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+    given: dict[str, Any] = {"include": "transformer.h.*", "exclude": "*.bias", "every": 2}
+    trainer_of(tmp_path / "half", EMACallback(0.9, **given), Stop(), **options).train()
+    whole, resumed = EMACallback(0.9, **given), EMACallback(0.9, **given)
+    expected = trainer_of(tmp_path / "whole", whole, **options)
+    expected.train()
+    trainer = trainer_of(tmp_path / "half", resumed, **options)
+    trainer.train(resume_from_checkpoint=True)
+    raw, held = trained(expected.model), averages(whole)
+    assert held.keys() == {n for n in raw if ".h." in n and not n.endswith("bias")}
+    assert_same(trained(trainer.model), raw)
+    assert_same(averages(resumed), held)
+    folder = tmp_path / "half" / "checkpoint-6"
+    assert_same(checkpoint.read(folder / "averages.safetensors").weights, held)
+    assert_same(trained(GPT2LMHeadModel.from_pretrained(folder / "averaged")), raw | held)
 
 
 def test_wrong_options(tmp_path: Path) -> None:
