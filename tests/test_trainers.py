@@ -346,6 +346,8 @@ class TestRefused:
 
     def test_files_that_are_no_such_archive(self, found: Any, tmp_path: Path) -> None:
         like, out = tmp_path / "last.ckpt", tmp_path / "out.ckpt"
+        ours = tmp_path / "last.safetensors"
+        checkpoint.save(ours, of_params(), 3)
         options: Any = {"layout": "lightning", "like": like}
         for save in (
             lambda: torch.save(of_lightning(None), like, _use_new_zipfile_serialization=False),
@@ -353,7 +355,7 @@ class TestRefused:
             lambda: torch.save([1], like),
             lambda: like.write_bytes(b"PK"),
             lambda: like.write_bytes(pickle.dumps(os.getcwd)),
-            lambda: checkpoint.save(like, of_params(), 3),
+            lambda: ours.rename(like),
         ):
             save()
             with pytest.raises(ValueError, match=f"^{like}: expected a "):
