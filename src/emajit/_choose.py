@@ -29,7 +29,7 @@ WORTH_COMPILING_NOISE = 2**18
 READ_ONCE = 2**23
 # A model is compiled in groups of leaves that share a graph, like the blocks of a network: at most
 # 16 groups, each with at least this many leaves and elements. First call in one graph / in groups,
-# 8 s of it Inductor's start: ResNet-50 18 / 13 s, ViT-B 16 / 11 s, a U-Net 74 / 31 s. Later calls
+# 8 s of it Inductor's start: ResNet-50 18 / 13 s, ViT-B 16 / 10 s, a U-Net 74 / 31 s. Later calls
 # take 1.02 times as long.
 #
 # With noise a group has at most this many leaves, too. First and later calls of ResNet-50: 45 s and
