@@ -555,6 +555,15 @@ class TestFolders:
         assert (found.step, found.decay) == (12, 0.9)
 
 
+@pytest.mark.parametrize("key", ["ema_decay", "ema.decay"])
+@pytest.mark.parametrize("is_deep", [False, True])
+def test_a_decay_of_the_average_beside_another(key: str, is_deep: bool) -> None:
+    """A bare "decay" in a checkpoint may be that of the weights or of the rate."""
+    ema = {"x": {"y": {"ema": AVERAGE}}} if is_deep else {"ema": AVERAGE}
+    tree = {"model": RAW, **ema, "decay": 0.1, key: 0.999}
+    assert checkpoint.read(tree).decay == 0.999
+
+
 class Loss:
     """As a training script may hand to DeepSpeed: an object that is pickled."""
 

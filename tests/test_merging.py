@@ -764,13 +764,76 @@ class TestNewest:
 
     @pytest.mark.parametrize("key", ["global_step", "batch_idx_train", "iteration"])
     def test_a_step_of_the_whole_run_needs_no_epoch(self, key: str, tmp_path: Path) -> None:
-        """As where a second stage counts its epochs anew; a step within the epoch is beside it."""
-        moments = [(0, 100, 9), (1, 200, 5), (0, 300, 7)]
-        for i, (epoch, step, inner) in enumerate(moments):
-            tree = {"model": STATES[i], "epoch": epoch, key: step, "step": inner}
+        """A step within the epoch is beside it; names with losses tell no order."""
+        for i, (step, inner) in enumerate([(100, 9), (200, 5), (300, 7)]):
+            tree = {"model": STATES[i], key: step, "step": inner}
             torch.save(tree, tmp_path / f"loss-0.{9 - i}.pt")
         found = [path.name for path in merging.newest(tmp_path, 3)]
         assert found == ["loss-0.9.pt", "loss-0.8.pt", "loss-0.7.pt"]
+
+    @pytest.mark.parametrize("key", ["global_step", "batch_idx_train", "iteration", "step"])
+    def test_any_step_may_restart_as_any_epoch_may(self, key: str, tmp_path: Path) -> None:
+        """As within each epoch or after a resume, or in a second stage; names may tell which."""
+        for folder, numbers in {"epoch_": (1, 2, 3), "loss-0.": (5, 9, 7)}.items():
+            (tmp_path / folder).mkdir()
+            for i, (number, step) in enumerate(zip(numbers, (90, 50, 70), strict=True)):
+                tree = {"model": STATES[i], "epoch": i + 1, key: step}
+                torch.save(tree, tmp_path / folder / f"{folder}{number}.pt")
+        names = [path.stem for path in merging.newest(tmp_path / "epoch_", 3)]
+        assert names == ["epoch_1", "epoch_2", "epoch_3"]
+        told = (
+            r"found loss-0\.9\.pt, loss-0\.7\.pt, loss-0\.5\.pt by their steps and "
+            r"loss-0\.5\.pt, loss-0\.9\.pt, loss-0\.7\.pt by their epochs; give the checkpoints"
+        )
+        with pytest.raises(ValueError, match=told):
+            merging.newest(tmp_path / "loss-0.", 3)
+        (tmp_path / "stages").mkdir()
+        for i, (epoch, step) in enumerate([(0, 100), (1, 200), (0, 300)]):
+            tree = {"model": STATES[i], "epoch": epoch, key: step}
+            torch.save(tree, tmp_path / f"stages/{step}.pt")
+        names = [path.stem for path in merging.newest(tmp_path / "stages", 3)]
+        assert names == ["100", "200", "300"]
+
+    def test_an_epoch_without_a_step(self, tmp_path: Path) -> None:
+        """It tells the order, which names with losses contradict, and others need not."""
+        names = {
+            "by_both": ("epoch-9", "epoch-10", "epoch-11"),
+            "by_epoch": ("first-7", "best-9", "last"),
+            "by_none": ("loss=0.9", "loss=0.5", "loss=0.7"),
+        }
+        for folder, each in names.items():
+            (tmp_path / folder).mkdir()
+            for i, name in enumerate(each):
+                tree = {"model": STATES[i], "epoch": 9 + i}
+                torch.save(tree, tmp_path / folder / f"{name}.pt")
+            if folder != "by_none":
+                torch.save(tree, tmp_path / folder / "copy.pt")
+                found = merging.newest(tmp_path / folder, 2)
+                assert [torch.load(path)["epoch"] for path in found] == [10, 11]
+                with pytest.raises(ValueError, match="expected 4 checkpoints, found 3"):
+                    merging.newest(tmp_path / folder, 4)
+        told = (
+            r"found loss=0\.9\.pt, loss=0\.5\.pt, loss=0\.7\.pt by their epochs and "
+            r"loss=0\.5\.pt, loss=0\.7\.pt, loss=0\.9\.pt by their names"
+        )
+        with pytest.raises(ValueError, match=told):
+            merging.newest(tmp_path / "by_none", 2)
+
+    def test_two_of_one_epoch_without_a_step(self, tmp_path: Path) -> None:
+        """Names that are alike tell them apart."""
+        for i, (epoch, name) in enumerate(((1, "at-900"), (1, "at-1000"), (2, "at-2000"))):
+            torch.save({"model": STATES[i], "epoch": epoch}, tmp_path / f"{name}.pt")
+        names = [path.stem for path in merging.newest(tmp_path, 3)]
+        assert names == ["at-900", "at-1000", "at-2000"]
+        (tmp_path / "at-900.pt").rename(tmp_path / "best-900.pt")
+        with pytest.raises(ValueError, match=r"best-900.pt: expected one checkpoint of each epoch"):
+            merging.newest(tmp_path, 3)
+
+    def test_a_copy_of_a_later_epoch(self, tmp_path: Path) -> None:
+        """As `last.ckpt` of an epoch that has begun, where another has the same step in it."""
+        for name, seed, epoch in (("a-1", 0, 1), ("a-2", 1, 2), ("last", 0, 2)):
+            torch.save({"model": STATES[seed], "step": 5, "epoch": epoch}, tmp_path / f"{name}.pt")
+        assert [path.stem for path in merging.newest(tmp_path, 2)] == ["a-1", "a-2"]
 
     def test_a_step_beside_another_part(self, tmp_path: Path) -> None:
         """The first tensors of a file need not be those with a step above them."""
@@ -1122,6 +1185,16 @@ class TestWindow:
         for averages in (posthoc.snapshots(tmp_path), sorted(tmp_path.iterdir())):
             with pytest.raises(ValueError, match=r"a mean since the start, found sigma_rel 0\.1"):
                 posthoc.window(averages, 5, 9)
+
+    def test_needs_no_order(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of a folder whose steps and names tell two orders, with a copy."""
+        for step, name in ((4, "loss-0.2"), (9, "loss-0.1"), (9, "last")):
+            tree = {"model": {"w": torch.zeros(2)}, "model_avg": {"w": torch.ones(2) * step}}
+            torch.save({**tree, "epoch": 9 - step, "step": step}, tmp_path / f"{name}.pt")
+        out = tmp_path / "out.safetensors"
+        arguments = ["merge", "--window", "4:9", str(tmp_path), "-o", str(out)]
+        assert run(monkeypatch, *arguments) == 0
+        torch.testing.assert_close(load_file(out)["w"], torch.full((2,), 13.0))
 
     @pytest.mark.parametrize("of_torch", [False, True])
     def test_what_is_no_mean_is_that_of_stop(

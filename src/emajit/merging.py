@@ -177,13 +177,14 @@ def _number(text: str, rule: object) -> float:
 def newest(folder: str | os.PathLike[str], count: int) -> list[Path]:
     """The last `count` checkpoints in a folder, from the oldest to the newest.
 
-    Sorted by their steps if all hold one, else by their names, with numbers in numeric order. A
-    step that restarts with each epoch comes after the epoch, if the files hold one. A link to
-    another of them, or a copy (`last.ckpt`) with the same step and weights, is left out.
+    Sorted by steps if all hold one, or epochs if all hold these alone, else by names, with numbers
+    in numeric order. Where steps and epochs tell two orders, since one of them restarts, names that
+    differ in their numbers alone choose one, else the epochs count if a step is there twice. A link
+    to another, or a copy (`last.ckpt`) with the same step and weights, is left out.
 
-    Raises ValueError where there are fewer, or two of one step with different weights, or where
-    only some hold a step or, if none does, a number in their names, or where steps that may
-    restart contradict epochs or names; and OSError where the folder cannot be read.
+    Raises ValueError where there are fewer, or two of one step with different weights; where some
+    hold no step or, if none does, no number in their names; where steps, epochs and names
+    contradict each other; and OSError where the folder cannot be read.
     """
     if count < 1:
         raise ValueError(f"last: expected a number of checkpoints, found {count}")

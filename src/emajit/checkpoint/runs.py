@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,15 +14,12 @@ from emajit import _paths
 from emajit.checkpoint import search, sources
 
 
-def steps(folder: str | os.PathLike[str]) -> dict[Path, search.Moment | None]:
-    """The checkpoints in a folder with their steps, in the order of the run.
+def checkpoints(folder: str | os.PathLike[str]) -> dict[Path, search.Moment | None]:
+    """The checkpoints in a folder, in the natural order of names ("step-9" before "step-10").
 
-    In the natural order of names ("step-9" before "step-10") if one holds no step. A link to
-    another checkpoint there, and a copy with the step and the weights of another, is left out. So
-    are the components of a diffusers pipeline that is exported there.
-
-    Raises ValueError for two checkpoints of one step with other weights, and where a step may be
-    one within its epoch and steps, epochs and names tell more than one order.
+    A link to another checkpoint there, and a copy with the step and the weights of another, is left
+    out. So are the components of a diffusers pipeline that is exported there. Epochs count where
+    all tell one, and alone where none tells a step; a moment is None where nothing counts.
     """
     components = sources.told_in(Path(folder, "model_index.json"))
     here = (path for path in Path(folder).iterdir() if path.name not in components)
@@ -34,57 +31,91 @@ def steps(folder: str | os.PathLike[str]) -> dict[Path, search.Moment | None]:
             with suppress(IsADirectoryError):  # a folder of other things
                 found[path] = search.moment(_parts(path))
     told = {path: moment for path, moment in found.items() if moment is not None}
-    if len(told) < len(found):
-        return found
+    if len(told) < len(found) or any(each.step is not None for each in told.values()):
+        told = {path: each for path, each in told.items() if each.step is not None}
     if any(each.epoch is None for each in told.values()):
         told = {path: each._replace(epoch=None) for path, each in told.items()}
-    told = _without_copies(told)
+    copies = _copies(told)
+    return {path: told.get(path) for path in found if path not in copies}
+
+
+def steps(folder: str | os.PathLike[str]) -> dict[Path, search.Moment | None]:
+    """The `checkpoints` in a folder with their steps, in the order of the run.
+
+    Where steps and epochs tell two orders, names that differ in their numbers alone choose between
+    them, and without that the epochs count only if a step is there twice. A step without epochs
+    that is not certainly one of the whole run, or an epoch without steps, must agree with such
+    names. Where not all tell a step, nor all an epoch, the order is the natural one.
+
+    Raises ValueError where no order is chosen so, and for two of one step with other weights.
+    """
+    found = checkpoints(folder)
+    told = {path: moment for path, moment in found.items() if moment is not None}
+    if len(told) < len(found):
+        return found
+    _check_apart(told)
     return {path: told[path] for path in _in_order(folder, told)}
 
 
-def _without_copies(told: Mapping[Path, search.Moment]) -> dict[Path, search.Moment]:
-    """The checkpoints without copies; ValueError for others of one step that is no other epoch's.
+def _copies(told: Mapping[Path, search.Moment]) -> set[Path]:
+    """The checkpoints that have the step and the weights of another.
 
-    A copy is of the same step, and may be of a later epoch, which has begun meanwhile.
+    A copy may be of a later epoch, which has begun meanwhile, and where another was saved since.
     """
-    kept: dict[Path, search.Moment] = {}
-    last: dict[int, Path] = {}
+    copies: set[Path] = set()
+    met: dict[float | None, list[Path]] = {}
     for path, each in sorted(told.items(), key=lambda item: item[1].epoch or 0):
-        before = last.get(each.step)
-        if before is not None and _are_copies(before, path):
-            continue
-        if before is not None and kept[before].epoch == each.epoch:
+        before = met.setdefault(each.epoch if each.step is None else each.step, [])
+        if any(_are_copies(other, path) for other in before[-2:]):
+            copies.add(path)
+        else:
+            before.append(path)
+    return copies
+
+
+def _check_apart(told: Mapping[Path, search.Moment]) -> None:
+    """Raise ValueError for two of one moment; by epochs alone, names may tell them apart."""
+    met: dict[tuple[int | None, float | None], Path] = {}
+    for path, each in told.items():
+        before = met.setdefault((each.step, each.epoch), path)
+        if before != path and not (each.step is None and _are_alike(told)):
+            what = "epoch" if each.step is None else "step"
             raise ValueError(
-                f"{path}: expected one checkpoint of each step, found {before.name} of the same "
-                "step with other weights; give the files in their order"
+                f"{path}: expected one checkpoint of each {what}, found {before.name} of the same "
+                f"{what} with other weights; give the files in their order"
             )
-        kept[path], last[each.step] = each, path
-    return {path: kept[path] for path in told if path in kept}
 
 
 def _in_order(folder: str | os.PathLike[str], told: Mapping[Path, search.Moment]) -> list[Path]:
-    """Checkpoints in natural order, by their steps, or where these restart by epochs and steps."""
-    by_step = sorted(told, key=lambda path: told[path].step)
-    if all(each.is_global for each in told.values()):
-        return by_step
-    by_name = [*told]
-    are_alike = len({re.sub(r"\d+", "0", path.name) for path in told}) == 1
-    if all(each.epoch is None for each in told.values()):
-        if by_step == by_name or not are_alike:
-            return by_step
-        what, other = "names", by_name
-    else:
-        what, other = "epochs", sorted(told, key=lambda path: (told[path].epoch, told[path].step))
-        if other == by_step or len({each.step for each in told.values()}) < len(told):
-            return other
-        if are_alike and by_name in (other, by_step):
+    """Checkpoints in natural order, in the order that their steps, epochs and names tell."""
+    by_name, are_alike, moments = [*told], _are_alike(told), [*told.values()]
+    by_step = sorted(told, key=lambda path: told[path].step or 0)
+    by_epoch = sorted(told, key=lambda path: (told[path].epoch or 0, told[path].step or 0))
+    has_steps, has_epochs = moments[0].step is not None, moments[0].epoch is not None
+    if has_steps and has_epochs:
+        if by_step == by_epoch or len({each.step for each in moments}) < len(moments):
+            return by_epoch
+        if are_alike and by_name in (by_step, by_epoch):
             return by_name
-    steps, others = (_paths.some([path.name for path in each]) for each in (by_step, other))
-    raise ValueError(
-        f"{folder}: expected one order of the checkpoints, whose steps may restart with each "
-        f"epoch, found {steps} by their steps and {others} by their {what}; give the checkpoints "
-        "in their order"
+        orders = {"steps": by_step, "epochs": by_epoch}
+    else:
+        what, order = ("steps", by_step) if has_steps else ("epochs", by_epoch)
+        if order == by_name or not are_alike or all(each.is_global for each in moments):
+            return order
+        orders = {what: order, "names": by_name}
+    found = " and ".join(
+        f"{_paths.some([path.name for path in order])} by their {what}"
+        for what, order in orders.items()
     )
+    raise ValueError(
+        f"{folder}: expected one order of the checkpoints, whose steps and epochs may restart, "
+        f"found {found}; give the checkpoints in their order"
+    )
+
+
+def _are_alike(paths: Iterable[Path]) -> bool:
+    """Whether names differ in their numbers alone."""
+    return len({re.sub(r"\d+", "0", path.name) for path in paths}) == 1
 
 
 def check_order(folder: str | os.PathLike[str], found: Mapping[Path, search.Moment | None]) -> None:

@@ -7,6 +7,7 @@ depth; else a mapping or a list of tensors is an average if its path says so: "e
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from emajit.checkpoint.layouts.diffusers import options_in
 
 _STEPS = "num_updates", "updates", "optimization_step", "steps", "step"
 _STEPS_OF_RUN = "global_step", "global_steps", "batch_idx_train", "step", "iteration"
-_DECAYS = "ema_decay", "ema.decay", "decay"
+_DECAYS_OF_AVERAGE = "ema_decay", "ema.decay"  # a "decay" may be that of something else
 # Counts over the whole run; a "step" may be one within its epoch.
 _GLOBAL_STEPS = "global_step", "global_steps", "batch_idx_train", "iteration"
 _EPOCHS = "epoch", "current_epoch", "cur_epoch"
@@ -98,14 +99,15 @@ class Found(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """When in its run a checkpoint was saved; `epoch` is None where its step may not restart."""
+    """When in its run a checkpoint was saved; one of `step` and `epoch` may be None."""
 
-    step: int
+    step: int | None
     epoch: float | None
     is_global: bool
 
     def __str__(self) -> str:
-        return f"{self.step}" if self.epoch is None else f"{self.step} of epoch {self.epoch:g}"
+        epoch = "" if self.epoch is None else f"epoch {self.epoch:g}"
+        return " of ".join(str(each) for each in (self.step, epoch) if each not in (None, ""))
 
 
 def listed(tensors: Mapping[str, Any] | Sequence[Any]) -> list[Any]:
@@ -213,13 +215,15 @@ def _with_decay(found: Found, walked: Sequence[Container]) -> Found:
     reading = found.reading
     if reading.decay is not None or reading.sigma_rel is not None:
         return found
-    held: set[float | None] = set()
+    of_average: set[float | None] = set()
+    others: set[float | None] = set()
     for each in walked:
         place = ".".join([*each.path, ""])
         if isinstance(each.value, Mapping) and f"{found.path}.".startswith(place):
             own = f"{found.path.removeprefix(place)}.decay"  # of a module in a state
-            held |= {_decay_in(each.value.get(key)) for key in (*_DECAYS, own)}
-    held -= {None}
+            of_average |= {_decay_in(each.value.get(key)) for key in (*_DECAYS_OF_AVERAGE, own)}
+            others.add(_decay_in(each.value.get("decay")))
+    held = of_average - {None} or others - {None}
     return found._replace(reading=reading._replace(decay=held.pop())) if len(held) == 1 else found
 
 
@@ -311,27 +315,25 @@ def told(part: Part) -> tuple[int | None, float | None]:
     steps = [each.get(key) for each in own for key in _STEPS]
     steps += [each.get(key) for each in mappings for key in _STEPS_OF_RUN]
     step = next((step for step in steps if _is_number(step, int)), None)
-    decays = [_decay_in(each.get("decay")) for each in own]
+    decays = [_decay_in(each.get(key)) for each in own for key in (*_DECAYS_OF_AVERAGE, "decay")]
     return step_of(step), next((decay for decay in decays if decay is not None), None)
 
 
 def moment(held: Sequence[Part]) -> Moment | None:
-    """When a file with these parts was saved; None where none of them has a step above it."""
+    """When a file with these parts was saved; None where none has a step or an epoch above it."""
     above = [m for part in held for m in reversed(part.above) if isinstance(m, Mapping)]
 
     def first(keys: Sequence[str], *kinds: type) -> Any:
         found = (m.get(key) for m in above for key in keys)
         return next((v for v in found if any(_is_number(v, kind) for kind in kinds)), None)
 
-    if (step := step_of(first(_GLOBAL_STEPS, int))) is not None:
-        return Moment(step, None, is_global=True)
-    step = next((step for part in held if (step := told(part)[0]) is not None), None)
     epoch = first(_EPOCHS, int, float)
-    return (
-        None
-        if step is None
-        else Moment(step, None if epoch is None else float(epoch), is_global=False)
-    )
+    of_run = step_of(first(_GLOBAL_STEPS, int))
+    steps = (of_run, *(told(part)[0] for part in held))
+    step = next((step for step in steps if step is not None), None)
+    known = None if epoch is None or not math.isfinite(epoch) else float(epoch)
+    is_empty = step is None and known is None
+    return None if is_empty else Moment(step, known, is_global=of_run is not None)
 
 
 def options(part: Part) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def _chosen(
         given = sources
         if len(sources) == 1 and sources[0].is_dir():
             found = posthoc.snapshots(sources[0])
-            given = [each.path for each in found] or [*runs.steps(sources[0])]
+            given = [each.path for each in found] or [*runs.checkpoints(sources[0])]
         shares = posthoc.window_of(given, start, stop)
         return [*shares], [*shares.values()], f"the mean of the steps {start + 1} to {stop}"
     told = ""
@@ -94,9 +94,10 @@ def _chosen(
             raise ValueError(f"--last: expected one folder of checkpoints, found {what}")
         held = runs.steps(sources[0])
         sources = merging.newest(sources[0], last)
-        by = "names" if None in held.values() else "steps"
+        moments = [each for each in held.values() if each is not None]
+        by = "names" if not moments else "epochs" if moments[0].step is None else "steps"
         told = f"the last {last} of {len(held)} checkpoints, by their {by}"
-        if by == "steps":
+        if moments:
             told += f": {', '.join(str(held[each]) for each in sources)}"
     return sources, merging.coefficients(rule or "uniform", len(sources)), told
 
