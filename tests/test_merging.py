@@ -321,6 +321,17 @@ class TestSums:
         merging.merge(sources, tmp_path / "out")
         assert load_file(tmp_path / "out")["1.num_batches_tracked"] == 3
 
+    @pytest.mark.parametrize("integers", ["last", "equal"])
+    @pytest.mark.parametrize("out", ["out.pt", "out.safetensors"])
+    def test_integers_that_are_views_of_their_negatives(
+        self, integers: Any, out: str, tmp_path: Path
+    ) -> None:
+        held = {"w": torch.ones(2), "n": torch._neg_view(torch.arange(4))}
+        torch.save(held, tmp_path / "0.pt")
+        merging.merge([tmp_path / "0.pt"] * 2, tmp_path / out, integers=integers)
+        found = checkpoint.sources.content(tmp_path / out)["n"]
+        assert found.tolist() == [0, -1, -2, -3]
+
 
 class TestRefused:
     def test_other_names_shapes_and_kinds(self, sources: list[Path], tmp_path: Path) -> None:
@@ -342,6 +353,27 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"step-9.safetensors: '2.bias': expected finite"):
             merging.merge(sources, tmp_path / "out")
         assert (tmp_path / "out").read_bytes() == b"as before"
+
+    @pytest.mark.filterwarnings("ignore:.*(CSR|quantize|nested)")
+    @pytest.mark.parametrize(
+        ("make", "kind"),
+        [
+            (Tensor.to_sparse, "sparse_coo"),
+            (Tensor.to_sparse_csr, "sparse_csr"),
+            (lambda value: value.to("meta"), "meta"),
+            (lambda value: torch.nested.nested_tensor([value, value]), "nested"),
+            (lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8), "quantised"),
+        ],
+    )
+    def test_tensors_that_are_no_plain_numbers(self, make: Any, kind: str, tmp_path: Path) -> None:
+        torch.save({"w": torch.ones(2), "a.w": torch.ones(2, 2)}, tmp_path / "0.pt")
+        torch.save({"w": torch.ones(2), "a.w": make(torch.ones(2, 2))}, tmp_path / "1.pt")
+        for sources in ((1,), (0, 1)):
+            paths = [tmp_path / f"{i}.pt" for i in sources]
+            for out in ("out.pt", "out.safetensors"):
+                message = rf"1\.pt: 'a\.w': expected a dense tensor, found .*{kind}"
+                with pytest.raises(ValueError, match=message):
+                    merging.merge(paths, tmp_path / out)
 
     def test_a_sum_that_is_not_one(self, sources: list[Path], tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"expected a sum of 1, found 2; .* --allow-any-sum"):

@@ -212,13 +212,14 @@ class _Telling:
 def check_dense(where: str, tensor: Tensor) -> None:
     """Raise ValueError, with `where`, for a tensor that is not dense."""
     if not _is_dense(tensor):
-        found = f"{type(tensor).__name__} in {tensor.layout} on {tensor.device}"
+        kind = "nested " if tensor.is_nested else "quantised " if tensor.is_quantized else ""
+        found = f"{kind}{type(tensor).__name__} in {tensor.layout} on {tensor.device}"
         raise ValueError(f"{where}: expected a dense tensor, found {found}")
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor has its numbers in memory: not meta, sparse, nested or a DTensor."""
-    if tensor.layout is not torch.strided or tensor.is_nested:
+    """Whether a tensor has its numbers in memory: not meta, sparse, quantised or a DTensor."""
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
         return False
     try:
         return bool(tensor.data_ptr()) or not tensor.numel()

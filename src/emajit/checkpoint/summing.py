@@ -41,12 +41,15 @@ class Source:
         with reading.told_of(path):
             weights = _weights(path, tree, of, key, names)
         self.keys, self.tensors, self.step = weights[:3]
+        for name, value in self.tensors.items():
+            if not hasattr(value, "emajit_place"):  # on the disk
+                files.check_dense(f"{path}: {name!r}", value)
         self.not_means = weights.not_means
         self.folder = _folder_of(path, weights.place)
 
     def leaf(self, name: str) -> Tensor:
         """A leaf in host memory, or mapped from the disk."""
-        return sources.loaded(self.tensors[name]).detach()
+        return sources.loaded(self.tensors[name]).detach().resolve_neg()
 
     def mapped(self, name: str) -> Tensor | None:
         """A leaf, flat and without a copy; None where it has to be loaded or copied."""
