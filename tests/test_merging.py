@@ -895,6 +895,10 @@ class TestNewest:
         (tmp_path / "model_index.json").write_text(json.dumps(told))
         assert [p.stem for p in merging.newest(tmp_path, 2)] == ["checkpoint-9", "checkpoint-10"]
 
+    def test_of_a_folder_of_nothing(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="expected 1 checkpoints, found 0"):
+            merging.newest(tmp_path, 1)
+
     def test_of_some_without_a_number(self, tmp_path: Path) -> None:
         for name in ("step-9", "step-10", "final"):
             save_file(STATES[0], tmp_path / f"{name}.safetensors")

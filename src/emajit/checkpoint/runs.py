@@ -51,7 +51,7 @@ def steps(folder: str | os.PathLike[str]) -> dict[Path, search.Moment | None]:
     """
     found = checkpoints(folder)
     told = {path: moment for path, moment in found.items() if moment is not None}
-    if len(told) < len(found):
+    if not told or len(told) < len(found):
         return found
     _check_apart(told)
     return {path: told[path] for path in _in_order(folder, told)}
