@@ -1132,6 +1132,8 @@ class TestFolders:
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ""])
 def test_memory_is_that_of_a_leaf_or_two(suffix: str, tmp_path: Path) -> None:
     """Six sources with two leaves of 16 MB: that of a few pieces, if they can be mapped."""
+    if not suffix and torch.__version__ < "2.11":
+        pytest.skip("torch 2.10 leaves what its reader has read to the garbage collector")
     paths = [tmp_path / f"{i}{suffix}" for i in range(6)]
     for i, path in enumerate(paths):
         held = {f"w{j}": torch.full((2**11, 2**11), float(i)) for j in range(2)}

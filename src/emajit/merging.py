@@ -51,7 +51,8 @@ tuned, `python -m bench.studies wsm`).
 - Sums are taken in float64 and rounded once, or to 16 bits through float32, as torch converts. They
   are taken in pieces of mapped files, which are all the memory that is needed: two sources of 2 GB
   took 23 MB on two cores. Where a tensor has to be loaded (from a folder of
-  torch.distributed.checkpoint), memory holds the leaf's sum and one source's leaf.
+  torch.distributed.checkpoint), memory holds the leaf's sum and one source's leaf;
+  before torch 2.11 also what its reader leaves to the garbage collector.
 - Checksums take a third of the processor's time without zlib-ng, which the extra `checkpoint`
   brings.
 - The result appears whole or not at all. It tells where it comes from: `emajit inspect` shows the
