@@ -22,7 +22,7 @@ from torch import Tensor
 from emajit import _alias, _names, _paths
 from emajit.checkpoint import files, search, sources
 from emajit.checkpoint.averaged import Averaged, Place, Writer, averages_of, is_copied
-from emajit.checkpoint.patching import Archive, Changes, Held
+from emajit.checkpoint.patching import Archive, Changes, Held, same
 
 # Stems of weight files, and the suffixes of files to copy: no weights, no training state.
 _STEMS = "diffusion_pytorch_model", "adapter_model"  # of diffusers, and PEFT
@@ -99,10 +99,7 @@ def _changes(averaged: Averaged, place: Place) -> Changes:
             "expected a checkpoint that tells its step, or a step to write, found none; pass "
             "step=, on the command line --step"
         )
-    changes = place.put(averages, averaged.step)
-    if not {*trained.values()}.isdisjoint(held for held, _ in changes.numbers):
-        raise ValueError("expected trained weights apart from the averages, found both in one")
-    return changes
+    return place.put(averages, averaged.step)
 
 
 def _held(state: Any) -> dict[str, Held]:
@@ -118,32 +115,44 @@ def _placed(
     """The averages under the names of a trainer's weights, for each average that is `there`.
 
     Its module may hold the model as an attribute. All of its averages are needed, except those of
-    copied buffers and of tensors that the source has without an average, such as frozen ones.
+    copied buffers and of tensors that the source has without an average, such as frozen ones. Of
+    the names of a tied average only one needs a place.
     """
-    own = averages_of(averaged)
-    name_of = _around([n for n, v in own.items() if not is_copied(n, v.dtype)], trained)
+    wanted = trained if there is None else there
+    once = averages_of(averaged)
+    name_of = _around(
+        [n for n, v in once.items() if not is_copied(n, v.dtype)], {**trained, **wanted}
+    )
     named: dict[str, Tensor] = {}
     first: dict[Held | str, Tensor] = {}  # of a weight, which may have several names
-    for name, value in ((name_of(each), value) for each, value in own.items()):
-        same = named.setdefault(name, value)
-        if not torch.equal(first.setdefault(trained.get(name, name), same), value):
+    for each, value in averaged.weights.items():
+        if each in averaged.raw_only:
+            continue
+        files.check_dense(each, value)
+        name = name_of(each)
+        given = named.setdefault(name, value)
+        if not same(first.setdefault(trained.get(name, name), given), value):
             raise ValueError(f"expected one average of {name}, found another under a second name")
-    full = {name: first[held] for name, held in trained.items() if held in first}
-    wanted = trained if there is None else there
-    known = {*full, *map(name_of, averaged.weights)}
+    weight_of = {name: trained.get(name, name) for name in wanted}
+    full = {name: first[weight] for name, weight in weight_of.items() if weight in first}
+    known = {*full, *map(name_of, averaged.raw_only)}
     needed = [name for name, held in (there or {}).items() if not is_copied(name, held.dtype)]
     missing = [name for name in needed if name not in known]
-    unknown = [n for n, v in named.items() if n not in wanted and not is_copied(n, v.dtype)]
+    placed = {_alias.identity(value) for name, value in named.items() if name in wanted}
+    unknown = [
+        name
+        for name, value in named.items()
+        if _alias.identity(value) not in placed and not is_copied(name, value.dtype)
+    ]
     shapes = [
-        f"{name} of shape {tuple(value.shape)} for {trained[name].shape}"
+        f"{name} of shape {tuple(value.shape)} for {wanted[name].shape}"
         for name, value in full.items()
-        if tuple(value.shape) != trained[name].shape
+        if tuple(value.shape) != wanted[name].shape
     ]
     told = [*(f"no {name}" for name in missing), *(f"{name} beside" for name in unknown), *shapes]
-    kept = {name: value for name, value in full.items() if name in wanted}
-    if told or not kept:
+    if told or not full:
         raise ValueError(f"expected averages of its weights, found {_paths.some(told) or 'none'}")
-    return kept
+    return full
 
 
 def _around(averages: Iterable[str], names: Collection[str]) -> Callable[[str], str]:

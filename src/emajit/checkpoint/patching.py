@@ -12,7 +12,7 @@ import math
 import pickle
 import sys
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from emajit import _alias
 from emajit.checkpoint import archives, files
 
 _DTYPES = {  # of the storages that `torch.save` names
@@ -50,12 +51,16 @@ class Storage(NamedTuple):
 
 
 class Held(NamedTuple):
-    """A tensor in an archive, which is not read."""
+    """A tensor in an archive, which is not read.
+
+    `is_lazy` tells whether torch conjugates or negates its numbers as it reads them.
+    """
 
     storage: Storage
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    is_lazy: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,6 +68,12 @@ class Held(NamedTuple):
         if self.storage.kind not in _DTYPES:
             raise ValueError(f"expected {' or '.join(_DTYPES)}, found {self.storage.kind}")
         return _DTYPES[self.storage.kind]
+
+    def range(self) -> tuple[int, int]:
+        """The bytes of its storage where it starts and stops."""
+        size = _DTYPES.get(self.storage.kind, torch.uint8).itemsize  # `UntypedStorage` counts bytes
+        start = self.offset * size
+        return start, _alias.end((start, self.shape, self.stride, size))
 
 
 class Changes(NamedTuple):
@@ -106,7 +117,8 @@ class Archive:
         """Write a copy with these changes, whole or not at all.
 
         `tell` is called with the bytes of each written piece. Raises ValueError for a number that
-        overflows, and for an object that would have to be pickled anew.
+        overflows, or has no place in the dtype; for tensors that share memory with others; and for
+        an object that would have to be pickled anew.
         """
         with zipfile.ZipFile(self.path) as archive:
             records = archive.infolist()
@@ -120,6 +132,7 @@ class Archive:
             for held, tensor in changes.numbers:
                 _check_fits(held, tensor)
                 changed.setdefault(f"{folder}data/{held.storage.key}", []).append((held, tensor))
+            _check_apart(self.tree, changes.numbers)
 
             def fill(file: BinaryIO) -> None:
                 with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as out:
@@ -128,6 +141,9 @@ class Archive:
                         pieces: Iterator[Any] = self._pieces(archive, record)
                         if name == self._pickled:
                             size, pieces = len(text), iter([text])
+                        elif name == f"{folder}.format_version":
+                            # From 1 on, torch may compute where its own writer puts each record.
+                            size, pieces = 1, iter([b"0"])
                         elif name in changed:
                             pieces = iter([_with(bytearray(b"".join(pieces)), changed[name])])
                         _add(out, file, name, size, pieces, tell)
@@ -179,12 +195,72 @@ def _check_fits(held: Any, tensor: Tensor) -> None:
         )
     if held.shape != tuple(tensor.shape):
         raise ValueError(f"expected an average of shape {held.shape}, found {tuple(tensor.shape)}")
-    files.cast("an average", tensor, held.dtype)
+    if held.is_lazy or (0 not in held.shape and _alias.repeats_itself(held.shape, held.stride)):
+        found = "a conjugated or negated view" if held.is_lazy else f"strides {held.stride}"
+        raise ValueError(f"expected a place with each number once as it is, found {found}")
+    if not torch.can_cast(tensor.dtype, held.dtype):
+        raise ValueError(f"expected an average that fits {held.dtype}, found {tensor.dtype}")
+    cast = files.cast("an average", tensor, held.dtype)
+    is_whole = not (tensor.is_floating_point() or tensor.is_complex())
+    if is_whole and not torch.equal(cast.to(tensor.dtype), tensor):
+        raise ValueError(f"expected numbers that fit {held.dtype}, found others in {tensor.dtype}")
+
+
+def _check_apart(tree: Any, numbers: Sequence[tuple[Held, Tensor]]) -> None:
+    """Raise ValueError where a change would reach another tensor in the archive too."""
+    if not numbers:
+        return
+    first: dict[Held, Tensor] = {}
+    for held, tensor in numbers:
+        if not same(first.setdefault(held, tensor), tensor):
+            raise ValueError(f"expected one average of shape {held.shape}, found two in one place")
+    found, changed = Counter(_tensors(tree)), Counter(held for held, _ in numbers)
+    each = [*first, *(held for held in found if held not in first)]
+    base: dict[str, int] = {}  # no two storages in one range of addresses; 0 is none
+    ranges = []
+    for held in each:
+        at = base.setdefault(held.storage.key, (1 + len(base)) << 64)
+        ranges.append([at + end for end in held.range()])
+    starts, stops = zip(*ranges, strict=True)
+    shared = [each[i] for i, _ in _alias.touching(starts, stops, len(first))]
+    shared += [held for held in first if 0 not in held.shape and found[held] > changed[held]]
+    if shared:
+        raise ValueError(
+            "expected averages apart from all other tensors, found one of shape "
+            f"{shared[0].shape} that shares its memory"
+        )
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same bits, NaN included."""
+    if _alias.tied(a, b) or (a.shape, a.dtype) != (b.shape, b.dtype):
+        return _alias.tied(a, b)
+    return torch.equal(*(_host(each).flatten().view(torch.uint8) for each in (a, b)))
+
+
+def _host(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+
+
+def _tensors(tree: Any) -> Iterator[Held]:
+    """The tensors in a tree, each as often as it has a path, or twice for many paths."""
+    stack, visits = [tree], Counter[int]()
+    while stack:
+        value = stack.pop()
+        if isinstance(value, Held):
+            yield value
+        elif isinstance(value, Storage):
+            yield Held(value, 0, (value.size,), (1,))
+        elif isinstance(value, dict | list | tuple | _Object) and visits[id(value)] < 2:
+            visits[id(value)] += 1
+            stack += [*value.keys(), *value.values()] if isinstance(value, dict) else []
+            stack += value if isinstance(value, list | tuple) else []
+            stack += getattr(value, "__dict__", {}).values()
 
 
 def _with(held: bytearray, changed: Sequence[tuple[Held, Tensor]]) -> bytearray:
     """The bytes of a storage, in which tensors get new numbers."""
-    for (storage, offset, shape, stride), tensor in changed:
+    for (storage, offset, shape, stride, _), tensor in changed:
         if math.prod(shape):
             whole = torch.frombuffer(held, dtype=_DTYPES[storage.kind])
             whole.as_strided(shape, stride, offset).copy_(tensor)
@@ -218,14 +294,16 @@ class _Items(pickle.Pickler):
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            key, host = str(self._next + len(self.added)), value.detach().cpu().contiguous()
+            key, host = str(self._next + len(self.added)), _host(value)
             if host.dtype not in _KINDS:
                 raise ValueError(f"expected averages in {[*_KINDS]}, found {host.dtype}")
             self.added[key] = host
             storage = Storage(key, _KINDS[host.dtype], host.numel())
             value = Held(storage, 0, tuple(host.shape), tuple(host.stride()))
         if isinstance(value, Held):
-            return self._rebuild, (*value, False, OrderedDict())
+            if value.is_lazy:
+                raise ValueError("expected tensors as they are, found a conjugated or negated view")
+            return self._rebuild, (*value[:4], False, OrderedDict())
         if isinstance(value, archives.Nothing):
             name = type(value).__name__
             raise ValueError(f"expected tensors beside the averages, found a pickled {name}")  # noqa: TRY004
@@ -245,13 +323,32 @@ class _Skeleton(pickle.Unpickler):
             return OrderedDict
         if module.partition(".")[0] == "torch":
             if name == "_rebuild_tensor_v2":
-                return lambda storage, offset, shape, stride, *_: Held(
-                    storage, offset, tuple(shape), tuple(stride)
-                )
+                return _held
             if name == "_rebuild_parameter":
                 return lambda tensor, *_: tensor
-        return type(name, (archives.Nothing,), {})
+        return type(name, (_Object,), {})
 
     def persistent_load(self, pid: Any) -> Storage:
         _, kind, key, _, count = pid
         return Storage(key, kind.__name__, count)
+
+
+def _held(storage: Storage, offset: int, shape: Any, stride: Any, *rest: Any) -> Held:
+    """As the function of torch, whose seventh argument tells conjugated and negated views."""
+    return Held(storage, offset, tuple(shape), tuple(stride), any(map(bool, rest[2:])))
+
+
+class _Object(archives.Nothing):
+    """Replaces any pickled object, and keeps what it holds: there may be tensors."""
+
+    inside: list[Any]
+
+    def __new__(cls, *args: object, **_: object) -> Any:
+        made = super().__new__(cls)
+        made.inside = [*args]
+        return made
+
+    def _keep(self, *args: object) -> None:
+        self.inside += args
+
+    __setstate__ = __setitem__ = append = extend = add = _keep

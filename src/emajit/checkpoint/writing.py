@@ -68,8 +68,8 @@ def write(
             number; the decay is outside [0, 1], the step negative; the layout needs something that
             is missing: the trained weights, a step, a decay, the names of all averages, or `like`;
             names or shapes differ from those in `like` (the first five are shown); `like` is of
-            another trainer, or has several averages; `path` ends in `.safetensors` for a layout of
-            `torch.save`.
+            another trainer, has several averages, or averages that share memory with other tensors
+            or have no dtype for these; `path` ends in `.safetensors` for a layout of `torch.save`.
         TypeError: `averaged` is not from `read`.
         OSError: the file cannot be written.
     """

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,8 +45,10 @@ def _place(tree: Mapping[str, Any]) -> Place:
         return Place(tree["current_model_state"], state, put)
 
     def add(averages: dict[str, Tensor], step: int | None) -> Changes:
+        averaged = copy.copy(state)  # also its versions of modules
+        averaged.update(averages)
         told = {"n_averaged": torch.tensor(step)}
-        both = {"state_dict": {**state, **averages}, "current_model_state": state}
+        both = {"state_dict": averaged, "current_model_state": state}
         return Changes({**both, "averaging_state": told})
 
     return Place(state, None, add)

@@ -63,15 +63,15 @@ def _place(tree: Mapping[str, Any]) -> Place:
         )
     partners = _names.match(state, shadows[0])
     held = {partners.get(name, name): value for name, value in shadows[0].items()}
-    raw = {**state, **(ours.get("raw") or {})}
+    trained = ours.get("raw") or {}  # then `state_dict` has the averages too, under all their names
+    saved = {name: state[name] for name in trained if name in state}
 
     def put(averages: dict[str, Tensor], step: int | None) -> Changes:
         numbers = [(held[name], value) for name, value in averages.items() if name in held]
-        if "raw" in ours:  # `state_dict` has the averages too
-            numbers += [(state[name], value) for name, value in averages.items() if name in state]
+        numbers += [(saved[name], value) for name, value in averages.items() if name in saved]
         return Changes({"emajit": {**ours, **({} if step is None else {"step": step})}}, numbers)
 
-    return Place(raw, held, put)
+    return Place({**state, **trained}, {**saved, **held}, put)
 
 
 LAYOUT = Layout(read, Writer("emajit-lightning", None, place=_place))
