@@ -51,7 +51,9 @@ def _place(tree: Mapping[str, Any]) -> Place:
 
         def add(averages: dict[str, Tensor], step: int | None) -> Changes:
             bare = _names.canonical_of(averages)
-            shadow = {bare[name]: value for name, value in averages.items()}
+            # The callback averages a tied parameter under its first name.
+            first = {state[name]: name for name in reversed([*averages])}
+            shadow = {bare[n]: v for n, v in averages.items() if first[state[n]] == n}
             return Changes({"emajit": {"shadow": shadow, "step": step, "averaged_at": at}})
 
         return Place(state, None, add)
