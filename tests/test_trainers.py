@@ -717,6 +717,39 @@ class TestLightning:
             if new:  # Lightning's callback leaves the averages in the model
                 assert_close(got[f"net.{name}"], 0.5 * value + 0.5 * new[f"net.{name}"])
 
+    @pytest.mark.parametrize("gathered", [False, True], ids=["tied", "gathered one by one"])
+    def test_goes_on_with_tied_weights(self, tmp_path: Path, gathered: bool) -> None:
+        pytest.importorskip("lightning", reason="lightning is not installed")
+        from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: PLC0415
+
+        from emajit.integrations.lightning import EMACallback  # noqa: PLC0415
+        from tests import test_lightning as tests  # noqa: PLC0415
+
+        class Tied(tests.Regression):
+            def __init__(self) -> None:
+                super().__init__()
+                self.tied = nn.Linear(3, 4, bias=False)
+                self.tied.weight = self.get_parameter("net.0.weight")
+
+        saver = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1, filename="{step}")
+        tests.trainer_of(tmp_path, saver, max_epochs=1).fit(Tied(), tests.data())
+        like, out = tmp_path / "step=4.ckpt", tmp_path / "next.ckpt"
+        if gathered:
+            tree = torch.load(like, weights_only=True)
+            tree["state_dict"]["tied.weight"] = tree["state_dict"]["tied.weight"].clone()
+            torch.save(tree, like)
+        given(tmp_path / "own", lambda name: f"net.{name}")
+        found = checkpoint.read(tmp_path / "own")
+        average = found.weights["net.0.weight"]
+        found = found._replace(weights={**found.weights, "tied.weight": average})
+        checkpoint.write(out, found, layout="emajit-lightning", like=like)
+        callback, model = EMACallback(0.5), Tied()
+        trainer = tests.trainer_of(tmp_path, callback, max_epochs=1, limit_train_batches=5)
+        trainer.fit(model, tests.data(), ckpt_path=out)
+        new = model.tied.weight.detach().clone()
+        with callback.averaged(model):
+            assert_close(model.tied.weight.detach(), 0.5 * average + 0.5 * new)
+
 
 @pytest.mark.filterwarnings("ignore")  # of mmengine itself
 def test_mmengine_itself(tmp_path: Path) -> None:

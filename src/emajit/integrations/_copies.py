@@ -118,6 +118,23 @@ def with_ties(module: nn.Module, partners: Mapping[str, str]) -> dict[str, str]:
     return bare | tied
 
 
+def without_ties(module: nn.Module, shadow: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`shadow` without equal averages under further names of the module's tied parameters.
+
+    They come from a file that had each weight of its own, as of shards that were gathered.
+    """
+    named = _names.named(module, "parameters", twice=True)
+    bare, first = _names.canonical_of(named), dict[int, str]()
+    firsts = {bare[name]: first.setdefault(id(p), bare[name]) for name, p in named.items()}
+    return {
+        name: value
+        for name, value in shadow.items()
+        if (other := firsts.get(name, name)) == name
+        or other not in shadow
+        or not value.equal(shadow[other])
+    }
+
+
 def log_as(log: Callable[..., None], suffix: str, name: str, *args: Any, **kwargs: Any) -> None:
     """Log a metric under its name and a suffix."""
     log(f"{name}_{suffix}", *args, **kwargs)

@@ -354,10 +354,11 @@ class EMACallback(Callback):
             pl_module.load_state_dict(state, strict=pl_module.strict_loading)
         _copies.warn_of_changes(pl_module, raw or checkpoint.get("state_dict", {}))
         _average.check_alike(_average.names_of(self._options), self._loaded["shadows"])
-        if self._loaded["is_whole"]:
-            for name, state in self._loaded["shadows"].items():
+        for name, state in self._loaded["shadows"].items():
+            shadow = _copies.without_ties(pl_module, state)
+            if self._loaded["is_whole"]:
                 shadow = _copies.averages_in(state, pl_module, self._options)
-                self._loaded["shadows"][name] = shadow
+            self._loaded["shadows"][name] = shadow
         self._loaded["names"] = {n for shadow in self._loaded["shadows"].values() for n in shadow}
 
     def _show_copies_to(self, module: LightningModule) -> None:
