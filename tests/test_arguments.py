@@ -167,7 +167,7 @@ class TestDecay:
     @pytest.mark.parametrize(
         "others",
         [
-            {"ema_decay": 0.99, "decay": 0.999},  # which?
+            {"ema_decay": 0.99, "ema.decay": 0.999},  # which?
             {"ema_decay": True},
             {"ema_decay": 99.0},
             {"weight_decay": 0.999},

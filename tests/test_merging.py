@@ -372,6 +372,8 @@ class TestRefused:
             paths = [tmp_path / f"{i}.pt" for i in sources]
             for out in ("out.pt", "out.safetensors"):
                 message = rf"1\.pt: 'a\.w': expected a dense tensor, found .*{kind}"
+                if kind != "meta":  # torch 2.14 and 2.15 do not unpickle all of them
+                    message += r"|1\.pt: expected a whole file of torch\.save"
                 with pytest.raises(ValueError, match=message):
                     merging.merge(paths, tmp_path / out)
 

@@ -315,7 +315,9 @@ def told(part: Part) -> tuple[int | None, float | None]:
     steps = [each.get(key) for each in own for key in _STEPS]
     steps += [each.get(key) for each in mappings for key in _STEPS_OF_RUN]
     step = next((step for step in steps if _is_number(step, int)), None)
-    decays = [_decay_in(each.get(key)) for each in own for key in (*_DECAYS_OF_AVERAGE, "decay")]
+    # Beside a decay of the average, which `_with_decay` finds, another may be of anything.
+    plain = [each for each in own if not any(key in each for key in _DECAYS_OF_AVERAGE)]
+    decays = [_decay_in(each.get("decay")) for each in plain]
     return step_of(step), next((decay for decay in decays if decay is not None), None)
 
 
