@@ -239,7 +239,7 @@ def _chosen(
     for each in averaged:
         _check_shapes(each, names)
         used |= {id(value) for part in (each.weights, each.raw) for value in part.values()}
-    present = _check_beside(walked, used)
+    present = check_beside(walked, used)
     return [each._replace(others=len(present - used)) for each in averaged]
 
 
@@ -383,7 +383,7 @@ def _check_shapes(found: Averaged, names: Any) -> None:
                 )
 
 
-def _check_beside(walked: Sequence[Container], used: set[int]) -> set[int]:
+def check_beside(walked: Sequence[Container], used: set[int]) -> set[int]:
     """The ids of all tensors; ValueError for a pickled object in a mapping with a used tensor."""
     present = set()
     for _, value, _ in walked:

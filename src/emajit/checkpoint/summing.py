@@ -39,7 +39,9 @@ class Source:
         self.size = sum(size for _, size, _ in self._stats)
         tree = sources.content(path, on_disk=True)
         with reading.told_of(path):
-            weights = _weights(path, tree, of, key, names)
+            searched = reading.searched_in(tree, path.name)
+            weights = _weights(path, searched, of, key, names)
+            reading.check_beside(searched.walked, {*map(id, weights.tensors.values())})
         self.keys, self.tensors, self.step = weights[:3]
         for name, value in self.tensors.items():
             if not hasattr(value, "emajit_place"):  # on the disk
@@ -103,12 +105,13 @@ class _Weights(NamedTuple):
     not_means: frozenset[str] = frozenset()
 
 
-def _weights(path: Path, tree: Any, of: Of | None, key: str | None, names: Names) -> _Weights:
+def _weights(
+    path: Path, searched: reading.Searched, of: Of | None, key: str | None, names: Names
+) -> _Weights:
     """The weights in the content of a checkpoint.
 
     The averages are read as `checkpoint.read` does, and the trained weights are those beside them.
     """
-    searched = reading.searched_in(tree, path.name)
     found = searched.found
     if key is not None:
         found = [each for each in found if reading.is_below(each.path, key)]
@@ -141,7 +144,7 @@ def _weights(path: Path, tree: Any, of: Of | None, key: str | None, names: Names
     held = searched.held
     if key is not None:
         keys = tuple(key.split(".")) if key else ()
-        held = [search.Part(keys, reading.tensors_at(searched, key), (tree,))]
+        held = [search.Part(keys, reading.tensors_at(searched, key), (searched.tree,))]
     try:
         part, tensors = search.one_model(held)
     except ValueError as error:
