@@ -28,10 +28,7 @@ def as_rank(rank: int, world: int) -> Iterator[None]:
 
 
 def split(whole: Tensor, mesh: DeviceMesh, *placements: Placement) -> DTensor:
-    has_option = (
-        "src_data_rank" in inspect.signature(distribute_tensor).parameters
-    )  # not in torch 2.6
-    options: Any = {"src_data_rank": None} if has_option else {}
+    options: Any = {"src_data_rank": None} if EACH_SPLITS else {}
     return distribute_tensor(whole.clone(), mesh, placements, **options)
 
 

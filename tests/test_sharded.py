@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import errno
 import functools
-import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,12 +22,11 @@ from torch.testing import assert_close
 import emajit
 from emajit import checkpoint
 from emajit.checkpoint import sharded
-from tests import ranks
+from tests import ranks, torchrun
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo"
 )
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +46,8 @@ def told(shared: Path) -> Told:
         folder = shared / which
         folder.mkdir()
         world = max(n for _, n in (ranks.SLOW if which == "slow" else ranks.QUICK))
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        file = [f"--nproc-per-node={world}", ranks.__file__, folder / "results.json", folder, which]
-        environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [*torchrun, *map(str, file)],
-            env=os.environ | environment,
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
-        assert (folder / "results.json").exists(), done.stderr[-5000:]
-        return dict(json.loads((folder / "results.json").read_text()))
+        results = folder / "results.json"
+        return torchrun.results(world, Path(ranks.__file__), results, folder, which)
 
     return run
 

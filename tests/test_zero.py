@@ -7,10 +7,6 @@ stand-in, which run everywhere.
 from __future__ import annotations
 
 import functools
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,9 +16,8 @@ import pytest
 if not all(map(find_spec, ("transformers", "accelerate", "deepspeed"))):
     pytest.skip("needs transformers, accelerate and deepspeed", allow_module_level=True)
 
-from tests import zero_ranks
+from tests import torchrun, zero_ranks
 
-ROOT = Path(__file__).parent.parent
 Told = Callable[[int], dict[str, str]]
 
 
@@ -36,23 +31,8 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
         if world != zero_ranks.WORLDS[0]:
             run(zero_ranks.WORLDS[0])
         results = shared / f"results-{world}.json"
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        file = [f"--nproc-per-node={world}", zero_ranks.__file__, results, shared]
-        environment = {
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}",
-            "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
-        }
-        done = subprocess.run(
-            [*torchrun, *map(str, file)],
-            env=os.environ | environment,
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
-        assert results.exists(), done.stderr[-5000:]
-        return dict(json.loads(results.read_text()))
+        file = Path(zero_ranks.__file__)
+        return torchrun.results(world, file, results, shared, DS_ACCELERATOR="cpu")
 
     return run
 

@@ -9,19 +9,31 @@ import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_ITEM_SIZES = {  # of the storages of one dtype, as torch.save names them
-    f"{name}Storage": size
-    for size, names in (
-        (2, ("Short", "Half", "BFloat16")),
-        (4, ("Int", "Float", "QInt32")),
-        (8, ("Long", "Double", "ComplexFloat")),
-        (16, ("ComplexDouble",)),
-    )
-    for name in names
+import torch
+
+DTYPES = {  # of the storages that `torch.save` names; bytes for any other, as in `UntypedStorage`
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
 }
+_QUANTISED = {"QInt32Storage": torch.qint32}  # those of more than a byte
 
 # A compressed pickle of names and shapes is about a tenth; one that is far smaller repeats itself.
 _MOST_PACKED, _LARGE = 100, 2**20
+
+
+def item_size(kind: str) -> int:
+    """The bytes of each number in a storage of this class."""
+    return (DTYPES | _QUANTISED).get(kind, torch.uint8).itemsize
 
 
 class Scan(NamedTuple):
@@ -100,7 +112,7 @@ class _Pickled(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> None:
         _, kind, key, _, count = pid
-        length = count * _ITEM_SIZES.get(kind.__name__, 1)  # `UntypedStorage` counts bytes
+        length = count * item_size(kind.__name__)
         self.lengths[key] = max(length, self.lengths.get(key, 0))
 
 

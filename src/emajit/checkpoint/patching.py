@@ -23,21 +23,7 @@ from torch import Tensor
 from emajit import _alias
 from emajit.checkpoint import archives, files
 
-_DTYPES = {  # of the storages that `torch.save` names
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "ComplexFloatStorage": torch.complex64,
-    "ComplexDoubleStorage": torch.complex128,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
-_KINDS = {dtype: kind for kind, dtype in _DTYPES.items()}
+_KINDS = {dtype: kind for kind, dtype in archives.DTYPES.items()}
 _CHUNK, _ALIGNED = 2**24, 64  # bytes; torch aligns records like this
 _START = b"\x80\x02}q\x00"  # protocol 2, an empty dict, remembered as the first object
 
@@ -65,13 +51,13 @@ class Held(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """Raises ValueError for a dtype that emajit does not write."""
-        if self.storage.kind not in _DTYPES:
-            raise ValueError(f"expected {' or '.join(_DTYPES)}, found {self.storage.kind}")
-        return _DTYPES[self.storage.kind]
+        if self.storage.kind not in archives.DTYPES:
+            raise ValueError(f"expected {' or '.join(archives.DTYPES)}, found {self.storage.kind}")
+        return archives.DTYPES[self.storage.kind]
 
     def range(self) -> tuple[int, int]:
         """The bytes of its storage where it starts and stops."""
-        size = _DTYPES.get(self.storage.kind, torch.uint8).itemsize  # `UntypedStorage` counts bytes
+        size = archives.item_size(self.storage.kind)
         start = self.offset * size
         return start, _alias.end((start, self.shape, self.stride, size))
 
@@ -262,7 +248,7 @@ def _with(held: bytearray, changed: Sequence[tuple[Held, Tensor]]) -> bytearray:
     """The bytes of a storage, in which tensors get new numbers."""
     for (storage, offset, shape, stride, _), tensor in changed:
         if math.prod(shape):
-            whole = torch.frombuffer(held, dtype=_DTYPES[storage.kind])
+            whole = torch.frombuffer(held, dtype=archives.DTYPES[storage.kind])
             whole.as_strided(shape, stride, offset).copy_(tensor)
     return held
 

@@ -355,10 +355,11 @@ class EMACallback(Callback):
         _copies.warn_of_changes(pl_module, raw or checkpoint.get("state_dict", {}))
         _average.check_alike(_average.names_of(self._options), self._loaded["shadows"])
         for name, state in self._loaded["shadows"].items():
-            shadow = _copies.without_ties(pl_module, state)
-            if self._loaded["is_whole"]:
-                shadow = _copies.averages_in(state, pl_module, self._options)
-            self._loaded["shadows"][name] = shadow
+            self._loaded["shadows"][name] = (
+                _copies.averages_in(state, pl_module, self._options)
+                if self._loaded["is_whole"]
+                else _copies.without_ties(pl_module, state)
+            )
         self._loaded["names"] = {n for shadow in self._loaded["shadows"].values() for n in shadow}
 
     def _show_copies_to(self, module: LightningModule) -> None:
