@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,12 +20,13 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 import emajit
-from emajit import _choose, _compile, _torch, schedules
+from emajit import _choose, _compile, _kernels, _rounding, _torch, schedules
+from emajit._kernels import Update
 from tests import reference, strategies
 from tests.counting import Counting
 
 auto_compiles_here = pytest.mark.skipif(
-    not _torch.drops_guards(), reason="before torch 2.8 auto compiles nothing on a CPU"
+    not _torch.without_guards(), reason="before torch 2.8 auto compiles nothing on a CPU"
 )
 
 
@@ -95,12 +97,29 @@ def test_groups_of_a_large_model_share_a_graph(
     params = {name: p + 1 for name, p in params.items()}
     decays: Any = [0.5, 0.75][:several]
     expected = emajit.update_many(shadows, params, 0, decays=decays, backend="eager")
-    made = _compile._kernel.cache_info().misses
+    made = _compile.kernel.cache_info().misses
     found = emajit.update_many(shadows, params, 0, decays=decays, backend="aot_eager")
-    assert _compile._kernel.cache_info().misses == made + 2  # for those alike, for the rest
+    assert _compile.kernel.cache_info().misses == made + 2  # for those alike, for the rest
     assert_close(found, expected)
     emajit.update_many_(shadows, params, 0, decays=decays, backend="aot_eager")
     assert_close(shadows, expected)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_leaves_of_which_none_can_be_compiled(rounding: Any) -> None:
+    shadow = {"n": torch.tensor([1]), "c": torch.zeros(2, dtype=torch.complex64)}
+    params = {name: leaf + 2 for name, leaf in shadow.items()}
+    emajit.update_(shadow, params, 0, decay=0.5, rounding=rounding, backend="aot_eager")
+    assert shadow["n"].item() == 3
+    assert shadow["c"].tolist() == [1, 1]
+
+
+def test_a_few_elements_beside_many_that_no_graph_can_have() -> None:
+    many = torch.zeros(_choose.WORTH_COMPILING, dtype=torch.complex64)
+    few = torch.zeros(4)
+    update = Update([many, few], [many + 1, few.bfloat16()], [0.1])
+    kernels = [kernel for _, kernel in _choose.groups(update, "auto", in_place=True)]
+    assert kernels == [_kernels.single_tensor_]
 
 
 LAYOUTS = [relaid, average_relaid, widened, negated, replaced_by_one]
@@ -305,12 +324,11 @@ def test_inductor_is_the_equation(nonfinite: Any) -> None:
 @auto_compiles_here
 def test_auto_compiles_what_would_need_temporaries() -> None:
     shadow = torch.zeros(_choose.WORTH_COMPILING)
-    assert _compile.can_compile("cpu")
-    before = _compile._kernel.cache_info().misses
+    before = _compile.kernel.cache_info().misses
     emajit.update_(shadow, torch.ones_like(shadow), 0, decay=0.75)
-    assert _compile._kernel.cache_info().misses == before
+    assert _compile.kernel.cache_info().misses == before
     emajit.update_(shadow, torch.ones_like(shadow).bfloat16(), 0, decay=0.75)
-    assert _compile._kernel.cache_info().misses == before + 1
+    assert _compile.kernel.cache_info().misses == before + 1
     assert shadow[:2].tolist() == [0.4375, 0.4375]
 
 
@@ -512,8 +530,12 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for step in range(3):
         emajit.update_(shadow, params, step, decay=0.75)
+    for size in (1, 2):
+        other = torch.zeros(_choose.WORTH_COMPILING + size)
+        emajit.update_(other, torch.ones_like(other).bfloat16(), 0, decay=0.75)
+        assert other[:2].tolist() == [0.25] * 2
 told = [str(w.message) for w in caught if "emajit" in str(w.message)]
-assert len(told) == 1 and "without a compiler on cpu" in told[0], told
+assert len(told) == 1 and "without a compiler on cpu: torch.compile failed" in told[0], told
 assert shadow[:2].tolist() == [1 - 0.75**3] * 2
 try:
     emajit.update_(shadow, params, 3, decay=0.75, backend="inductor")
@@ -523,6 +545,7 @@ except Exception as error:
 
 
 @pytest.mark.inductor
+@auto_compiles_here
 @pytest.mark.parametrize(
     "environment",
     [
@@ -548,18 +571,69 @@ def test_without_a_compiler_auto_warns_once(environment: dict[str, str], tmp_pat
 @pytest.mark.inductor
 @auto_compiles_here
 def test_a_disk_that_fills_up_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling worked before; what can no longer be compiled runs eager, after one warning."""
-    assert _compile.can_compile("cpu")
+    """What can no longer be compiled runs eager, after one warning; older graphs still run."""
+    monkeypatch.setattr(_compile, "_without_compiler", set())
+    before = torch.zeros(_choose.WORTH_COMPILING + 5)
+    emajit.update_(before, torch.ones_like(before).bfloat16(), 0, decay=0.75)
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
     shadow = torch.zeros(_choose.WORTH_COMPILING + 3)
     params = torch.ones_like(shadow).bfloat16()
-    with pytest.warns(RuntimeWarning, match="runs an update without a compiler: .*Not a directory"):
+    with pytest.warns(RuntimeWarning, match="goes on without a compiler on cpu: .*Not a dir"):
         emajit.update_(shadow, params, 0, decay=0.75)
     emajit.update_(shadow, params, 1, decay=0.75)
     assert shadow[:2].tolist() == [0.4375, 0.4375]
-    with pytest.raises(OSError, match="Not a directory"):
+    scalars = Mock(side_effect=_compile.scalars)  # for graphs only
+    monkeypatch.setattr(_compile, "scalars", scalars)
+    emajit.update_(before, torch.ones_like(before).bfloat16(), 1, decay=0.75)
+    assert before[:2].tolist() == [0.4375, 0.4375]
+    assert scalars.call_count == 1
+    with pytest.raises((OSError, RuntimeError), match="Not a directory"):
         emajit.update(shadow, params, 2, decay=0.75, backend="inductor")
+
+
+@auto_compiles_here
+def test_a_python_that_torch_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile(*_: Any, **__: Any) -> Any:  # noqa: A001
+        raise RuntimeError("torch.compile is not supported on Python 3.99")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(_compile, "_without_compiler", set())
+    shadow = torch.zeros(_choose.WORTH_COMPILING + 9)
+    params = torch.ones_like(shadow).bfloat16()
+    with pytest.warns(RuntimeWarning, match=r"without a compiler on cpu: .* on Python 3\.99"):
+        emajit.update_(shadow, params, 0, decay=0.75)
+    emajit.update_(shadow, params, 1, decay=0.75)
+    assert shadow[:2].tolist() == [0.4375, 0.4375]
+    with pytest.raises(RuntimeError, match="not supported on Python"):
+        emajit.update_(shadow, params, 2, decay=0.75, backend="inductor")
+    assert shadow[:2].tolist() == [0.4375, 0.4375]
+
+
+@auto_compiles_here
+def test_an_interrupt_after_the_compiler_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves are then written in the order of their groups; the update counts only if all were."""
+    monkeypatch.setattr(torch, "compile", Mock(side_effect=RuntimeError("none")))
+    monkeypatch.setattr(_compile, "_without_compiler", set())
+    model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 4)).bfloat16()
+    ema = emajit.LitEma(model, rounding="stochastic", decay=schedules.constant(0.9))
+    with pytest.warns(RuntimeWarning, match="without a compiler"):
+        ema(model)
+    for p in model.parameters():
+        nn.init.ones_(p)
+    stochastic, sizes = _rounding.stochastic, []
+
+    def interrupted(base: Tensor, *rest: Any) -> Tensor:
+        sizes.append(base.numel())
+        if len(sizes) == 4:
+            raise KeyboardInterrupt
+        return stochastic(base, *rest)
+
+    monkeypatch.setattr(_rounding, "stochastic", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ema(model)
+    assert sizes == [4, 512, 2048, 2**18]
+    assert ema.num_updates.item() == 1
 
 
 def test_import_is_light() -> None:

@@ -122,6 +122,17 @@ def test_in_a_compiled_step(through: bool) -> None:
     torch.testing.assert_close(p.grad, torch.full((3,), 0.1 * through))
 
 
+def test_a_backend_that_does_not_exist_is_refused() -> None:
+    def update(s: Tensor, *, through: bool = False) -> Any:
+        return emajit.update(s, ones, 0, decay=0.5, backend="none", differentiable=through)
+
+    ones = torch.ones(2, 3)
+    with pytest.raises(ValueError, match="backend: expected auto"):
+        update(ones, through=True)
+    with pytest.raises(ValueError, match="backend: expected auto"):
+        vmap(update)(ones)
+
+
 def test_rounding_at_random_has_no_derivative() -> None:
     with pytest.raises(ValueError, match=r"differentiable: expected rounding='nearest', found"):
         update(torch.zeros(1), torch.ones(1), rounding="stochastic", differentiable=True)

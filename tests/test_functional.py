@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.testing import assert_close
 from torch.utils import _pytree as pytree
 
@@ -641,7 +642,14 @@ class TestErrors:
         shadow["weight"].requires_grad_()  # noticed after a hit, too
         with pytest.raises(ValueError, match=message):
             emajit.update_(shadow, params, 0, decay=0.5)
+        with forward_ad.dual_level(), pytest.raises(ValueError, match=message):
+            emajit.update_(params, shadow, 0, decay=0.0)
         assert_equal(before, {name: p.detach() for name, p in params.items()})
+
+    def test_of_tied_leaves_the_one_that_requires_grad_is_named(self) -> None:
+        w, p = torch.zeros(3, requires_grad=True), torch.zeros(3)
+        with pytest.raises(ValueError, match=r"shadow\['b'\]: expected an average"):
+            emajit.update_({"a": w.detach(), "b": w}, {"a": p, "b": p}, 0, decay=0.9)
 
     SHADOW: ClassVar[Any] = {"w": torch.zeros(2, 3), "n": None, "list": [torch.zeros(2)]}
 

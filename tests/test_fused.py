@@ -9,6 +9,7 @@ import types
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, ClassVar
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 import emajit
-from emajit import LitEma, _compile, _torch, schedules
+from emajit import LitEma, _compile, _optimizer, _torch, schedules
 from emajit.fused import FusedOptimizer
 
 Build = Callable[[Iterable[Any]], torch.optim.Optimizer]
@@ -546,12 +547,33 @@ def test_a_gradient_scaler_skips_a_step(unscale: str, name: str) -> None:
 def test_the_first_step_needs_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """It creates the optimizer's state; to look for a compiler takes seconds."""
     asked: list[str] = []
-    monkeypatch.setattr("emajit._compile.can_compile", asked.append)  # and there is none
+    monkeypatch.setattr("emajit._optimizer.can_compile", asked.append)  # and there is none
     twins = Twins(OPTIMIZERS["AdamW"], backend="auto")
     for step in range(3):
         twins.step(step)
         assert asked == ["cpu"] * step
     twins.compare()
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One small graph is tried, for all forms of a step and all optimizers; one warning tells."""
+    for owner, name in ((_optimizer, "can_compile"), (_compile, "kernel")):
+        monkeypatch.setattr(owner, name, functools.lru_cache(getattr(owner, name).__wrapped__))
+    compile_ = Mock(side_effect=RuntimeError("no Python 3.99"))
+    monkeypatch.setattr(torch, "compile", compile_)
+
+    def step_all() -> None:
+        for step in range(6):
+            for twins in several:
+                for optimizer in twins.optimizers:
+                    optimizer.param_groups[0]["weight_decay"] = 0.1 / (1 + step // 3)  # a new form
+                twins.step(step)
+                twins.compare()
+
+    several = [Twins(OPTIMIZERS["AdamW"], backend="auto") for _ in range(2)]
+    with pytest.warns(RuntimeWarning, match=r"on cpu, since torch\.compile failed: no Python 3"):
+        step_all()
+    assert compile_.call_count == 1
 
 
 def test_gradients_that_were_unscaled_twice_are_refused() -> None:
@@ -710,14 +732,6 @@ def test_a_single_number_in_float64(name: str) -> None:
         emajit.update_(other, theirs, step, decay=0.5)
     assert_close(shadow, other)
     assert_close(ours, theirs)
-
-
-def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_compile, "can_compile", lambda _device: False)
-    twins = Twins(OPTIMIZERS["AdamW"], "auto")
-    for step in range(3):
-        twins.step(step)
-    twins.compare()
 
 
 def test_nothing_is_written_where_the_average_does_not_fit() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from emajit import _kernels, _rounding
+from emajit import _choose, _kernels, _rounding
 from emajit._kernels import Update
 from tests.counting import Operators
 
@@ -23,14 +23,28 @@ def test_a_tensor_alpha_is_cast_once_for_all_leaves_of_a_dtype() -> None:
     assert all(bool((s == 0.25).all()) for s in shadows)
 
 
-def test_one_lerp_is_what_needs_no_temporary() -> None:
-    full, half = torch.float32, torch.bfloat16
-    both = {(full, full), (torch.float64, torch.float64)}
-    assert _kernels.is_one_lerp(both, [0.5, 0.1], skip=False)
-    assert not _kernels.is_one_lerp({(full, full)}, [0.5], skip=True)
-    assert not _kernels.is_one_lerp({(full, full), (full, half)}, [0.5], skip=False)
-    assert not _kernels.is_one_lerp({(half, half)}, [0.5], skip=False)
-    assert not _kernels.is_one_lerp({(full, full)}, [torch.tensor(0.5)], skip=False)
+@pytest.mark.parametrize(
+    ("dtypes", "alphas", "skip", "multi"),
+    [
+        ("ff dd", [0.5, 0.1], False, [0, 1]),
+        ("ff dd", [0.5], False, [0, 1]),
+        ("ff", [0.5], True, []),
+        ("fh ff", [0.5], False, [1]),
+        ("hh", [0.5], False, []),
+        ("ff dd", [torch.tensor(0.5), 0.5], False, [1]),
+    ],
+)
+def test_one_operator_updates_what_needs_no_temporary(
+    dtypes: str, alphas: Any, skip: bool, multi: list[int]
+) -> None:
+    names = {"f": torch.float32, "d": torch.float64, "h": torch.bfloat16}
+    shadows, params = (
+        [torch.zeros(2, dtype=names[pair[i]]) for pair in dtypes.split()] for i in (0, 1)
+    )
+    groups = _choose.groups(Update(shadows, params, alphas, skip), "eager", in_place=True)
+    found = [i for leaves, kernel in groups for i in leaves if kernel == _kernels.multi_tensor_]
+    assert found == multi
+    assert sorted(i for leaves, _ in groups for i in leaves) == [*range(len(shadows))]
 
 
 def test_multi_tensor_equals_single_tensor() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import emajit
@@ -90,6 +91,22 @@ def test_the_noise_of_shards_is_that_of_their_place() -> None:
             own[0].zero_()
             emajit.update_(s, p, 0, decay=0.9, rounding="stochastic")
         assert torch.equal(own[0], expected), (rank, placement)
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_a_plan_made_of_fake_tensors_is_not_kept(rounding: Any) -> None:
+    """Its hash keys would be fake, too, and so would all that is computed with them."""
+    shadow, params = {"w": torch.zeros(100, dtype=torch.bfloat16)}, {"w": torch.ones(100)}
+    for _ in range(2):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            emajit.update_(shadow, params, 0, decay=0.5, rounding=rounding)
+        with FakeTensorMode():
+            fake = {"w": torch.zeros(5, dtype=torch.bfloat16)}
+            emajit.update_(fake, {"w": torch.ones(5)}, 0, decay=0.5, rounding=rounding)
+    assert not shadow["w"].any()
+    emajit.update_(shadow, params, 0, decay=0.5, rounding=rounding)
+    assert (shadow["w"] == 0.5).all()
 
 
 @pytest.mark.parametrize("several", [1, 2])

@@ -55,7 +55,7 @@ def without(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     path: str = request.param
     owner, _, name = path.rpartition(".")
     torch.compiler.reset()
-    _compile._kernel.cache_clear()
+    _compile.kernel.cache_clear()
     _plan._plans.clear()
     if path in AT_IMPORT:
         with pytest.MonkeyPatch.context() as taken:
@@ -73,7 +73,7 @@ def without(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     yield path
     monkeypatch.undo()
     importlib.reload(_torch)
-    _compile._kernel.cache_clear()
+    _compile.kernel.cache_clear()
     _plan._plans.clear()
 
 

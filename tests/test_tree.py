@@ -40,6 +40,6 @@ def test_flat_and_nested_trees_pair_alike() -> None:
     flat = {"a": a, "b": b}, {"b": b + 1, "a": a + 1}
     nested = ({"a": a}, [b]), ({"a": a + 1}, [b + 1])
     for shadow, params in (flat, nested):
-        pairs = _tree.pair([shadow], params, _tree.flatten([shadow], params))
+        pairs = _tree.pair([shadow], params)
         assert all(x is y for x, y in zip(pairs.shadows, (a, b), strict=True))
         assert list(pairs.slots) == [0, 1]

@@ -43,14 +43,6 @@ def tied(a: Tensor, b: Tensor) -> bool:
     return a is b or torch.compiler.is_compiling() or identity(a) == identity(b)
 
 
-def ranges(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
-    """The addresses where each tensor starts and stops."""
-    starts = [tensor.data_ptr() for tensor in tensors]
-    if all(map(Tensor.is_contiguous, tensors)):
-        return starts, [a + tensor.nbytes for a, tensor in zip(starts, tensors, strict=True)]
-    return starts, [end(view(tensor)) for tensor in tensors]
-
-
 def touching(starts: Sequence[int], stops: Sequence[int], first: int) -> list[tuple[int, int]]:
     """The pairs of ranges that intersect, at least one index of each pair below `first`."""
     pairs: list[tuple[int, int]] = []
@@ -66,7 +58,12 @@ def touching(starts: Sequence[int], stops: Sequence[int], first: int) -> list[tu
 
 def overlaps(tensors: Sequence[Tensor], first: int) -> Iterator[tuple[int, int]]:
     """The pairs of tensors that share a byte, at least one index of each pair below `first`."""
-    for i, j in touching(*ranges(tensors), first):
+    starts = [tensor.data_ptr() for tensor in tensors]
+    stops = [
+        start + tensor.nbytes if tensor.is_contiguous() else end(view(tensor))
+        for start, tensor in zip(starts, tensors, strict=True)
+    ]
+    for i, j in touching(starts, stops, first):
         if tensors[i].device == tensors[j].device and share_memory(
             *map(view, (tensors[i], tensors[j]))
         ):

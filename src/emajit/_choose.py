@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from operator import itemgetter
 from typing import Any, TypeVar
@@ -20,14 +20,13 @@ from emajit._torch import pytree
 # alpha on a device. Milliseconds of update_ on ResNet-50, eager / compiled: float32 3.1 / 3.3,
 # float32 of bfloat16 10 / 3.6, bfloat16 16 / 3.1 (with noise 360 / 11.4), "skip" 36 / 4.1. Below
 # this many elements a step takes a few ms at most, and 10,000 steps do not earn back the
-# seconds to minutes of a compilation, which grow with the number of leaves. Before torch 2.8 "auto"
-# compiles nothing on a CPU: Inductor does not vectorise 16-bit dtypes there, 18 ms in place of 16.
+# seconds to minutes of a compilation, which grow with the number of leaves.
 WORTH_COMPILING = 2**20
 WORTH_COMPILING_NOISE = 2**18
 # Several averages, each smaller than the cache, are updated one after the other: an operator with a
 # scalar for each leaf takes 1.3 times as long. For larger averages each parameter is read once.
 READ_ONCE = 2**23
-# A model is compiled in groups of leaves that share a graph, like the blocks of a network: at most
+# A model is compiled in groups of leaves that share a graph, like the blocks of a network: about
 # 16 groups, each with at least this many leaves and elements. First call in one graph / in groups,
 # 8 s of it Inductor's start: ResNet-50 18 / 13 s, ViT-B 16 / 10 s, a U-Net 74 / 31 s. Later calls
 # take 1.02 times as long.
@@ -49,90 +48,90 @@ Group = tuple[Sequence[int], Kernel]
 S = TypeVar("S")
 
 
+def kernel_of_a_trace(*, in_place: bool, through: bool) -> Kernel:
+    """The kernel for a trace, for a transform, or for an update with derivatives (`through`)."""
+    if through:
+        return _kernels.single_tensor
+    if _torch.in_transform():  # the multi-tensor operators have no batching rule
+        return _kernels.transformed_ if in_place else _kernels.transformed
+    return _kernels.traced_ if in_place else _kernels.traced
+
+
 def groups(update: Update, backend: str, *, in_place: bool) -> list[Group]:
-    """The leaves for one operator, those to compile, and the rest, each with its kernel."""
-    multi, single = (
-        (_kernels.multi_tensor_, _kernels.single_tensor_)
-        if in_place
-        else (_kernels.multi_tensor, _kernels.single_tensor)
-    )
-    eager = backend in ("auto", "eager")
-    pairs = [(s.dtype, p.dtype) for s, p in zip(update.shadows, update.params, strict=True)]
-    if not pairs:
-        return []
-    if eager and _kernels.is_one_lerp({*pairs}, update.alphas, update.skip):
-        return [(range(len(pairs)), multi)]
-    compilable = _compilable(update) if backend != "eager" else set()
-    ways: dict[Hashable, list[int]] = {}
-    for i, (s, p, alpha, _) in enumerate(update.rows()):
-        if eager and _kernels.is_one_lerp({pairs[i]}, [alpha], update.skip):
-            way: Hashable = "multi"
-        else:
-            way = s.device if {id(s), id(p)} <= compilable else "single"
-        ways.setdefault(way, []).append(i)
+    """The leaves to compile, those for one operator, and the rest, each with its kernel."""
+    everything = range(len(update.shadows))
+    multi: list[int] = []
+    if backend in ("auto", "eager") and not update.skip:
+        dtypes = _kernels.MULTI_TENSOR_DTYPES
+        is_number = [type(alpha) is float for alpha in update.alphas]
+        is_number *= len(everything) // max(1, len(is_number))
+        rows = enumerate(zip(update.shadows, update.params, is_number, strict=True))
+        multi = [i for i, (s, p, number) in rows if number and (s.dtype, p.dtype) in dtypes]
+        if len(multi) == len(everything) > 0:
+            return [(everything, _kernels.multi_tensor_ if in_place else _kernels.multi_tensor)]
+    rest = sorted({*everything}.difference(multi))
     chosen: list[Group] = []
-    for way, leaves in ways.items():
-        part = update.part(leaves)
-        if way == "multi":
-            chosen.append((leaves, multi))
-        elif way == "single" or (backend == "auto" and not _worth_compiling(part)):
-            chosen.append((leaves, single))
-        else:
-            # Compiled groups come first: they may fail before they write, the others do not.
-            chosen[:0] = [
-                (group, _compile.kernel(update.part(group), backend, in_place=in_place))
-                for group in _in_graphs(leaves, part)
-            ]
-    if len(chosen) == 1 and chosen[0][0] == [*range(len(pairs))]:
-        return [(range(len(pairs)), chosen[0][1])]
+    # Compiled groups come first: a compilation may fail, before the other leaves are written.
+    if rest and backend != "eager":
+        for group in _to_compile(update, rest, backend):
+            layout = _compile.layout(update.part(group))
+            chosen.append((group, _compile.kernel(layout, backend, in_place=in_place)))
+        compiled = {i for group, _ in chosen for i in group}
+        rest = [i for i in rest if i not in compiled]
+    if multi:
+        chosen.append((multi, _kernels.multi_tensor_ if in_place else _kernels.multi_tensor))
+    if rest:
+        chosen.append((rest, _kernels.single_tensor_ if in_place else _kernels.single_tensor))
+    if len(chosen) == 1 and chosen[0][0] == [*everything]:
+        return [(everything, chosen[0][1])]
     return chosen
 
 
 def is_by_alpha(groups: list[Group], update: Update, several: int) -> bool:
     """Whether several averages are to be updated one after the other."""
-    elements = sum(map(Tensor.numel, update.shadows)) // several
-    kernels = [kernel for _, kernel in groups]
-    return kernels == [_kernels.multi_tensor_] and elements < READ_ONCE
-
-
-def _compilable(update: Update) -> set[int]:
-    """The ids of the leaves that a graph may have."""
-    raw = [leaf for leaf in (*update.shadows, *update.params) if _is_raw(leaf)]
-    return {id(leaf) for leaf in raw} - _compile.aliased_inputs(raw)
-
-
-def _is_raw(leaf: Tensor) -> bool:
-    # Inductor has no code for complex numbers and overlooks a negation bit; integers are copied.
-    # A subclass may hold more than its numbers, which a graph would freeze and our key lacks.
-    is_tensor = type(leaf) in (Tensor, torch.nn.Parameter)
-    return is_tensor and leaf.is_floating_point() and not leaf.is_neg()
-
-
-def _worth_compiling(update: Update) -> bool:
-    elements = sum(s.numel() for s in update.shadows)
-    least = WORTH_COMPILING if update.keys is None else WORTH_COMPILING_NOISE
-    device = update.shadows[0].device.type
-    if elements < least or not _compile.can_compile(device):
+    if [kernel for _, kernel in groups] != [_kernels.multi_tensor_]:
         return False
-    return device != "cpu" or _torch.drops_guards()
+    return sum(map(Tensor.numel, update.shadows)) // several < READ_ONCE
+
+
+def _to_compile(update: Update, leaves: list[int], backend: str) -> list[Sequence[int]]:
+    """The leaves worth compiling, in groups that are a graph each."""
+    least = 0
+    if backend == "auto":
+        least = WORTH_COMPILING if update.keys is None else WORTH_COMPILING_NOISE
+    devices: dict[torch.device, list[int]] = {}
+    for i in leaves:
+        devices.setdefault(update.shadows[i].device, []).append(i)
+    chosen: list[Sequence[int]] = []
+    for device, own in devices.items():
+        if sum([update.shadows[i].numel() for i in own]) < least:
+            continue
+        graph = _compile.compilable(update, own)
+        elements = sum([update.shadows[i].numel() for i in graph])
+        if not graph or elements < least:
+            continue
+        is_divided = update.keys is not None or elements >= 2 * GROUP_ELEMENTS
+        if is_divided and device.type == "cpu":
+            chosen += _in_graphs(graph, update.part(graph))
+        else:
+            chosen.append(graph)
+    return chosen
 
 
 def _in_graphs(leaves: Sequence[int], update: Update) -> list[Sequence[int]]:
-    """Put all leaves in one graph; with noise or in a large model, in groups, many of them equal.
+    """Divide the leaves with noise, or of a large model, into groups, many of them equal.
 
     Equal groups share a graph: the blocks of a network repeat. With n leaves of a form and
     k groups, each group gets n // k; repeat for the remainder. Small leaves come first, before the
     threads start: behind large leaves they would also keep gcc from inlining.
     """
-    if update.shadows[0].device.type != "cpu":
-        return [leaves]
     noisy = update.keys is not None
     elements = sum(s.numel() for s in update.shadows)
     least = 1 if noisy else max(GROUP_ELEMENTS, elements // GROUPS)
     forms: dict[tuple[Any, ...], list[int]] = {}
-    for leaf, (s, p, alpha, key) in zip(leaves, update.rows(), strict=True):
-        form = s.numel(), _compile.form(s, p), id(alpha), key and key[1]
-        forms.setdefault(form, []).append(leaf)
+    rows = zip(leaves, _compile.layout(update).forms, update.rows(), strict=True)
+    for leaf, form, (s, _, alpha, key) in rows:
+        forms.setdefault((s.numel(), form, id(alpha), key and key[1]), []).append(leaf)
     columns = [(form[0], forms[form]) for form in sorted(forms, key=itemgetter(0))]
     most = GROUP_LEAVES if noisy else len(leaves)
     groups: list[Sequence[int]] = []
@@ -172,7 +171,7 @@ def check_options(**found: str) -> None:
         raise ValueError(f"{name}: expected {' or '.join(expected)}, found {value!r}")
 
 
-def called(name: str, schedule: S) -> S:
+def checked_schedule(name: str, schedule: S) -> S:
     """A schedule; raises TypeError for a function that makes one, uncalled, and for a module."""
     if hasattr(schedule, "makes_schedules"):
         made = schedule.__name__  # type: ignore[attr-defined]

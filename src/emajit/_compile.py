@@ -6,43 +6,40 @@ from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
 from itertools import chain
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from emajit import _alias, _devices, _kernels, _torch, _warn
+from emajit import _devices, _kernels, _torch, _warn
 from emajit._kernels import Alpha, Kernel, Update
-from emajit._rounding import Keys
-
-
-def kernel(update: Update, backend: str, *, in_place: bool) -> Kernel:
-    """A compiled kernel for updates of this layout, cached.
-
-    The backend "auto" uses Inductor. It falls back to single-tensor if Inductor cannot compile, or
-    if an alpha is at least 1/2: the first steps of a warm-up do not earn back a graph for both
-    ends.
-    """
-    return _kernel(layout(update), backend, in_place)
 
 
 @lru_cache(maxsize=256)
-def _kernel(_layout: Hashable, backend: str, in_place: bool) -> Kernel:
+def kernel(_layout: Hashable, backend: str, *, in_place: bool) -> Kernel:
+    """The compiled kernel for updates of this layout, from a cache."""
     return CompiledKernel(backend, in_place=in_place)
 
 
-def layout(update: Update) -> Hashable:
+class Layout(NamedTuple):
     """A key that is equal for updates which share a graph; it ignores `requires_grad`."""
-    aliases = alias_pattern([*update.shadows, *update.params])
-    alphas = alias_pattern(update.alphas)
-    regions = None if update.keys is None else tuple(update.keys.regions)
-    forms = tuple([form(s, p) for s, p in zip(update.shadows, update.params, strict=True)])
-    return aliases, alphas, regions, update.skip, forms
+
+    aliases: Hashable
+    alphas: Hashable
+    regions: Hashable
+    skip: bool
+    forms: tuple[Hashable, ...]  # of each leaf
 
 
-def form(shadow: Tensor, param: Tensor) -> tuple[Hashable, ...]:
-    """The part of the key for one leaf."""
-    return shadow.shape, shadow.stride(), shadow.dtype, param.stride(), param.dtype
+def layout(update: Update) -> Layout:
+    pairs = zip(update.shadows, update.params, strict=True)
+    return Layout(
+        alias_pattern([*update.shadows, *update.params]),
+        alias_pattern(update.alphas),
+        None if update.keys is None else tuple(update.keys.regions),
+        update.skip,
+        tuple([(s.shape, s.stride(), s.dtype, p.stride(), p.dtype) for s, p in pairs]),
+    )
 
 
 def alias_pattern(objects: Sequence[Any]) -> Hashable:
@@ -63,74 +60,65 @@ class CompiledKernel:
     marked static, such as a parameter of a compiled optimizer, would become a constant of the
     graph, and the alignment of a `Parameter` would go unchecked. So a graph is traced with detached
     views of the tensors.
+
+    The backend "auto" is Inductor. It runs single-tensor where an alpha is at least 1/2, since the
+    first steps of a warm-up do not earn back a graph for both ends, on a CPU before torch 2.8, and
+    after a compilation has failed on this type of device. Within a `TorchDispatchMode` every
+    backend runs single-tensor.
     """
 
     def __init__(self, backend: str, *, in_place: bool) -> None:
         self.backend = "inductor" if backend == "auto" else backend
         self.is_auto = backend == "auto"
-        self.compiles = True
-        self.function = _traced_ if in_place else _traced
+        self.function = _kernels.traced_ if in_place else _kernels.traced
         self.eager: Kernel = _kernels.single_tensor_ if in_place else _kernels.single_tensor
-        self.graphs: dict[int, tuple[Any, Any, bool]] = {}  # for each number of threads
+        # By number of threads: the code object, the compiled function, whether it has guards.
+        self.graphs: dict[int, tuple[Any, Any, bool]] = {}
 
     def __call__(self, update: Update) -> Any:
         """Run the update; an error while compiling is raised before anything is written."""
-        alphas = update.alphas
-        is_eager = self.is_auto and any(isinstance(a, float) and a >= 0.5 for a in alphas)
-        if is_eager or not self.compiles or _torch.in_dispatch_mode():
-            return self.eager(update)
-        try:
-            return self._run(*update)
-        except _torch.compile_errors() as error:
-            if not self.is_auto:
-                raise
-            _warn.warn(f"emajit runs an update without a compiler: {error}", RuntimeWarning)
-            self.compiles = False
-            return self.eager(update)
-
-    def _run(
-        self,
-        shadows: list[Tensor],
-        params: list[Tensor],
-        alphas: Sequence[Alpha],
-        skip: bool,
-        keys: Keys | None,
-    ) -> Any:
+        shadows, params, alphas, skip, keys = update
+        device = shadows[0].device
         threads = torch.get_num_threads()
-        if threads not in self.graphs:
-            function = with_own_code(self.function)
-            options = _torch.without_guards()
-            run = compiled(function, self.backend, **options)
-            self.graphs[threads] = function.__code__, run, not options
-        code, run, has_guards = self.graphs[threads]
-        if has_guards or _torch.has_no_graph(code):  # Dynamo looks at the tensors
-            raw = {id(leaf): leaf.detach() for leaf in (*shadows, *params)}
-            shadows, params = ([raw[id(leaf)] for leaf in leaves] for leaves in (shadows, params))
-        numbers: list[Any] = scalars(alphas, shadows[0].device)
+        avoids = self.is_auto and (
+            any(isinstance(a, float) and a >= 0.5 for a in alphas)
+            or (device.type in _without_compiler and threads not in self.graphs)
+        )
+        if avoids or _torch.dispatch_modes():
+            return self.eager(update)
+        numbers: list[Any] = scalars(alphas, device)
         if self.is_auto:  # fix the shadow as the nearer end, which halves the time to compile
             rows = zip(alphas, numbers, strict=True)
             numbers = [(False, n) if isinstance(alpha, float) else n for alpha, n in rows]
-        return run(shadows, params, numbers, skip, keys)
+        try:
+            if threads not in self.graphs:
+                function = with_own_code(self.function)
+                run = compiled(function, self.backend, drop_guards=True)
+                self.graphs[threads] = function.__code__, run, not _torch.without_guards()
+            code, run, has_guards = self.graphs[threads]
+            if has_guards and self.is_auto and device.type == "cpu":
+                # Guards stay before torch 2.8, where Inductor does not vectorise 16-bit dtypes on a
+                # CPU: 18 ms in place of 16.
+                return self.eager(update)
+            if has_guards or not _torch.graphs_of(code):  # Dynamo looks at the tensors
+                raw = {id(leaf): leaf.detach() for leaf in (*shadows, *params)}
+                shadows, params = ([raw[id(t)] for t in tensors] for tensors in (shadows, params))
+            return run(Update(shadows, params, numbers, skip, keys))
+        except errors() as error:
+            if not self.is_auto:
+                raise
+            self.graphs.pop(threads, None)
+            _without_compiler.add(device.type)
+            _warn.warn(
+                f"emajit goes on without a compiler on {device.type}: torch.compile failed: "
+                f"{error}",
+                RuntimeWarning,
+            )
+            return self.eager(update)
 
 
-def _traced(
-    shadows: list[Tensor],
-    params: list[Tensor],
-    alphas: list[Alpha],
-    skip: bool,
-    keys: Keys | None,
-) -> list[Tensor]:
-    return _kernels.traced(Update(shadows, params, alphas, skip, keys))
-
-
-def _traced_(
-    shadows: list[Tensor],
-    params: list[Tensor],
-    alphas: list[Alpha],
-    skip: bool,
-    keys: Keys | None,
-) -> None:
-    _kernels.traced_(Update(shadows, params, alphas, skip, keys))
+# The types of devices on which "auto" has failed to compile; it tries no other graph there.
+_without_compiler: set[str] = set()
 
 
 def scalars(alphas: Sequence[Alpha], device: torch.device) -> list[Tensor]:
@@ -163,43 +151,58 @@ def with_own_code(function: Any) -> Any:
 
 
 def compiled(
-    function: Callable[..., Any], backend: str, *, guard_filter_fn: Any = None, **inductor: Any
+    function: Callable[..., Any], backend: str, *, drop_guards: bool = False, **inductor: Any
 ) -> Any:
-    """`function`, compiled, with further options of Inductor."""
-    options: dict[str, Any] = {}
-    if backend == "inductor":
-        wanted = {
-            # The size asserts repeat what the guards have checked, 0.5 us a tensor.
-            "size_asserts": False,
-            # Inductor compares a leaf with this many others to fuse them; leaves share only an
-            # alpha. With 64, ResNet-50 compiles in 20 s in place of 15, its AdamW in 126 for 76.
-            "max_fusion_buffer_group_pairwise_attempts": 8,
-            **inductor,
-        }
-        # With AVX-512 Inductor loads 16-bit numbers by masked half registers: 2.9 ms for 1.7.
-        if torch.backends.cpu.get_cpu_capability() == "AVX512":
-            wanted["cpp.simdlen"] = 256
-        options = _torch.inductor_options(wanted)
-    if guard_filter_fn is not None:
-        options["guard_filter_fn"] = guard_filter_fn
-    return torch.compile(
-        function, fullgraph=True, dynamic=False, backend=backend, options=options or None
-    )
-
-
-@lru_cache(maxsize=8)
-def can_compile(device: str) -> bool:
-    """Whether Inductor works here for a device; if not, one warning gives the reason."""
-    one = [torch.zeros(1, device=device)]
+    """`function`, compiled, with further options of Inductor; raises UnsupportedError."""
     try:
-        kernel(Update(one, one, [0.25]), "inductor", in_place=False)(Update(one, one, [0.25]))
-    except Exception as error:  # noqa: BLE001, what fails without a compiler differs by platform
-        _warn.warn(
-            f"emajit runs without a compiler on {device}, since torch.compile failed: {error}",
-            RuntimeWarning,
+        options = _torch.without_guards() if drop_guards else {}
+        if backend == "inductor":
+            wanted = {
+                # The size asserts repeat what the guards have checked, 0.5 us a tensor.
+                "size_asserts": False,
+                # Inductor compares a leaf with this many others to fuse them; leaves share only an
+                # alpha. With 64, ResNet-50 compiles in 20 s in place of 15, its AdamW in 126 for
+                # 76.
+                "max_fusion_buffer_group_pairwise_attempts": 8,
+                **inductor,
+            }
+            # With AVX-512 Inductor loads 16-bit numbers by masked half registers: 2.9 ms for 1.7.
+            if torch.backends.cpu.get_cpu_capability() == "AVX512":
+                wanted["cpp.simdlen"] = 256
+            options |= _torch.inductor_options(wanted)
+        return torch.compile(
+            function, fullgraph=True, dynamic=False, backend=backend, options=options or None
         )
-        return False
-    return True
+    except Exception as error:
+        raise UnsupportedError(str(error)) from error
+
+
+class UnsupportedError(RuntimeError):
+    """`torch.compile` does not start, such as where Python is too new for it."""
+
+
+def errors() -> tuple[type[Exception], ...]:
+    """The errors of a compilation, also where `torch.compile` does not start."""
+    return UnsupportedError, *_torch.compile_errors()
+
+
+def compilable(update: Update, leaves: Sequence[int]) -> list[int]:
+    """Those of the leaves that a graph may have.
+
+    Inductor has no code for complex numbers and overlooks a negation bit; integers are copied. A
+    subclass may hold more than its numbers, which a graph would freeze and our key lacks.
+    """
+    pairs = {i: (update.shadows[i], update.params[i]) for i in leaves}
+    raw = {
+        i: pair
+        for i, pair in pairs.items()
+        if all(type(t) in _TENSORS and t.is_floating_point() and not t.is_neg() for t in pair)
+    }
+    aliased = aliased_inputs([*chain.from_iterable(raw.values())])
+    return [i for i, pair in raw.items() if aliased.isdisjoint(map(id, pair))]
+
+
+_TENSORS = Tensor, torch.nn.Parameter
 
 
 def aliased_inputs(leaves: Sequence[Tensor]) -> set[int]:
@@ -215,13 +218,9 @@ def aliased_inputs(leaves: Sequence[Tensor]) -> set[int]:
         by_storage.setdefault(leaf.untyped_storage().data_ptr(), []).append(leaf)
     if len(by_storage) == len(different):
         return set()
-    found: set[int] = set()
-    for together in by_storage.values():
-        if len(together) == 1:
-            continue
-        if len({leaf.itemsize for leaf in together}) == 1:  # else it does not look at addresses
-            pairs = _alias.touching(*_alias.ranges(together), len(together))
-            together = [together[i] for i in sorted({*chain.from_iterable(pairs)})]  # noqa: PLW2901
-        if len(together) > 1:
-            found |= {id(together[i]) for i in _torch.overlapping(together)}
-    return found
+    return {
+        id(together[i])
+        for together in by_storage.values()
+        if len(together) > 1
+        for i in _torch.overlapping(together)
+    }

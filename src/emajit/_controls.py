@@ -85,15 +85,15 @@ class HostNumber:
         return HostNumber, ()
 
 
-def last_of(averages: dict[str, Tensor], updates: int | Tensor) -> tuple[Tensor, int] | None:
-    """The last average and its version, to tell later whether the update has written it.
+def versions_of(averages: list[Tensor], updates: int | Tensor) -> list[int]:
+    """The versions of the averages, to tell later whether an update has written all of them.
 
-    None where the host does not know the number of updates, as in a trace.
+    None of them where the host does not know the number of updates, as in a trace.
     """
-    if isinstance(updates, Tensor) or not averages:
-        return None
-    last = next(reversed(averages.values()))
-    return None if last.is_inference() else (last, last._version)
+    try:
+        return [] if isinstance(updates, Tensor) else [average._version for average in averages]
+    except RuntimeError:  # tensors made in `torch.inference_mode` have none
+        return []
 
 
 def is_on_host(buffer: Tensor) -> bool:
@@ -207,9 +207,12 @@ class Controls(nn.Module):
             buffer.fill_(updates + 1)
             self._host_updates.wrote(buffer, updates + 1)
 
-    def _count_if_written(self, last: tuple[Tensor, int] | None, updates: int | Tensor) -> None:
-        """Count an update that was interrupted after it wrote the last average."""
-        if last is not None and last[0]._version != last[1]:
+    def _count_if_written(
+        self, averages: list[Tensor], versions: list[int], updates: int | Tensor
+    ) -> None:
+        """Count an update that was interrupted after it wrote all averages."""
+        written = [a._version != v for a, v in zip(averages, versions, strict=False)]
+        if written and all(written):
             self._count(updates, None)
 
     def _is_due(self, device: torch.device) -> bool:

@@ -11,12 +11,12 @@ WITHOUT_FLOAT64 = {"mps"}
 
 def is_narrow(device: torch.device) -> bool:
     """Whether a device has no float64."""
-    return device.type in WITHOUT_FLOAT64
+    return widest(device) == torch.float32
 
 
 def widest(device: torch.device) -> torch.dtype:
     """The widest real dtype of a device."""
-    return torch.float32 if is_narrow(device) else torch.float64
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
 
 
 def argument(schedule: object, step: Any) -> Any:

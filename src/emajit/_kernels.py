@@ -2,13 +2,13 @@ r"""The arithmetic of an update, $s \leftarrow s + \alpha (p - s)$, on flat list
 
 Nothing here knows a tree, a schedule or a compiler. There are three ways to compute leaves, each as
 a pure function and, with an underscore, in place: `multi_tensor` in one operator, `single_tensor`
-leaf by leaf, and `traced`, the form for `torch.compile`.
+leaf by leaf, and `traced`, the form for `torch.compile`. `transformed` is `single_tensor` inside a
+transform.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from collections.abc import Set as AbstractSet
 from functools import cache
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -70,23 +70,13 @@ class Update(NamedTuple):
 
 Kernel = Callable[[Update], Any]
 
-# One operator for all leaves.
-
-FULL = {(dtype, dtype) for dtype in (torch.float32, torch.float64)}
-
-
-def is_one_lerp(
-    dtypes: AbstractSet[tuple[torch.dtype, torch.dtype]], alphas: Iterable[Alpha], skip: bool
-) -> bool:
-    """Whether one `_foreach_lerp_` updates leaves of these (shadow, param) dtypes.
-
-    Not if alpha is a tensor: it would launch one kernel per leaf.
-    """
-    return not skip and dtypes <= FULL and set(map(type, alphas)) == {float}
+# One operator for all leaves of these dtypes of shadow and parameter, without `skip`. Its alpha is
+# a number: a tensor would launch one kernel for each leaf.
+MULTI_TENSOR_DTYPES = {(dtype, dtype) for dtype in (torch.float32, torch.float64)}
 
 
 def multi_tensor(u: Update) -> list[Tensor]:
-    """The averages of leaves for which the update `is_one_lerp`."""
+    """The averages of leaves of `MULTI_TENSOR_DTYPES`."""
     alphas: Any = u.alphas[0] if len(u.alphas) == 1 else u.alphas
     return list(_torch.foreach_lerp(u.shadows, u.params, alphas))
 
@@ -140,10 +130,15 @@ def single_tensor_(u: Update) -> None:
             s.copy_(blend(s, p, alpha, u.skip, key))
 
 
+def transformed(u: Update) -> list[Tensor]:
+    """`single_tensor` of detached leaves: in a transform `no_grad` lets tangents through."""
+    shadows, params = ([t.detach() for t in tensors] for tensors in (u.shadows, u.params))
+    return single_tensor(u._replace(shadows=shadows, params=params))
+
+
 def transformed_(u: Update) -> None:
-    """`single_tensor_` in a transform: `lerp_` has no batching rule; no derivative goes through."""
-    olds = u._replace(shadows=[s.detach() for s in u.shadows])
-    for s, average in zip(u.shadows, single_tensor(olds), strict=True):
+    """`transformed` in place: `lerp_` has no batching rule."""
+    for s, average in zip(u.shadows, transformed(u), strict=True):
         s.copy_(average)
 
 
@@ -290,11 +285,9 @@ def _at(alpha: Alpha, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def precision(shadow: Tensor, param: Tensor) -> torch.dtype:
-    """The dtype of the arithmetic: float64 or complex128 if a leaf is, else the 32-bit one."""
-    return torch.promote_types(_at_least_32_bits(shadow), _at_least_32_bits(param))
-
-
-def _at_least_32_bits(tensor: Tensor) -> torch.dtype:
-    if tensor.is_complex():
-        return torch.promote_types(tensor.dtype, torch.complex64)
-    return tensor.dtype if tensor.dtype.itemsize >= 4 else torch.float32
+    """The dtype of the arithmetic: float32 or complex64, or float64 or complex128 if a leaf is."""
+    wide = [
+        dtype if dtype.itemsize >= 4 else torch.float32 for dtype in (shadow.dtype, param.dtype)
+    ]
+    dtype = torch.promote_types(*wide)
+    return torch.promote_types(dtype, torch.complex64) if dtype.is_complex else dtype

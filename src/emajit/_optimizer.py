@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from emajit import _compile, _kernels, _torch
+from emajit import _compile, _kernels, _torch, _warn
 from emajit._kernels import Update
 from emajit._rounding import Keys
 
@@ -53,7 +53,27 @@ def compiled_step(
     )
 
 
-_COMBINED = {
+@lru_cache(maxsize=8)
+def can_compile(device: str) -> bool:
+    """Whether Inductor works here for a device; if not, one warning gives the reason.
+
+    To trace an optimizer first takes a minute.
+    """
+    one = [torch.zeros(1, device=device)]
+    update = Update(one, one, [0.25])
+    try:
+        _compile.kernel(_compile.layout(update), "inductor", in_place=False)(update)
+    except Exception as error:  # noqa: BLE001, what fails without a compiler differs by platform
+        _warn.warn(
+            f"FusedOptimizer runs without a compiler on {device}, since torch.compile failed: "
+            f"{error}",
+            RuntimeWarning,
+        )
+        return False
+    return True
+
+
+_COMBINED: dict[str, Any] = {
     "combo_kernels": True,
     # torch 2.13 counts the outputs as new memory, and would limit combining by this threshold.
     "combo_kernel_peak_memory_pct_threshold": None,

@@ -7,8 +7,8 @@ of the same memory is a cache hit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from emajit import _choose, _kernels, _paths, _rounding, _shards, _torch, _tree, _warn
 from emajit._choose import Group
-from emajit._kernels import Alpha, Kernel, Update
+from emajit._kernels import Alpha, Update
 from emajit._paths import PyTree
 from emajit._rounding import Keys
 from emajit._torch import pytree
@@ -24,9 +24,8 @@ from emajit._tree import Leaves, Pairs
 
 MOST_PLANS = 64  # in the cache
 
+# Recognised by identity; the range is not read.
 _BY_ALPHA: list[Group] = [(range(0), _kernels.multi_tensor_by_alpha_)]
-
-Options = tuple[Any, ...]  # of `find`
 
 
 @dataclass(slots=True)
@@ -38,17 +37,13 @@ class Plan:
     skip: bool
     # For stochastic rounding, the hash keys of the paths, without the step.
     keys: Keys | None
-    # The dtypes of averages rounded to nearest in less than float32, each with the index of its
-    # alpha.
-    low_precision: list[tuple[torch.dtype, int]]
+    # The dtypes of averages rounded to nearest in less than float32, with the indices of alphas.
+    low_precision: set[tuple[torch.dtype, int]]
     # How many averages each parameter has.
     several: int
-    # For a cache hit: the indices of the distinct leaves (None if all are distinct), the pairs of
-    # indices of one object, the check of shapes, strides, dtypes and devices, and the first leaf of
+    # In the cache: the check of the forms of all leaves, from `_torch.forms`, and the first leaf of
     # each pair if leaves are tied.
-    unique: list[int] | None = None
-    duplicates: Sequence[tuple[int, int]] = ()
-    fits: Callable[..., bool] | None = None
+    fits: Any = None
     firsts: list[int] | None = None
 
     def run(
@@ -97,7 +92,7 @@ def _interleaved(
     several: int, shadows: list[Tensor], params: list[Tensor], alphas: Sequence[Alpha], *rest: Any
 ) -> Update:
     """An update in which the averages of a parameter follow each other."""
-    each = len(shadows) // max(1, several)
+    each = len(shadows) // several
     shadows, params = (_tree.interleave(leaves, several) for leaves in (shadows, params))
     return Update(shadows, params, [*alphas] * each, *rest)
 
@@ -134,145 +129,115 @@ def find(
     of the alphas, with stochastic rounding the names of the leaves, and the placements of
     DTensors. A hit also needs the shape, the strides, the dtype and the device of each leaf to be
     unchanged. A miss and an update that is not in place check everything. A trace, and an update
-    with derivatives (`through`), check everything but the memory of the leaves and the backend.
+    with derivatives (`through`), check everything but the memory of the leaves; a trace of
+    `torch.compile` does not check the backend either.
 
     Raises ValueError and TypeError as `emajit.update_` says, before anything is written.
     """
     given = rounding, nonfinite, backend
-    if torch.compiler.is_compiling() or through or _torch.in_transform():
-        return _traced(shadows, params, given, in_place, through, same_device)
-    flat = _tree.flatten(shadows, params)
-    if flat is None or not in_place or not same_device:
-        return _made(shadows, params, flat, alphas, given, in_place, same_device)
-    kinds = type(alphas[0]) if len(alphas) == 1 else tuple(map(type, alphas))
-    names = None
-    if rounding == "stochastic":  # the noise is a hash of the names
-        names = tuple([tuple(s) if type(s) is dict else None for s in shadows])
-    options: tuple[Any, ...] = given, kinds, names
-    leaves = flat[0] + flat[1]
-    addresses = _addresses(leaves)
-    found = _hit((addresses, options), leaves, flat)
-    if found is None and (shards := _shards.opened(*flat)) is not None:
-        placed, flat = shards
-        leaves = flat[0] + flat[1]
-        addresses, options = _addresses(leaves), (*options, placed)
-        found = _hit((addresses, options), leaves, flat)
-    if found is None:
-        found = _made(shadows, params, flat, alphas, given, in_place=True)
-        if addresses is not None and not _torch.in_dispatch_mode():
-            if len(_plans) >= MOST_PLANS:
-                _plans.clear()
-            _plans[addresses, options] = _remembered(found[0], leaves)
+    is_traced = through or torch.compiler.is_compiling() or _torch.in_transform()
+    flat = None if is_traced else _tree.flatten(shadows, params)
+    kept = flat if in_place and same_device else None  # the leaves whose plan is cached
+    if kept is not None:
+        kinds = type(alphas[0]) if len(alphas) == 1 else tuple(map(type, alphas))
+        names = None
+        if rounding == "stochastic":  # the noise is a hash of the names
+            names = tuple([tuple(s) if type(s) is dict else None for s in shadows])
+        options = given, kinds, names
+        key, found = _look_up(kept, options)
+        if found is not None:
+            return found
+    pairs = None if flat is None else _tree.pair_plain(flat, len(shadows))
+    if kept is not None and pairs is None and (shards := _shards.opened(*kept)) is not None:
+        placed, kept = shards
+        key, found = _look_up(kept, (*options, placed))
+        if found is not None:
+            return found
+    found = _made(
+        shadows,
+        params,
+        pairs,
+        alphas,
+        given,
+        in_place=in_place,
+        same_device=same_device,
+        is_traced=is_traced,
+        through=through,
+    )
+    if kept is not None and key is not None and not _torch.dispatch_modes():  # whose keys are fake
+        plan = found[0]
+        plan.fits = _torch.forms(kept[0] + kept[1])
+        plan.firsts = None if isinstance(plan.slots, range) else _tree.firsts(plan.slots)
+        if len(_plans) >= MOST_PLANS:
+            _plans.clear()
+        _plans[key] = plan
     return found
 
 
-def _addresses(leaves: list[Any]) -> tuple[int, ...] | None:
-    try:
-        return tuple(map(Tensor.data_ptr, leaves))
-    except (TypeError, RuntimeError):  # None, or a leaf without memory of its own
-        return None
-
-
-def _hit(key: Hashable, leaves: list[Any], flat: Leaves) -> Found | None:
-    """The cached plan for the leaves at these addresses, if their forms are unchanged."""
-    if (plan := _plans.get(key)) is None or plan.fits is None:
-        return None
+def _look_up(flat: Leaves, options: Hashable) -> tuple[Hashable, Found | None]:
+    """The cache key of these leaves, and the plan for them if their forms are unchanged."""
     shadows, params = flat
-    if plan.unique is not None:  # each duplicate must still be its first object
-        if any(leaves[i] is not leaves[j] for i, j in plan.duplicates):
-            return None
-        leaves = [leaves[i] for i in plan.unique]
-    if not plan.fits(*leaves):
-        return None
+    leaves = shadows + params
+    try:
+        key = tuple(map(Tensor.data_ptr, leaves)), options
+    except (TypeError, RuntimeError):  # None, or a leaf without memory of its own
+        return None, None
+    plan = _plans.get(key)
+    if plan is None or not plan.fits(*leaves):
+        return key, None
     if plan.several > 1:
         params = params * plan.several
     if plan.firsts is not None:
         shadows, params = [shadows[i] for i in plan.firsts], [params[i] for i in plan.firsts]
-    return plan, shadows, params
-
-
-def _remembered(plan: Plan, leaves: list[Any]) -> Plan:
-    """The plan, completed by the checks for a later cache hit."""
-    places: dict[int, int] = {}
-    duplicates = [
-        (i, j) for i, leaf in enumerate(leaves) if (j := places.setdefault(id(leaf), i)) < i
-    ]
-    unique = [*places.values()]
-    firsts = None if isinstance(plan.slots, range) else _tree.firsts(plan.slots)
-    return replace(
-        plan,
-        unique=unique if duplicates else None,
-        duplicates=duplicates,
-        fits=_torch.forms([leaves[i] for i in unique]),
-        firsts=firsts,
-    )
+    return key, (plan, shadows, params)
 
 
 def _made(
     shadows: Sequence[PyTree],
     params: PyTree,
-    flat: Leaves | None,
+    pairs: Pairs | None,
     alphas: Sequence[Alpha],
-    options: Options,
+    given: tuple[str, str, str],
+    *,
     in_place: bool,
-    same_device: bool = True,
+    same_device: bool,
+    is_traced: bool,
+    through: bool,
 ) -> Found:
-    """A new plan, after everything has been checked."""
-    rounding, nonfinite, backend = options
+    """A new plan; everything is checked first, as `find` says."""
+    rounding, nonfinite, backend = given
+    if torch.compiler.is_compiling():
+        backend = "auto"  # Dynamo cannot trace the list of backends
     _choose.check_options(rounding=rounding, nonfinite=nonfinite, backend=backend)
-    if _torch.in_dispatch_mode():
-        backend = "eager"
-    pairs = _tree.pair(shadows, params, flat, same_device=same_device)
+    if through:
+        _choose.check_differentiable(rounding, shadows)
+    if pairs is None:
+        pairs = _tree.pair(shadows, params, same_device=same_device)
     if in_place:
-        _tree.check_averages(shadows)
         _tree.check_writable(pairs, shadows)
     several, skip = len(shadows), nonfinite == "skip"
     keys = _keys(shadows, pairs) if rounding == "stochastic" else None
     update = Update(pairs.shadows, pairs.params, alphas, skip, keys)
-    if several != 1:
+    if several > 1:
         update = _interleaved(several, *update)
-    groups = _choose.groups(update, backend, in_place=in_place)
+    if is_traced:
+        kernel = _choose.kernel_of_a_trace(in_place=in_place, through=through)
+        groups: list[Group] = [(range(len(pairs.shadows)), kernel)]
+    else:
+        groups = _choose.groups(update, backend, in_place=in_place)
     if several > 1 and _choose.is_by_alpha(groups, update, several):
         groups = _BY_ALPHA
-    low = _low_precision(pairs, several) if keys is None else []
-    return Plan(groups, pairs.slots, skip, keys, low, several), *pairs[:2]
-
-
-def _low_precision(pairs: Pairs, several: int) -> list[tuple[torch.dtype, int]]:
-    """The dtypes in which averages may stall, each with the index of its alpha."""
-    if _warn.NARROW.isdisjoint([s.dtype for s in pairs.shadows]):
-        return []
-    each = max(1, len(pairs.shadows) // max(1, several))
-    rows = enumerate(zip(pairs.shadows, pairs.params, strict=True))
-    found = {(s.dtype, i // each) for i, (s, p) in rows if p.is_floating_point()}
-    return [(dtype, i) for dtype, i in found if dtype in _warn.NARROW]
-
-
-def _traced(
-    shadows: Sequence[PyTree],
-    params: PyTree,
-    options: Options,
-    in_place: bool,
-    through: bool,
-    same_device: bool,
-) -> Found:
-    """A plan of one group, for the user's own trace or transform; derivatives may go through."""
-    rounding, nonfinite, _ = options
-    _choose.check_options(rounding=rounding, nonfinite=nonfinite)
-    pairs = _tree.pair(shadows, params, None, same_device=same_device)
-    if in_place and not _torch.in_transform():
-        _tree.check_averages(shadows)
-    if through:
-        _choose.check_differentiable(rounding, shadows)
-    keys = _keys(shadows, pairs) if rounding == "stochastic" else None
-    if through or _torch.in_transform():  # the multi-tensor operators have no batching rule
-        kernel: Kernel = _kernels.transformed_ if in_place else _kernels.single_tensor
-    else:
-        kernel = _kernels.traced_ if in_place else _kernels.traced
-    everything = range(len(pairs.shadows))
-    plan = Plan([(everything, kernel)], pairs.slots, nonfinite == "skip", keys, [], len(shadows))
-    olds = pairs.shadows if in_place or through else [s.detach() for s in pairs.shadows]
-    return plan, olds, pairs.params if through else [p.detach() for p in pairs.params]
+    low_precision: set[tuple[torch.dtype, int]] = set()
+    is_rounded = keys is None and not is_traced
+    if is_rounded and not _warn.NARROW.isdisjoint([s.dtype for s in pairs.shadows]):
+        each = len(pairs.shadows) // several
+        low_precision = {
+            (s.dtype, i // each)
+            for i, s in enumerate(pairs.shadows)
+            if s.dtype in _warn.NARROW and pairs.params[i].is_floating_point()
+        }
+    plan = Plan(groups, pairs.slots, skip, keys, low_precision, several)
+    return plan, pairs.shadows, pairs.params
 
 
 def _keys(shadows: Sequence[PyTree], pairs: Pairs) -> Keys:

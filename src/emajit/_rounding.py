@@ -51,9 +51,10 @@ def stochastic(
     return torch.where(is_taken, neighbour, x).to(dtype)
 
 
-# These use floating-point arithmetic: on a CPU Inductor does not vectorise a bit view of a float
-# or a conversion from integers. In-place methods write only tensors made here, which halves the
-# time in eager mode; they are methods because `functionalize` does not support `&=` and `^=`.
+# The functions below use floating-point arithmetic: on a CPU Inductor does not vectorise a bit view
+# of a float or a conversion from integers. In-place methods write only tensors made here, which
+# halves the time in eager mode; they are methods because `functionalize` does not support `&=` and
+# `^=`.
 
 _DROPPED = {torch.bfloat16: 16, torch.float16: 13}  # mantissa bits of float32 that rounding drops
 
@@ -71,7 +72,7 @@ def _nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The ulp of `x` in float32, which is its ulp in `dtype` by 2^-dropped."""
+    """The ulp of `x` in float32: 2^-dropped of its ulp in `dtype`."""
     size = x.abs().mul_(2**-24 * (1 + 2**-20))  # between half an ulp of float32 and one
     if dtype == torch.float16:
         size = size.clamp(min=2**-37)

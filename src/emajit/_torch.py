@@ -32,9 +32,9 @@ def is_leaf(tree: Any) -> bool:
 
 def _find(path: str) -> Any:
     """The object at a dotted path in modules already imported; None if there is none."""
-    found: Any = sys.modules.get("torch")
+    found: Any = torch
     for name in path.split(".")[1:]:
-        found = getattr(found, name, None)
+        found = getattr(found, "__dict__", {}).get(name)  # torch imports some parts on `getattr`
     return found
 
 
@@ -79,15 +79,9 @@ def in_transform() -> bool:
     return _transform_level() is not None
 
 
-_dispatch_modes = _find("torch._C._len_torch_dispatch_stack")
-
-
-def in_dispatch_mode() -> bool:
-    """Whether a `TorchDispatchMode` is on: Dynamo raises inside one instead of running a graph.
-
-    Without the name compiled updates raise inside such a mode.
-    """
-    return _dispatch_modes is not None and _dispatch_modes() > 0
+# How many `TorchDispatchMode`s are on: Dynamo raises inside one instead of running a graph. Without
+# the name compiled updates raise inside such a mode.
+dispatch_modes: Callable[[], int] = _find("torch._C._len_torch_dispatch_stack") or (lambda: 0)
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -103,9 +97,18 @@ _TensorGuards = _find("torch._C._dynamo.guards.TensorGuards")
 def forms(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """A function that checks whether as many tensors have the same forms; it keeps none alive.
 
-    Dynamo's guards, in C++, take 35 ns a tensor; no tensor may occur twice. Without the name a
-    comparison in Python takes 2 us a tensor.
+    What is one object must be one again. Dynamo's guards, in C++, take 35 ns a tensor; without the
+    name a comparison in Python takes 2 us a tensor.
     """
+    places: dict[int, int] = {}
+    firsts = [places.setdefault(id(tensor), i) for i, tensor in enumerate(tensors)]
+    if len(places) < len(tensors):
+        each = [*places.values()]  # the guards want each object once
+        fit = forms([tensors[i] for i in each])
+        return lambda *found: (
+            all(t is found[i] for t, i in zip(found, firsts, strict=True))
+            and fit(*[found[i] for i in each])
+        )
     if _TensorGuards is not None:
         guards = _TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
         return guards.check  # type: ignore[no-any-return]
@@ -213,32 +216,22 @@ def constant_in_traces(function: Any) -> Any:
 
 
 def compile_errors() -> tuple[type[Exception], ...]:
-    """The errors that `torch.compile` raises before the function has run."""
+    """The errors of Dynamo and Inductor, raised while they compile."""
     found = _find("torch._dynamo.exc.TorchDynamoException") or RuntimeError
-    return found, OSError  # of its cache on disk
+    return found, OSError  # of Inductor's cache on disk
 
 
-_cache_entries = _find("torch._C._dynamo.eval_frame._debug_get_cache_entry_list")
-
-
-def has_no_graph(code: Any) -> bool:
-    """Whether Dynamo has no graph of this code, or has dropped it.
-
-    Without the name always true, which costs a view of each tensor at each call.
-    """
-    return _cache_entries is None or not _cache_entries(code)
-
-
-def drops_guards() -> bool:
-    """Whether guards can be dropped; not before torch 2.8."""
-    from torch._dynamo.hooks import Hooks  # noqa: PLC0415, heavy
-
-    return hasattr(Hooks, "guard_filter_fn")
+# The graphs that Dynamo has of a code object. Without the name none, which costs a view of each
+# tensor at each call.
+_graphs = _find("torch._C._dynamo.eval_frame._debug_get_cache_entry_list")
+graphs_of: Callable[[Any], Sequence[Any]] = _graphs or (lambda _code: ())
 
 
 def without_guards() -> dict[str, Any]:
-    """The option that drops all guards of a graph; none where they cannot be dropped."""
-    if not drops_guards():
+    """The option that drops all guards of a graph; none before torch 2.8."""
+    from torch._dynamo.hooks import Hooks  # noqa: PLC0415, heavy
+
+    if not hasattr(Hooks, "guard_filter_fn"):
         return {}
     skip_all: Any = _find("torch.compiler.skip_all_guards_unsafe")
     return {"guard_filter_fn": skip_all or (lambda entries: [False] * len(entries))}

@@ -69,7 +69,7 @@ def pull_(params: Tree, shadow: Any, c: float = 1.0) -> Tree:
             raise ValueError(f"{where}: expected an average of {leaf.dtype}, found {average.dtype}")
     scope.prepare_to_write()
     with torch.set_grad_enabled(False):
-        replace(plan, low_precision=[]).run(p, s, alphas, 0)  # no average that could stall
+        replace(plan, low_precision=set()).run(p, s, alphas, 0)  # no average that could stall
     return params
 
 
@@ -126,9 +126,9 @@ def bema(
     """
     alpha: Any = schedules.inverse_power(power, lag, multiplier)
     weight = alpha.alpha(functional.checked_step(step))
-    now = _tree.pair([shadow], params, _tree.flatten([shadow], params))
+    now = _tree.pair([shadow], params)
     try:
-        start = _tree.pair([shadow], initial, _tree.flatten([shadow], initial))
+        start = _tree.pair([shadow], initial)
     except (TypeError, ValueError) as error:
         raise _renamed(error, params="initial") from None
     scope.check_outside(now.params)

@@ -94,9 +94,11 @@ def update(
             whose parameter is NaN or infinite keeps its old average.
         backend: "eager" is multi-tensor, one `torch._foreach` operator, for the leaves that need
             no temporary, and single-tensor for the others; "inductor" (or the name of another
-            `torch.compile` backend) compiles all; "auto" takes the faster way for each leaf, and
-            compiles nothing for decays of 1/2 and below, where a warm-up begins. Inside your own
-            `torch.compile` the call is traced and `backend` has no effect.
+            `torch.compile` backend) compiles all leaves that a graph can have; "auto" takes the
+            faster way for each leaf, and compiles nothing for decays of 1/2 and below, where a
+            warm-up begins. If a compilation fails it warns, and compiles nothing more on devices of
+            this type. Inside your own `torch.compile` the call is traced and `backend` has no
+            effect.
         differentiable: as in `torch.optim`. False cuts gradients and tangents. With True both go
             through the formula to the shadow and the params but not the decay, single-tensor for
             any `backend`; "stochastic" rounding and DTensors are refused.
@@ -135,8 +137,9 @@ def update_(
     The results are those of `update`. Everything is checked before the first leaf is written. One
     operator then writes all float32 and float64 leaves with parameters of the same dtype, and one
     compiled graph writes a compiled group (on the CPU several graphs with stochastic rounding or
-    from 2**26 elements on). An interrupt between two operators or graphs, or between two leaves of
-    any other dtype in eager mode, can leave some leaves updated.
+    from 2**23 elements on). An interrupt between two operators or graphs, or between two leaves of
+    any other dtype in eager mode, can leave some leaves updated; so can a later one of several
+    graphs that fails to compile, with a `backend` other than "auto".
 
     Raises:
         ValueError: as `update`; also where a leaf of the shadow requires grad (perhaps the params
@@ -259,7 +262,7 @@ def _alpha(decay: Decay | Schedule, step: Step) -> float | Tensor:
         if isinstance(step, Tensor) and hasattr(decay, "alpha") and _devices.is_narrow(step.device):
             return decay.alpha(step)  # type: ignore[no-any-return]
         step = _devices.argument(decay, step)
-    beta = _choose.called("decay", decay)(step) if callable(decay) else decay
+    beta = _choose.checked_schedule("decay", decay)(step) if callable(decay) else decay
     if type(beta) is float and 0.0 <= beta <= 1.0:
         return 1.0 - beta
     if isinstance(beta, Tensor):

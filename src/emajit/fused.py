@@ -161,6 +161,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._decay, self._decays = decay, decays
         self._options = rounding, nonfinite
         self._backend = backend
+        # None if the next step makes the graph, False if it cannot be made, else the graph.
         self._graphs: dict[Any, Any] = {}
         self._rates: list[Tensor] = []
         self._state: Any = None
@@ -220,8 +221,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         scope.prepare_to_write()
         scale, skipped = self._scale(), self._skipped()
         key = self._key(update, scale, skipped)
-        graph = self._graph(key, update, scale is not None)
-        if not graph or not self._run(graph, key, update, scale, skipped):
+        try:
+            graph = self._graph(key, update, scale is not None)
+            if graph:
+                self._run(graph, update, scale, skipped)
+        except _compile.errors() as error:  # before anything is written
+            graph = self._graphs[key] = False
+            self._warn(f"torch.compile failed: {error}")
+        if not graph:
             self._one_after_the_other(update, scale, skipped)
         if isinstance(self._ema, LitEma):
             self._ema._finish_update(self._params, updates, unless=skipped)
@@ -291,7 +298,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return own
 
     def _graph(self, key: Hashable, update: Update, is_scaled: bool) -> Any:
-        """The graph for this step; falsy if optimizer and average run separately."""
+        """The graph for this step; None or False if optimizer and average run separately."""
         optimizer = self.optimizer
         if self._state is not optimizer.state:  # `load_state_dict` has replaced it
             self._state = optimizer.state
@@ -299,7 +306,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         leaves = (*update.shadows, *update.params)
         scaled = [g for g in self._gradients() if g.layout is torch.strided] if is_scaled else []
         if (
-            _torch.in_dispatch_mode()
+            _torch.dispatch_modes()
             or any(map(_torch.wraps, (*leaves, *self._weights())))
             or any(leaf.is_complex() or leaf.is_neg() for leaf in leaves)
             or _compile.aliased_inputs((*leaves, *self._weights(), *scaled))
@@ -308,7 +315,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         ):
             return None
         graph, device = self._graphs.get(key, False), _device(update)
-        if graph is None and self._backend == "auto" and not _compile.can_compile(device.type):
+        if graph is None and self._backend == "auto" and not _optimizer.can_compile(device.type):
             return None
         if graph is None:  # to be made
             # Dynamo treats an optimizer on a GPU as capturable. It would move `step` while tracing,
@@ -325,35 +332,23 @@ class FusedOptimizer(torch.optim.Optimizer):
         return graph
 
     def _run(
-        self,
-        graph: Any,
-        key: Hashable,
-        update: Update,
-        scale: Tensor | None,
-        skipped: Tensor | None,
-    ) -> bool:
-        """Run the graph; False if it could not be compiled, before anything was written."""
+        self, graph: Any, update: Update, scale: Tensor | None, skipped: Tensor | None
+    ) -> None:
         alphas = _compile.scalars(update.alphas, _device(update))
         gradients = [] if scale is None else self._gradients()
         written = [] if skipped is None else [*self._written(), *update.shadows]
-        try:
-            with _optimizer.traceable_groups(self.optimizer, self._rates):
-                graph(
-                    update.shadows,
-                    update.params,
-                    alphas,
-                    update.keys,
-                    gradients,
-                    scale,
-                    written,
-                    skipped,
-                )
-        except _torch.compile_errors() as error:  # before anything is written
-            self._graphs[key] = False
-            self._warn(f"torch.compile failed: {error}")
-            return False
+        with _optimizer.traceable_groups(self.optimizer, self._rates):
+            graph(
+                update.shadows,
+                update.params,
+                alphas,
+                update.keys,
+                gradients,
+                scale,
+                written,
+                skipped,
+            )
         _torch.mark_stepped(self.optimizer)
-        return True
 
     def _one_after_the_other(
         self, update: Update, scale: Tensor | None, skipped: Tensor | None

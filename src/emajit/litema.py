@@ -123,7 +123,7 @@ class LitEma(LitEmaState):
     def forward(self, model: nn.Module) -> None:
         """Update the averages with the parameters of `model`, without a host synchronisation.
 
-        An update that a signal interrupts is counted if the last average was written.
+        An update that a signal interrupts is counted if all averages were written.
 
         Raises, before anything is written: ValueError where the model lacks an averaged parameter,
         has a new trainable parameter that is not excluded, or a shape differs; TypeError if
@@ -131,7 +131,7 @@ class LitEma(LitEmaState):
         and in a compiled or captured step with `every`, where calls cannot be counted.
         """
         if self.every > 1:
-            average = self.get_buffer([*self.m_name2s_name.values(), "decay"][0])
+            average = self.get_buffer(next(iter(self.m_name2s_name.values()), "decay"))
             if not self._is_due(average.device):
                 return
         averages, params, updates, decay = self._prepare_update(model)
@@ -142,7 +142,8 @@ class LitEma(LitEmaState):
             "nonfinite": self.nonfinite,
             "backend": self.backend,
         }
-        last = _controls.last_of(averages, updates)
+        held = [*averages.values()]
+        versions = _controls.versions_of(held, updates)
         try:
             try:
                 functional.update_(averages, params, step, **options)
@@ -151,7 +152,7 @@ class LitEma(LitEmaState):
                 functional.update_(averages, params, step, **options)
             self._finish_update(model, updates)
         except BaseException as error:
-            self._count_if_written(last, updates)
+            self._count_if_written(held, versions, updates)
             if isinstance(error, ValueError):
                 _module.check_shapes(averages, params)  # its message names `track`
             raise

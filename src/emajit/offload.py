@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from emajit import _kernels, _paths, _plan, _shards, _tree, functional, scope
+from emajit import _kernels, _paths, _plan, _shards, _torch, _tree, functional, scope
 from emajit._kernels import Update
 from emajit._shards import Region
 from emajit._torch import pytree
@@ -84,7 +84,7 @@ def init(params: Tree, *, dtype: torch.dtype | None = None, pin_memory: bool = F
     _paths.check_leaves("params", params)
     if _shards.are_in(pytree.tree_leaves(params)):
         raise ValueError("params: expected whole tensors, found DTensors")
-    pairs = _tree.pair([params], params, None)
+    pairs = _tree.pair([params], params)
     pinned = pin_memory and torch.cuda.is_available()
     copies: list[Tensor] = []
     for i, p in zip(_tree.firsts(pairs.slots), pairs.params, strict=True):
@@ -160,6 +160,8 @@ def _update_(
         raw, params, alphas, rounding, nonfinite, "eager", same_device=False
     )
     scope.check_outside(partners)
+    if _torch.in_transform():  # where `no_grad` lets tangents through
+        partners = [p.detach() for p in partners]
     expected = [homes.get(id(s), s.device) for s in held]
     for i, (home, p) in enumerate(zip(expected, partners, strict=True)):
         if p.device != home:

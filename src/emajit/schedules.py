@@ -144,7 +144,7 @@ def _factory(function: Callable[P, Schedule]) -> Callable[P, Schedule]:
         except TypeError:
             given = inspect.signature(function).bind(*args, **kwargs)  # raises for missing ones
             for name, value in given.arguments.items():
-                _choose.called(name, value)
+                _choose.checked_schedule(name, value)
             found = _written(function.__name__, args, kwargs)
             raise TypeError(f"expected numbers for a schedule, found {found}") from None
         return _Schedule(schedule, schedule.alpha, function.__name__, args, kwargs)
@@ -711,7 +711,7 @@ def _integer(name: str, number: int, least: int) -> int:
 def _checked(schedule: Schedule) -> Schedule:
     """The schedule; one of the user's gets a tensor in float64, as `emajit.update` gives it."""
     _check(callable(schedule), "schedule", "a schedule, step -> decay", schedule)
-    _choose.called("schedule", schedule)
+    _choose.checked_schedule("schedule", schedule)
     if hasattr(schedule, "alpha"):
         return schedule
     return lambda step: schedule(_devices.argument(schedule, step))

@@ -61,7 +61,8 @@ Outside of your graphs `backend="auto"`, the default, takes the faster way for e
 
 At decays of 1/2 and below, where a warm-up begins, nothing is compiled. The first compiled call
 takes seconds to half a minute, less once Inductor has the kernel on the disk. `backend="eager"`
-never compiles. `backend="inductor"`, or the name of another backend, compiles all leaves.
+never compiles. `backend="inductor"`, or the name of another backend, compiles all leaves that a
+graph can have.
 
 ## Limits
 
