@@ -11,14 +11,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import Shard
 from torch.testing import assert_close
 
 import emajit
 from emajit import LitEma, checkpoint, scope
+from tests import shards
 
 SOURCES = str(Path(emajit.__file__).parent), str(Path(nn.__file__).parent / "modules")
 
@@ -203,6 +206,18 @@ def test_half_an_update_does_not_count() -> None:
         seen.add(written)
         ema.load_state_dict(start)
     assert len(seen) == 3  # none, one of them, both
+
+
+def test_an_update_of_shards_counts_once_they_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    with shards.as_rank(0, 2):
+        net = nn.Linear(4, 4)
+        split = shards.split(torch.zeros(4, 4), shards.line(2), Shard(0))
+        net.weight = nn.Parameter(split)
+        ema = LitEma(net)
+        monkeypatch.setattr(ema, "_finish_update", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            ema(net)
+    assert ema.num_updates.item() == 1
 
 
 @pytest.mark.parametrize("assign", [False, True])

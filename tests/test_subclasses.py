@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
@@ -42,6 +44,17 @@ def test_a_scope_reaches_the_wrapped_tensors() -> None:
         assert inner(model) == (1.0, 10.0)
         assert model.weight is weight
         assert model.weight.a is part  # type: ignore[attr-defined]
+
+
+def test_updates_beside_plain_tensors() -> None:
+    """A multi-tensor operator would update the plain ones once for each wrapped tensor."""
+    params, shadow = ({"wrapped": two(x), "plain": torch.full((2,), x)} for x in (1.0, 0.0))
+    new = emajit.update(shadow, params, 0, decay=0.5)
+    for found in (new, emajit.update_(shadow, params, 0, decay=0.5)):
+        wrapped: Any = found["wrapped"]
+        assert type(found["plain"]) is Tensor
+        assert found["plain"].tolist() == [0.5, 0.5]
+        assert (wrapped.a[0, 0].item(), wrapped.b[0, 0].item()) == (0.5, 5.0)
 
 
 def test_copies() -> None:

@@ -67,6 +67,10 @@ def groups(update: Update, backend: str, *, in_place: bool) -> list[Group]:
         is_number *= len(everything) // max(1, len(is_number))
         rows = enumerate(zip(update.shadows, update.params, is_number, strict=True))
         multi = [i for i, (s, p, number) in rows if number and (s.dtype, p.dtype) in dtypes]
+        if not {*map(type, update.shadows + update.params)} <= _torch.PLAIN:
+            # An operator hands the whole list, plain leaves too, to each tensor in a wrapper.
+            wrapped = [any(map(_torch.wraps, pair)) for pair in zip(*update[:2], strict=True)]
+            multi = [i for i in multi if not wrapped[i]]
         if len(multi) == len(everything) > 0:
             return [(everything, _kernels.multi_tensor_ if in_place else _kernels.multi_tensor)]
     rest = sorted({*everything}.difference(multi))

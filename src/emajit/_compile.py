@@ -196,13 +196,10 @@ def compilable(update: Update, leaves: Sequence[int]) -> list[int]:
     raw = {
         i: pair
         for i, pair in pairs.items()
-        if all(type(t) in _TENSORS and t.is_floating_point() and not t.is_neg() for t in pair)
+        if all(type(t) in _torch.PLAIN and t.is_floating_point() and not t.is_neg() for t in pair)
     }
     aliased = aliased_inputs([*chain.from_iterable(raw.values())])
     return [i for i, pair in raw.items() if aliased.isdisjoint(map(id, pair))]
-
-
-_TENSORS = Tensor, torch.nn.Parameter
 
 
 def aliased_inputs(leaves: Sequence[Tensor]) -> set[int]:

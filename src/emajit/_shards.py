@@ -37,13 +37,15 @@ def is_one(leaf: Any) -> bool:
 
 def are_in(leaves: Iterable[Any]) -> bool:
     """Whether a DTensor is among the leaves."""
-    others = set(map(type, leaves)) - {Tensor, nn.Parameter}
+    others = set(map(type, leaves)) - _torch.PLAIN
     return bool(others) and any(issubclass(other, _kind()) for other in others)
 
 
 def local(leaves: Iterable[Any]) -> list[Any]:
     """The shards of DTensors that this process holds; other tensors unchanged."""
     kind = _kind()
+    if kind == ():  # the module of DTensors is not loaded
+        return [*leaves]
     return [_torch.shard(leaf) if isinstance(leaf, kind) else leaf for leaf in leaves]
 
 

@@ -105,9 +105,9 @@ def forms(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     if len(places) < len(tensors):
         each = [*places.values()]  # the guards want each object once
         fit = forms([tensors[i] for i in each])
+        again = [(i, first) for i, first in enumerate(firsts) if i != first]
         return lambda *found: (
-            all(t is found[i] for t, i in zip(found, firsts, strict=True))
-            and fit(*[found[i] for i in each])
+            all(found[i] is found[j] for i, j in again) and fit(*[found[i] for i in each])
         )
     if _TensorGuards is not None:
         guards = _TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
@@ -168,12 +168,15 @@ def lasting_buffers(module: nn.Module) -> Iterable[str]:
     return {*module._buffers.keys()} - getattr(module, "_non_persistent_buffers_set", set())
 
 
+PLAIN = {Tensor, nn.Parameter}  # the classes that are no subclass of the user's or a library's
+
+
 def wraps(tensor: Tensor) -> bool:
     """Whether a tensor is of a subclass that wraps tensors, which `.data =` does not exchange.
 
     DTensors and the quantised weights of torchao wrap tensors. Without the name: any subclass.
     """
-    if type(tensor) in (Tensor, nn.Parameter):
+    if type(tensor) in PLAIN:
         return False
     ask = _find("torch.utils._python_dispatch.is_traceable_wrapper_subclass")
     return ask is None or bool(ask(tensor))

@@ -10,7 +10,7 @@ from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from emajit import _alias, _paths, _shards, _torch
 from emajit._paths import PyTree
@@ -63,7 +63,7 @@ def pair_plain(flat: Leaves, several: int) -> Pairs | None:
     Else None: the reason is not known here.
     """
     shadows, params = flat[0], flat[1] * several
-    if not {*map(type, shadows + params)} <= {Tensor, nn.Parameter}:
+    if not {*map(type, shadows + params)} <= _torch.PLAIN:
         return None
     try:
         addresses = {s.data_ptr() for s in shadows}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emajit import _choose, _controls, _module, _names, _paths, _warn, functional, scope
+from emajit import _choose, _controls, _module, _names, _paths, _shards, _warn, functional, scope
 from emajit._context import contextmanager
 from emajit._litema_state import LitEmaState
 from emajit.functional import Decay, Nonfinite, Rounding, Schedule
@@ -123,7 +123,8 @@ class LitEma(LitEmaState):
     def forward(self, model: nn.Module) -> None:
         """Update the averages with the parameters of `model`, without a host synchronisation.
 
-        An update that a signal interrupts is counted if all averages were written.
+        An update that a signal interrupts is counted if all averages were written; a compiled one
+        if all graphs had begun.
 
         Raises, before anything is written: ValueError where the model lacks an averaged parameter,
         has a new trainable parameter that is not excluded, or a shape differs; TypeError if
@@ -131,7 +132,7 @@ class LitEma(LitEmaState):
         and in a compiled or captured step with `every`, where calls cannot be counted.
         """
         if self.every > 1:
-            average = self.get_buffer(next(iter(self.m_name2s_name.values()), "decay"))
+            average = self.get_buffer([*self.m_name2s_name.values(), "decay"][0])
             if not self._is_due(average.device):
                 return
         averages, params, updates, decay = self._prepare_update(model)
@@ -142,7 +143,7 @@ class LitEma(LitEmaState):
             "nonfinite": self.nonfinite,
             "backend": self.backend,
         }
-        held = [*averages.values()]
+        held = _shards.local(averages.values())
         versions = _controls.versions_of(held, updates)
         try:
             try:

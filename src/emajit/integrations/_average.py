@@ -199,7 +199,7 @@ class Averages:
     def update(self, model: nn.Module) -> None:
         """Update all averages, and read each parameter once; raises as `LitEma.forward`.
 
-        An update that a signal interrupts is counted if all averages were written.
+        An update that a signal interrupts is counted as by `LitEma.forward`.
         """
         emas, model = [*self._of.values()], _zero.mirror(model)
         if len(emas) == 1:
@@ -208,7 +208,7 @@ class Averages:
         prepared = [ema._prepare_update(model) for ema in emas]
         shadows, every, counts, decays = map(list, zip(*prepared, strict=True))
         params, updates = every[0], counts[0]
-        held = [average for shadow in shadows for average in shadow.values()]
+        held = _shards.local(average for shadow in shadows for average in shadow.values())
         versions = _controls.versions_of(held, updates)
         options: Any = {name: getattr(emas[0], name) for name in _OPTIONS}
         try:
