@@ -14,6 +14,7 @@ import json
 import os
 import random
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -1032,6 +1033,7 @@ def run(world: int, names: list[str], shared: Path) -> dict[str, str]:
         told[f"{name} {world}"] = "\n".join(filter(None, everyones))
     dist.barrier()
     gc.collect()  # what still holds the group would end its threads as the interpreter ends
+    time.sleep(0.2)  # gloo's threads release what they sent; torch 2.6 joins them under the GIL
     dist.destroy_process_group()
     return told
 

@@ -16,7 +16,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.testing import assert_close
 
 import emajit
@@ -211,8 +211,8 @@ def test_half_an_update_does_not_count() -> None:
 def test_an_update_of_shards_counts_once_they_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
     with shards.as_rank(0, 2):
         net = nn.Linear(4, 4)
-        split = shards.split(torch.zeros(4, 4), shards.line(2), Shard(0))
-        net.weight = nn.Parameter(split)
+        shard = DTensor.from_local(torch.zeros(2, 4), shards.line(2), [Shard(0)], run_check=False)
+        net.weight = nn.Parameter(shard)
         ema = LitEma(net)
         monkeypatch.setattr(ema, "_finish_update", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):

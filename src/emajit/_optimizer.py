@@ -57,7 +57,7 @@ def compiled_step(
 def can_compile(device: str) -> bool:
     """Whether Inductor works here for a device; if not, one warning gives the reason.
 
-    To trace an optimizer first takes a minute.
+    Asked before an optimizer is traced, which takes up to a minute.
     """
     one = [torch.zeros(1, device=device)]
     update = Update(one, one, [0.25])

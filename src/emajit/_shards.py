@@ -37,7 +37,7 @@ def is_one(leaf: Any) -> bool:
 
 def are_in(leaves: Iterable[Any]) -> bool:
     """Whether a DTensor is among the leaves."""
-    others = set(map(type, leaves)) - _torch.PLAIN
+    others = set(map(type, leaves)) - {Tensor, nn.Parameter}  # torch 2.6 cannot trace `PLAIN` here
     return bool(others) and any(issubclass(other, _kind()) for other in others)
 
 
