@@ -571,10 +571,11 @@ def test_without_a_compiler_auto_warns_once(environment: dict[str, str], tmp_pat
 @pytest.mark.inductor
 @auto_compiles_here
 def test_a_disk_that_fills_up_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What can no longer be compiled runs eager, after one warning; older graphs still run."""
+    """What can no longer be compiled runs eager, after one warning; plans from before go on."""
     monkeypatch.setattr(_compile, "_without_compiler", set())
-    before = torch.zeros(_choose.WORTH_COMPILING + 5)
-    emajit.update_(before, torch.ones_like(before).bfloat16(), 0, decay=0.75)
+    before = [torch.zeros(_choose.WORTH_COMPILING + 5)]
+    ones = [torch.ones_like(before[0]).bfloat16()]
+    emajit.update_(before, ones, 0, decay=0.75)
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
     shadow = torch.zeros(_choose.WORTH_COMPILING + 3)
@@ -585,8 +586,8 @@ def test_a_disk_that_fills_up_later(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert shadow[:2].tolist() == [0.4375, 0.4375]
     scalars = Mock(side_effect=_compile.scalars)  # for graphs only
     monkeypatch.setattr(_compile, "scalars", scalars)
-    emajit.update_(before, torch.ones_like(before).bfloat16(), 1, decay=0.75)
-    assert before[:2].tolist() == [0.4375, 0.4375]
+    emajit.update_(before, ones, 1, decay=0.75)
+    assert before[0][:2].tolist() == [0.4375, 0.4375]
     assert scalars.call_count == 1
     with pytest.raises((OSError, RuntimeError), match="Not a directory"):
         emajit.update(shadow, params, 2, decay=0.75, backend="inductor")
@@ -612,13 +613,11 @@ def test_a_python_that_torch_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> 
 
 @auto_compiles_here
 def test_an_interrupt_after_the_compiler_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves are then written in the order of their groups; the update counts only if all were."""
-    monkeypatch.setattr(torch, "compile", Mock(side_effect=RuntimeError("none")))
-    monkeypatch.setattr(_compile, "_without_compiler", set())
+    """Leaves are then written in their order, not in that of graphs: the last one last."""
+    monkeypatch.setattr(_compile, "_without_compiler", {"cpu"})
     model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 4)).bfloat16()
     ema = emajit.LitEma(model, rounding="stochastic", decay=schedules.constant(0.9))
-    with pytest.warns(RuntimeWarning, match="without a compiler"):
-        ema(model)
+    ema(model)
     for p in model.parameters():
         nn.init.ones_(p)
     stochastic, sizes = _rounding.stochastic, []
@@ -632,7 +631,7 @@ def test_an_interrupt_after_the_compiler_has_failed(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(_rounding, "stochastic", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ema(model)
-    assert sizes == [4, 512, 2048, 2**18]
+    assert sizes == [2**18, 512, 2048, 4]
     assert ema.num_updates.item() == 1
 
 

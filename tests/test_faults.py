@@ -202,10 +202,10 @@ def test_half_an_update_does_not_count() -> None:
     for where in faults(lambda: ema(net)):
         keys = "weight", "bias"
         written = tuple(not torch.equal(start[key], ema.get_buffer(key)) for key in keys)
-        assert ema.num_updates.item() == 1 + all(written), where
+        assert ema.num_updates.item() == 1 + written[-1], where
         seen.add(written)
         ema.load_state_dict(start)
-    assert len(seen) == 3  # none, one of them, both
+    assert seen == {(False, False), (True, False), (True, True)}
 
 
 def test_an_update_of_shards_counts_once_they_are_written(monkeypatch: pytest.MonkeyPatch) -> None:

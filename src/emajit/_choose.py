@@ -82,10 +82,12 @@ def groups(update: Update, backend: str, *, in_place: bool) -> list[Group]:
             chosen.append((group, _compile.kernel(layout, backend, in_place=in_place)))
         compiled = {i for group, _ in chosen for i in group}
         rest = [i for i in rest if i not in compiled]
-    if multi:
-        chosen.append((multi, _kernels.multi_tensor_ if in_place else _kernels.multi_tensor))
-    if rest:
-        chosen.append((rest, _kernels.single_tensor_ if in_place else _kernels.single_tensor))
+    eager: list[Group] = [
+        (multi, _kernels.multi_tensor_ if in_place else _kernels.multi_tensor),
+        (rest, _kernels.single_tensor_ if in_place else _kernels.single_tensor),
+    ]
+    # Of these the last leaf is written last: LitEma counts an interrupted update if it was written.
+    chosen += sorted([group for group in eager if group[0]], key=lambda group: group[0][-1])
     if len(chosen) == 1 and chosen[0][0] == [*everything]:
         return [(everything, chosen[0][1])]
     return chosen
@@ -112,7 +114,7 @@ def _to_compile(update: Update, leaves: list[int], backend: str) -> list[Sequenc
             continue
         graph = _compile.compilable(update, own)
         elements = sum([update.shadows[i].numel() for i in graph])
-        if not graph or elements < least:
+        if not graph or elements < least or (backend == "auto" and not _compile.tries(device)):
             continue
         is_divided = update.keys is not None or elements >= 2 * GROUP_ELEMENTS
         if is_divided and device.type == "cpu":

@@ -62,8 +62,8 @@ class CompiledKernel:
     views of the tensors.
 
     The backend "auto" is Inductor. It runs single-tensor where an alpha is at least 1/2, since the
-    first steps of a warm-up do not earn back a graph for both ends, on a CPU before torch 2.8, and
-    after a compilation has failed on this type of device. Within a `TorchDispatchMode` every
+    first steps of a warm-up do not earn back a graph for both ends, and after a compilation has
+    failed on this type of device. Within a `TorchDispatchMode` every
     backend runs single-tensor.
     """
 
@@ -96,10 +96,6 @@ class CompiledKernel:
                 run = compiled(function, self.backend, drop_guards=True)
                 self.graphs[threads] = function.__code__, run, not _torch.without_guards()
             code, run, has_guards = self.graphs[threads]
-            if has_guards and self.is_auto and device.type == "cpu":
-                # Guards stay before torch 2.8, where Inductor does not vectorise 16-bit dtypes on a
-                # CPU: 18 ms in place of 16.
-                return self.eager(update)
             if has_guards or not _torch.graphs_of(code):  # Dynamo looks at the tensors
                 raw = {id(leaf): leaf.detach() for leaf in (*shadows, *params)}
                 shadows, params = ([raw[id(t)] for t in tensors] for tensors in (shadows, params))
@@ -119,6 +115,20 @@ class CompiledKernel:
 
 # The types of devices on which "auto" has failed to compile; it tries no other graph there.
 _without_compiler: set[str] = set()
+
+
+def tries(device: torch.device) -> bool:
+    """Whether "auto" compiles on a device.
+
+    Not after a failure, and on a CPU not before torch 2.8, which keeps guards and whose Inductor
+    does not vectorise 16-bit dtypes: 18 ms in place of 16.
+    """
+    if device.type in _without_compiler:
+        return False
+    try:
+        return device.type != "cpu" or bool(_torch.without_guards())
+    except Exception:  # noqa: BLE001, raised again, and told, by the first graph
+        return True
 
 
 def scalars(alphas: Sequence[Alpha], device: torch.device) -> list[Tensor]:

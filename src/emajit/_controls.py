@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emajit import _devices, _torch, schedules
+from emajit import _devices, _shards, _torch, schedules
 from emajit.functional import Decay, Schedule
 
 
@@ -85,15 +85,15 @@ class HostNumber:
         return HostNumber, ()
 
 
-def versions_of(averages: list[Tensor], updates: int | Tensor) -> list[int]:
-    """The versions of the averages, to tell later whether an update has written all of them.
+def last_of(averages: dict[str, Tensor], updates: int | Tensor) -> tuple[Tensor, int] | None:
+    """The last average, of a DTensor the shard, and its version, to tell later if it was written.
 
-    None of them where the host does not know the number of updates, as in a trace.
+    None where the host does not know the number of updates, as in a trace.
     """
-    try:
-        return [] if isinstance(updates, Tensor) else [average._version for average in averages]
-    except RuntimeError:  # tensors made in `torch.inference_mode` have none
-        return []
+    if isinstance(updates, Tensor) or not averages:
+        return None
+    (last,) = _shards.local([next(reversed(averages.values()))])
+    return None if last.is_inference() else (last, last._version)
 
 
 def is_on_host(buffer: Tensor) -> bool:
@@ -207,12 +207,9 @@ class Controls(nn.Module):
             buffer.fill_(updates + 1)
             self._host_updates.wrote(buffer, updates + 1)
 
-    def _count_if_written(
-        self, averages: list[Tensor], versions: list[int], updates: int | Tensor
-    ) -> None:
-        """Count an update that was interrupted after it wrote all averages."""
-        written = [a._version != v for a, v in zip(averages, versions, strict=False)]
-        if written and all(written):
+    def _count_if_written(self, last: tuple[Tensor, int] | None, updates: int | Tensor) -> None:
+        """Count an update that was interrupted after it wrote the last average."""
+        if last is not None and last[0]._version != last[1]:
             self._count(updates, None)
 
     def _is_due(self, device: torch.device) -> bool:

@@ -44,8 +44,6 @@ def are_in(leaves: Iterable[Any]) -> bool:
 def local(leaves: Iterable[Any]) -> list[Any]:
     """The shards of DTensors that this process holds; other tensors unchanged."""
     kind = _kind()
-    if kind == ():  # the module of DTensors is not loaded
-        return [*leaves]
     return [_torch.shard(leaf) if isinstance(leaf, kind) else leaf for leaf in leaves]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emajit import _choose, _controls, _module, _names, _paths, _shards, _warn, functional, scope
+from emajit import _choose, _controls, _module, _names, _paths, _warn, functional, scope
 from emajit._context import contextmanager
 from emajit._litema_state import LitEmaState
 from emajit.functional import Decay, Nonfinite, Rounding, Schedule
@@ -123,8 +123,8 @@ class LitEma(LitEmaState):
     def forward(self, model: nn.Module) -> None:
         """Update the averages with the parameters of `model`, without a host synchronisation.
 
-        An update that a signal interrupts is counted if all averages were written; a compiled one
-        if all graphs had begun.
+        An update that a signal interrupts is counted if the last average was written, which eager
+        updates write last; a compiled one if the graph of the last average had begun.
 
         Raises, before anything is written: ValueError where the model lacks an averaged parameter,
         has a new trainable parameter that is not excluded, or a shape differs; TypeError if
@@ -143,8 +143,7 @@ class LitEma(LitEmaState):
             "nonfinite": self.nonfinite,
             "backend": self.backend,
         }
-        held = _shards.local(averages.values())
-        versions = _controls.versions_of(held, updates)
+        last = _controls.last_of(averages, updates)
         try:
             try:
                 functional.update_(averages, params, step, **options)
@@ -153,7 +152,7 @@ class LitEma(LitEmaState):
                 functional.update_(averages, params, step, **options)
             self._finish_update(model, updates)
         except BaseException as error:
-            self._count_if_written(held, versions, updates)
+            self._count_if_written(last, updates)
             if isinstance(error, ValueError):
                 _module.check_shapes(averages, params)  # its message names `track`
             raise

@@ -208,8 +208,7 @@ class Averages:
         prepared = [ema._prepare_update(model) for ema in emas]
         shadows, every, counts, decays = map(list, zip(*prepared, strict=True))
         params, updates = every[0], counts[0]
-        held = _shards.local(average for shadow in shadows for average in shadow.values())
-        versions = _controls.versions_of(held, updates)
+        last = _controls.last_of(shadows[-1], updates)
         options: Any = {name: getattr(emas[0], name) for name in _OPTIONS}
         try:
             try:
@@ -221,7 +220,7 @@ class Averages:
                 ema._finish_update(model, updates)
         except BaseException:
             for ema in emas:
-                ema._count_if_written(held, versions, updates)
+                ema._count_if_written(last, updates)
             raise
 
     def pull(self, model: nn.Module, name: str) -> None:
