@@ -179,6 +179,20 @@ def test_in_place_under_jvp_the_shadow_keeps_no_tangent() -> None:
     assert tangent.tolist() == [0, 0, 0]
 
 
+def test_a_shadow_that_requires_grad_is_refused_in_a_transform() -> None:
+    """Its update would have no derivative, and its old values a wrong one."""
+
+    def loss(p: Tensor) -> Tensor:
+        shadow = {"w": p.clone()}
+        emajit.update_(shadow, {"w": p}, 0, decay=0.5)
+        return shadow["w"].sum()
+
+    with pytest.raises(
+        ValueError, match=r"shadow\['w'\]: expected an average, found a tensor that"
+    ):
+        grad(loss)(torch.ones(3))
+
+
 def test_a_module_of_averages_is_differentiated_in_its_input_alone() -> None:
     model = nn.Linear(2, 1)
     shadow = emajit.init(dict(model.named_parameters()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ def compiled_step(
     )
 
 
-@lru_cache(maxsize=8)
+@cache
 def can_compile(device: str) -> bool:
     """Whether Inductor works here for a device; if not, one warning gives the reason.
 

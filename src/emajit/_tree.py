@@ -115,14 +115,8 @@ def _joined(shadows: Sequence[PyTree], pairs: list[Pairs]) -> Pairs:
         for slot, s in enumerate(own.shadows):
             owner = owners.setdefault(_alias.identity(s), (i, slot))
             if owner != (i, slot) or own.slots != pairs[0].slots:
-                leaf = next(
-                    (
-                        j
-                        for j, (a, b) in enumerate(zip(own.slots, pairs[0].slots, strict=True))
-                        if a != b
-                    ),
-                    firsts(own.slots)[slot],
-                )
+                ties = enumerate(zip(own.slots, pairs[0].slots, strict=True))
+                leaf = next((j for j, (a, b) in ties if a != b), firsts(own.slots)[slot])
                 raise ValueError(
                     f"{_paths.path(f'shadows[{i}]', tree, leaf)}: expected a tensor of its own, "
                     "tied as in shadows[0], found another tie"

@@ -96,9 +96,8 @@ def update(
             no temporary, and single-tensor for the others; "inductor" (or the name of another
             `torch.compile` backend) compiles all leaves that a graph can have; "auto" takes the
             faster way for each leaf, and compiles nothing for decays of 1/2 and below, where a
-            warm-up begins. If a compilation fails it warns, and compiles nothing more on devices of
-            this type. Inside your own `torch.compile` the call is traced and `backend` has no
-            effect.
+            warm-up begins. After a compilation has failed it warns, and tries no other on devices
+            of this type. Inside your own `torch.compile` the call is traced, whatever the backend.
         differentiable: as in `torch.optim`. False cuts gradients and tangents. With True both go
             through the formula to the shadow and the params but not the decay, single-tensor for
             any `backend`; "stochastic" rounding and DTensors are refused.
@@ -138,8 +137,8 @@ def update_(
     operator then writes all float32 and float64 leaves with parameters of the same dtype, and one
     compiled graph writes a compiled group (on the CPU several graphs with stochastic rounding or
     from 2**23 elements on). An interrupt between two operators or graphs, or between two leaves of
-    any other dtype in eager mode, can leave some leaves updated; so can a later one of several
-    graphs that fails to compile, with a `backend` other than "auto".
+    any other dtype in eager mode, can leave some leaves updated; without "auto" so can a graph
+    that fails to compile after others have run.
 
     Raises:
         ValueError: as `update`; also where a leaf of the shadow requires grad (perhaps the params
